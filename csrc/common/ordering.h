@@ -1,0 +1,43 @@
+// The selection order, value descending then id ascending, as plain integer comparison.
+//
+// order_key maps a float's bits to a signed integer of the same width: sign times magnitude, so -0
+// and +0 share key 0; every NaN gets the largest key, above +infinity. No value gets the smallest
+// integer, which marks "cannot be selected". The formula uses only operators that scalars and
+// compiler vectors both have, so the same template serves one element and a whole register.
+#pragma once
+
+#include <cstdint>
+
+#include "formats.h"
+
+namespace opd {
+
+template <class Bits>
+struct KeyLimits {
+  static constexpr int kShift = 8 * sizeof(Bits) - 1;
+  static constexpr Bits kNotSelectable = static_cast<Bits>(Bits(1) << kShift);
+  static constexpr Bits kNaN = static_cast<Bits>(~kNotSelectable);
+};
+
+template <class Format, class Value>
+OPD_HD inline Value order_key(Value bits) {
+  using Limits = KeyLimits<typename Format::Bits>;
+  const Value sign = bits >> Limits::kShift;
+  const Value magnitude = bits & Limits::kNaN;
+  const Value is_nan = (Format::kInfinity - magnitude) >> Limits::kShift;
+  const Value key = (magnitude ^ sign) - sign;
+  return (key & ~is_nan) | (is_nan & Limits::kNaN);
+}
+
+// One unsigned integer whose descending order is the selection order.
+template <class Bits>
+OPD_HD inline uint64_t rank_key(Bits key, int32_t id) {
+  const uint32_t high = static_cast<uint32_t>(static_cast<int32_t>(key)) ^ 0x80000000u;
+  return (static_cast<uint64_t>(high) << 32) | static_cast<uint32_t>(~id);
+}
+
+OPD_HD inline int32_t rank_key_id(uint64_t rank) {
+  return static_cast<int32_t>(~static_cast<uint32_t>(rank));
+}
+
+}  // namespace opd

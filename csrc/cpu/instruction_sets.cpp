@@ -1,0 +1,23 @@
+// Which compiled variants exist and which of them the running CPU can execute. Kept apart from the
+// variants, whose files may hold instructions that this CPU does not have.
+
+#include "select.h"
+
+namespace opd::cpu {
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = {
+#if defined(OPD_X86_VARIANTS)
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("bmi2"),
+       &kAvx512Selectors},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"),
+       &kAvx2Selectors},
+#endif
+      {"baseline", true, &kBaselineSelectors}};
+  return sets;
+}
+
+}  // namespace opd::cpu

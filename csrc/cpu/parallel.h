@@ -1,0 +1,53 @@
+// Rows over OpenMP threads, with a scratch that each thread allocates once.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
+
+namespace opd::cpu {
+
+constexpr size_t kScratchAlignment = 64;
+
+struct FreeAligned {
+  void operator()(void* at) const { std::free(at); }
+};
+using Scratch = std::unique_ptr<void, FreeAligned>;
+
+inline Scratch make_scratch(size_t bytes) {
+  const size_t rounded = (bytes + kScratchAlignment) / kScratchAlignment * kScratchAlignment;
+  void* at = std::aligned_alloc(kScratchAlignment, rounded);
+  if (!at) throw std::bad_alloc();
+  return Scratch(at);
+}
+
+// body(row, scratch) for every row. `elements_per_row` keeps tiny work on one thread: waking the
+// others takes longer than about 2^15 elements do.
+template <class Body>
+void for_each_row(int64_t rows, int64_t elements_per_row, int threads, size_t scratch_bytes,
+                  const Body& body) {
+  constexpr int64_t kWorthAThread = 1 << 15;
+  const int64_t useful = rows * elements_per_row / kWorthAThread;
+  const int team = static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
+  std::exception_ptr failure;  // an exception must not leave the parallel region
+#pragma omp parallel num_threads(team)
+  {
+    Scratch scratch;
+    bool ready = true;
+    try {
+      scratch = make_scratch(scratch_bytes);
+    } catch (...) {
+      ready = false;
+#pragma omp critical
+      failure = std::current_exception();
+    }
+#pragma omp for schedule(guided)
+    for (int64_t row = 0; row < rows; ++row)
+      if (ready) body(row, scratch.get());
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace opd::cpu

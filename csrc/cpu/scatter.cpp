@@ -1,0 +1,66 @@
+// The dense gradient: zeros, and upstream * entry gradient at the support, rounded once.
+//
+// Bytes: each row written once. Where the caller hands over memory that is zero already (fresh pages
+// from the system are), only the pages of the K entries are touched.
+
+#include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace opd::cpu {
+namespace {
+
+// Zeros past the cache: a row is as large as L2, and lines fetched only to be overwritten would
+// double the traffic.
+void stream_zeros(char* at, size_t bytes) {
+#if defined(__SSE2__)
+  constexpr size_t kLine = 64, kWorthStreaming = 1 << 14;
+  if (bytes >= kWorthStreaming) {
+    const size_t head = (kLine - reinterpret_cast<uintptr_t>(at) % kLine) % kLine;
+    memset(at, 0, head);
+    at += head;
+    bytes -= head;
+    for (; bytes >= kLine; at += kLine, bytes -= kLine)
+      for (size_t i = 0; i < kLine; i += sizeof(__m128i))
+        _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), _mm_setzero_si128());
+    _mm_sfence();
+  }
+#endif
+  memset(at, 0, bytes);
+}
+
+template <class Format>
+void write_entries(char* row, const int32_t* ids, const float* grad, float upstream, int k) {
+  auto* out = reinterpret_cast<typename Format::Bits*>(row);
+  for (int i = 0; i < k; ++i)
+    if (ids[i] >= 0) out[ids[i]] = Format::round(upstream * grad[i]);
+}
+
+}  // namespace
+
+void scatter(const ScatterArgs& args, int threads) {
+  const int k = args.k;
+  const size_t row_bytes = args.out.width * element_size(args.out.dtype);
+  for_each_row(args.out.count, args.clear ? args.out.width : k, threads, 0,
+               [&](int64_t row, void*) {
+                 char* out = args.out.row(row);
+                 const int32_t* ids = args.ids + row * k;
+                 const float* grad = args.entry_grad + row * k;
+                 const float upstream = args.upstream[row];
+                 if (args.clear) stream_zeros(out, row_bytes);
+                 switch (args.out.dtype) {
+                   case DType::kFloat32:
+                     return write_entries<Float32>(out, ids, grad, upstream, k);
+                   case DType::kFloat16:
+                     return write_entries<Float16>(out, ids, grad, upstream, k);
+                   default: return write_entries<BFloat16>(out, ids, grad, upstream, k);
+                 }
+               });
+}
+
+}  // namespace opd::cpu

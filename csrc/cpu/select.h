@@ -1,0 +1,60 @@
+// Exact top-K of one row with one read of the row; compiled once per instruction set.
+//
+// Pass 1 reduces the row to the maximum key of each group of G adjacent elements. The row's K best
+// elements lie in the K best groups (ties: the lower group), so pass 2 re-reads only K * G elements,
+// which are still in L2, and selects exactly among them. Both passes find their K-th largest key by
+// bisecting the key's bits with vectorised counts, so the work does not depend on the values: all
+// equal, ascending and random rows cost the same.
+//
+// Bytes: V * element for pass 1, K * G * element from cache for pass 2, scratch V / G + K * G keys.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "../common/formats.h"
+
+namespace opd::cpu {
+
+constexpr int kMaxK = 1024;
+
+// G halves the re-read against the number of groups; below 16 elements a vector holds several groups
+// of too few elements to reduce. With G = 16 and K = 1024 the re-read is 11 % of V = 151936.
+constexpr int kWideGroup = 64;
+constexpr int kNarrowGroup = 16;
+constexpr int kWideGroupMaxK = 128;
+
+constexpr int group_size(int k) { return k <= kWideGroupMaxK ? kWideGroup : kNarrowGroup; }
+
+// Bytes of 64-byte aligned scratch that select_row needs.
+size_t select_scratch_bytes(int64_t limit, int k, int element_size);
+
+// Writes the k best ids of [0, limit) in order (value descending, id ascending), -1 where fewer can
+// be selected. `banned` holds one bit per id, padded to whole 64-bit words, or is null.
+using SelectRow = void (*)(const void* row, int64_t limit, const uint64_t* banned, int k,
+                           void* scratch, int32_t* ids);
+
+// The same function compiled for one instruction set, by the logits' dtype.
+struct RowSelectors {
+  SelectRow float32;
+  SelectRow float16;
+  SelectRow bfloat16;
+
+  SelectRow of(DType dtype) const {
+    return dtype == DType::kFloat32 ? float32 : dtype == DType::kFloat16 ? float16 : bfloat16;
+  }
+};
+
+extern const RowSelectors kAvx512Selectors, kAvx2Selectors, kBaselineSelectors;
+
+struct InstructionSet {
+  const char* name;
+  bool supported;  // by the running CPU
+  const RowSelectors* selectors;
+};
+
+// Those compiled in, best first; the last one runs anywhere.
+const std::vector<InstructionSet>& instruction_sets();
+
+}  // namespace opd::cpu

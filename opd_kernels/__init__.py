@@ -1,0 +1,20 @@
+"""Fused kernels for top-K on-policy distillation.
+
+``topk_rkl`` is the loss, ``select_topk`` the teacher's support by itself, ``TopK`` a support that was
+cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from opd_kernels._autograd import TopKReverseKL
+from opd_kernels.losses import topk_rkl
+from opd_kernels.selection import select_topk
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+
+try:
+    __version__ = version("opd_kernels")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = ["Stats", "TopK", "TopKReverseKL", "select_topk", "topk_rkl"]

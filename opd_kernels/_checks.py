@@ -1,0 +1,189 @@
+"""What users can get wrong, one helper per error: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ID_DTYPES = (torch.int32, torch.int64)
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def check_logits(logits: object, name: str) -> Tensor:
+    """A tensor of logits (..., V) that kernels can read without a copy."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name} is a {type(logits).__name__}, expected a tensor of logits (..., V)"
+        )
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {logits.dtype}, allowed are float16, bfloat16, float32 and float64; "
+            "convert it with .float()"
+        )
+    if logits.ndim == 0:
+        raise ValueError(f"{name} is a scalar, expected logits (..., V)")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
+            "call .contiguous() once where the logits are made"
+        )
+    return logits
+
+
+def check_same_rows(student: Tensor, teacher: Tensor, name: str) -> None:
+    """Student and teacher have one row per token each."""
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{name} has leading shape {tuple(teacher.shape[:-1])}, student_logits "
+            f"{tuple(student.shape[:-1])}; they must be equal, one row per token"
+        )
+
+
+def check_same_device(tensor: Tensor, device: torch.device, name: str) -> None:
+    """Everything lies on the student's device."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the logits are on {device}; move one of them"
+        )
+
+
+def check_k(k: int, vocab: int) -> None:
+    """1 <= k <= vocabulary of the logits that are selected from."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k is a {type(k).__name__}, expected an int")
+    if k < 1 or k > vocab:
+        raise ValueError(f"k is {k}, allowed is 1 to the teacher's vocabulary of {vocab}")
+
+
+def check_k_matches(k: int | None, width: int) -> None:
+    """A given support has its own width."""
+    if k is not None and k != width:
+        raise ValueError(
+            f"k is {k}, but the teacher is a TopK of width {width}; leave k out, or slice the TopK's "
+            "last dimension where it is made"
+        )
+
+
+def check_vocab_size(vocab_size: int | None) -> None:
+    """vocab_size is a positive int or None."""
+    if vocab_size is None:
+        return
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}, expected an int or None")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}, allowed is 1 or more")
+
+
+def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:
+    """A bool or integer mask with one flag per row."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool or integer tensor")
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(
+            f"mask has dtype {mask.dtype}, allowed are bool and integers; pass per-row factors as "
+            "weight, or compare: mask != 0"
+        )
+    check_row_shape(mask, rows, "mask")
+    check_same_device(mask, device, "mask")
+
+
+def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None:
+    """A floating factor per row."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor with one per row")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(
+            f"weight has dtype {weight.dtype}, allowed are floating dtypes; pass bool and integer "
+            "flags as mask"
+        )
+    check_row_shape(weight, rows, "weight")
+    check_same_device(weight, device, "weight")
+
+
+def check_row_shape(tensor: Tensor, rows: torch.Size, name: str) -> None:
+    """One element per row."""
+    if tensor.shape != rows:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected the logits' leading shape "
+            f"{tuple(rows)}"
+        )
+
+
+def check_temperature_tensor(
+    temperature: Tensor, rows: torch.Size, device: torch.device, name: str
+) -> None:
+    """A constant temperature per row. Its values are not read: that would synchronise."""
+    if not temperature.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {temperature.dtype}, expected a floating dtype")
+    if temperature.requires_grad:
+        raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
+    if temperature.ndim > 0:
+        check_row_shape(temperature, rows, name)
+    check_same_device(temperature, device, name)
+
+
+def check_temperature_type(temperature: object, name: str) -> None:
+    """A number, before its value is looked at (a compiler may only know its type)."""
+    if isinstance(temperature, bool) or not isinstance(
+        temperature, (int, float, torch.SymFloat, torch.SymInt)
+    ):
+        raise TypeError(f"{name} is a {type(temperature).__name__}, expected a float or a tensor")
+
+
+def check_temperature_value(temperature: float, name: str) -> None:
+    """A finite number above 0."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{name} is {temperature}, allowed are finite numbers above 0")
+
+
+def check_reduction(reduction: str, normalizer: object) -> None:
+    """A known reduction; a normalizer only where something is divided."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'normalizer goes with reduction="mean", not {reduction!r}; divide the result yourself'
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"normalizer has shape {tuple(normalizer.shape)}, expected a number or a 0-d tensor"
+            )
+    elif isinstance(normalizer, bool) or not isinstance(
+        normalizer, (int, float, torch.SymFloat, torch.SymInt)
+    ):
+        raise TypeError(
+            f"normalizer is a {type(normalizer).__name__}, expected a number or a 0-d tensor"
+        )
+
+
+def check_inplace(student: Tensor) -> None:
+    """Memory that backward may overwrite."""
+    if student.requires_grad and student.is_leaf:
+        raise ValueError(
+            "inplace_grad=True would overwrite student_logits, which is a leaf of the graph; pass the "
+            "output of a layer, or inplace_grad=False"
+        )
+    if any(
+        stride == 0
+        for stride, size in zip(student.stride(), student.shape, strict=True)
+        if size > 1
+    ):
+        raise ValueError(
+            "inplace_grad=True needs rows of their own, but student_logits is expanded (stride 0); "
+            "pass inplace_grad=False"
+        )
+
+
+def check_banned_ids(banned_ids: Tensor, device: torch.device) -> None:
+    """A 1-D list of ids."""
+    if banned_ids.dtype not in ID_DTYPES:
+        raise TypeError(f"banned_ids has dtype {banned_ids.dtype}, allowed are int32 and int64")
+    if banned_ids.ndim != 1:
+        raise ValueError(f"banned_ids has shape {tuple(banned_ids.shape)}, expected one dimension")
+    check_same_device(banned_ids, device, "banned_ids")

@@ -1,0 +1,184 @@
+"""The CPU backend: allocates, and passes pointers to the compiled module.
+
+Instruction sets are chosen when the module is loaded; ``OPD_KERNELS_CPU_ISA`` names another one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from opd_kernels import _C
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR = str(error)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INSTRUCTION_SET = os.environ.get("OPD_KERNELS_CPU_ISA") or (
+    _C.instruction_sets()[0] if _C is not None else ""
+)
+# From here on a gradient gets pages of its own from the system; smaller ones come from the heap.
+OWN_PAGES_BYTES = 4 << 20
+
+
+def unavailable() -> str | None:
+    """Why the compiled module cannot be used, and what would bring it; None if it can."""
+    if _C is not None:
+        return None
+    return (
+        f"the compiled module is missing ({_IMPORT_ERROR}); install a C++17 compiler (g++ or clang) "
+        "and reinstall opd_kernels"
+    )
+
+
+def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"{dtype} is not float16, bfloat16 or float32; backend='reference' takes it"
+    if k > _C.max_k:
+        return f"k is {k}, above {_C.max_k}; backend='reference' takes it"
+    return None
+
+
+def select(
+    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k best ids and their values; see ``opd_kernels.reference.select``."""
+    ids = torch.empty(*logits.shape[:-1], k, dtype=torch.int32)
+    values = torch.empty(*logits.shape[:-1], k, dtype=torch.float32)
+    mask = None if mask is None else mask.contiguous()
+    _C.select(
+        isa=INSTRUCTION_SET,
+        threads=torch.get_num_threads(),
+        logits=_rows(logits),
+        allowed=_allowed(limit, banned, mask),
+        k=k,
+        ids=ids.data_ptr(),
+        values=values.data_ptr(),
+    )
+    return ids, values
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
+    rows = student.shape[:-1]
+    loss = torch.empty(rows, dtype=torch.float32)
+    ids = torch.empty(*rows, k, dtype=torch.int32)
+    entry_grad = torch.empty(*rows, k, dtype=torch.float32)
+    mask = None if mask is None else mask.contiguous()
+    student_t, teacher_t = _row_values(temperature), _row_values(teacher_temperature)
+    _C.divergence(
+        isa=INSTRUCTION_SET,
+        threads=torch.get_num_threads(),
+        student=_rows(student),
+        teacher=_rows(teacher),
+        ids=None if teacher_ids is None else _rows(teacher_ids),
+        allowed=_allowed(limit, banned, mask),
+        k=k,
+        temperature=_temperature(student_t),
+        teacher_temperature=_temperature(teacher_t),
+        loss=loss.data_ptr(),
+        out_ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+    )
+    return loss, ids, entry_grad
+
+
+def scatter(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense gradient; see ``opd_kernels.reference.scatter``."""
+    shape = (*ids.shape[:-1], width)
+    out = _fresh_zero_pages(shape, dtype)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+        _scatter(out, entry_grad, ids, upstream, clear=True)
+    else:
+        _scatter(out, entry_grad, ids, upstream, clear=False)
+    return out
+
+
+def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, into memory that is there already."""
+    _scatter(out, entry_grad, ids, upstream, clear=True)
+
+
+def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, clear: bool) -> None:
+    ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
+    upstream = upstream.to(torch.float32).contiguous()
+    _C.scatter(
+        threads=torch.get_num_threads(),
+        out=_rows(out),
+        ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+        upstream=upstream.data_ptr(),
+        k=ids.shape[-1],
+        clear=clear,
+    )
+
+
+def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor on pages straight from the system, or None where it is not worth it.
+
+    The system hands out zeroed pages, so the gradient's zeros are written once, by the kernel that
+    clears the page, instead of a second time by a memset; huge pages make the faults cheap.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    nbytes = count * dtype.itemsize
+    if nbytes < OWN_PAGES_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them still hands out zero pages
+        pass
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+
+
+def _rows(tensor: Tensor) -> Any:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return _C.Rows(tensor.data_ptr(), name, tuple(tensor.shape), tensor.stride())
+
+
+def _allowed(limit: int, banned: Tensor | None, mask: Tensor | None) -> Any:
+    return _C.Allowed(
+        limit,
+        banned=0 if banned is None else banned.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+    )
+
+
+def _row_values(temperature: float | Tensor) -> float | Tensor:
+    """Per-row temperatures as the kernels read them; must outlive the call."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(torch.float32).contiguous()
+    return temperature
+
+
+def _temperature(temperature: float | Tensor) -> Any:
+    if isinstance(temperature, Tensor):
+        return _C.Temperature(1.0, temperature.data_ptr())
+    return _C.Temperature(temperature)

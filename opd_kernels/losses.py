@@ -1,0 +1,212 @@
+"""``topk_rkl``: validate, call the operator row by row, reduce."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd_kernels import _checks, _ops
+from opd_kernels import stats as _stats
+from opd_kernels._autograd import TopKReverseKL, anchor_of
+from opd_kernels.backends import AUTO
+from opd_kernels.selection import ban_bitmap, bool_mask
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+
+__all__ = ["topk_rkl"]
+
+DEFAULT_K = 32  # arXiv 2603.25562
+
+
+def topk_rkl(
+    student_logits: Tensor,
+    teacher: Tensor | TopK,
+    k: int | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    inplace_grad: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Renormalised reverse KL of the student to the teacher on the teacher's top-K support.
+
+    With student logits z, teacher logits t and S the teacher's k best allowed ids of a row::
+
+        p = softmax(z[S] / T)    q = softmax(t[S] / T')    L = sum over S of p (log p - log q)
+        dL/dz_v = p_v (log p_v - log q_v - L) / T  for v in S, 0 elsewhere
+
+    Shapes and dtypes: ``student_logits`` (..., V) and ``teacher``, either logits (..., V_t) or a
+    ``TopK`` (..., K), with the same leading shape: one row per token, no causal shift inside.
+    float16, bfloat16, float32 or float64; leading dimensions may have any strides, the last must
+    have stride 1. Arithmetic is float32 (float64 where an input is); the loss is float32 (float64).
+
+    Args:
+        student_logits: what gets the gradient.
+        teacher: constant; its logits, or a support that was selected before or by a server.
+        k: size of the support; 32 for logits (the paper's), the width of a ``TopK``.
+        temperature: T, divides both sides' logits; a float or a constant tensor per row. There is no
+            T squared factor.
+        teacher_temperature: T' where the teacher's differs.
+        mask: bool or integer per row; False or 0: the row is not read, has loss 0 and gradient 0.
+        weight: floating factor per row, multiplies the loss; differentiable.
+        banned_ids: ids that never enter the support, a sequence or an int tensor on the device.
+        vocab_size: only ids below it can enter the support; for padded vocabularies.
+        reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer`` or,
+            without one, by the number of unmasked rows (at least 1), not by the weights' sum.
+        normalizer: a number or 0-d tensor, for instance the global token count.
+        inplace_grad: let backward write the gradient into the memory of ``student_logits``; any other
+            use of the logits in the graph then gets PyTorch's error about in-place modification.
+        return_stats: also return ``Stats``, which reads the full rows once more.
+        backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
+            or raises.
+
+    Gradients: ``student_logits`` (in its dtype) and ``weight``. Kept for backward: 8 bytes per row and
+    entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.
+
+    Absent entries (id -1, outside the vocabulary, banned, or teacher -inf) take no part. A student
+    value of -inf has p = 0. NaN or +inf at an entry that takes part makes its row NaN and no other.
+    The loss is never clamped: rounding may make it about -1e-7.
+
+    Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
+    allowed. k = 1 warns: one renormalised entry has loss and gradient 0.
+
+    Example::
+
+        logits = student(input_ids).logits                      # (B, T, V)
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids).logits
+        mask = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))  # position t predicts t + 1
+        loss = topk_rkl(logits, teacher_logits, k=32, mask=mask)
+        loss.backward()
+
+    Source: arXiv 2603.25562, teacher top-K local support matching.
+    """
+    _checks.check_logits(student_logits, "student_logits")
+    _checks.check_vocab_size(vocab_size)
+    _checks.check_reduction(reduction, normalizer)
+    if inplace_grad:
+        _checks.check_inplace(student_logits)
+    rows, device = student_logits.shape[:-1], student_logits.device
+    values, ids, k, limit = _teacher_tensors(student_logits, teacher, k)
+    if vocab_size is not None:
+        limit = min(limit, vocab_size)
+    mask = bool_mask(mask, student_logits)
+    if weight is not None:
+        _checks.check_weight(weight, rows, device)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    student_t = _temperature(temperature, rows, device, "temperature")
+    teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
+    banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
+    if return_stats and ids is None:
+        # The support is needed by name: select it first, then go on as with a given one.
+        ids, values = _ops.select(values, k, limit, banned, mask, backend or AUTO)
+
+    loss, _, _ = TopKReverseKL.apply(
+        student_logits,
+        anchor_of(student_logits),
+        values,
+        ids,
+        mask,
+        student_t[1],
+        teacher_t[1],
+        banned,
+        student_t[0],
+        teacher_t[0],
+        k,
+        limit,
+        inplace_grad,
+        backend or AUTO,
+    )
+    loss = _reduce(loss, weight, mask, reduction, normalizer)
+    if not return_stats:
+        return loss
+    stats = _stats.measure(
+        student_logits.detach(),
+        teacher,
+        TopK(ids, values),
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        limit=limit,
+        vocab_size=vocab_size,
+        mask=mask,
+        banned=banned,
+    )
+    return loss, stats
+
+
+def _teacher_tensors(
+    student: Tensor, teacher: Tensor | TopK, k: int | None
+) -> tuple[Tensor, Tensor | None, int, int]:
+    """(values, ids or None, k, limit) of a teacher given as logits or as a support."""
+    if isinstance(teacher, TopK):
+        _checks.check_same_rows(student, teacher.ids, "teacher")
+        _checks.check_same_device(teacher.ids, student.device, "teacher")
+        _checks.check_k_matches(k, teacher.k)
+        return (
+            _adjacent(teacher.logits.detach()),
+            _adjacent(teacher.ids),
+            teacher.k,
+            student.shape[-1],
+        )
+    _checks.check_logits(teacher, "teacher")
+    _checks.check_same_rows(student, teacher, "teacher")
+    _checks.check_same_device(teacher, student.device, "teacher")
+    vocab = teacher.shape[-1]
+    k = min(DEFAULT_K, vocab) if k is None else k
+    _checks.check_k(k, vocab)
+    if k == 1 and not torch.compiler.is_compiling():
+        warnings.warn(
+            "k=1: a support of one entry renormalises to probability 1 on both sides, so the loss and "
+            "its gradient are identically 0; use k=2 or more (the paper's is 32)",
+            stacklevel=3,
+        )
+    return teacher.detach(), None, k, min(student.shape[-1], vocab)
+
+
+def _adjacent(entries: Tensor) -> Tensor:
+    """K entries per row with last stride 1; a support is small enough to copy."""
+    return entries if entries.shape[-1] == 1 or entries.stride(-1) == 1 else entries.contiguous()
+
+
+def _temperature(
+    temperature: float | Tensor, rows: torch.Size, device: torch.device, name: str
+) -> tuple[float, Tensor | None]:
+    """(float, per-row tensor or None) as the operator takes it."""
+    if isinstance(temperature, Tensor):
+        _checks.check_temperature_tensor(temperature, rows, device, name)
+        return 1.0, temperature.expand(rows)
+    _checks.check_temperature_type(temperature, name)
+    return float(temperature), None
+
+
+def _reduce(
+    loss: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """Per-row losses to what was asked for; masked rows stay exactly 0 whatever their weight."""
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+        if mask is not None:
+            loss = torch.where(mask, loss, 0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if normalizer is not None:
+        return total / normalizer
+    return total / (max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1))

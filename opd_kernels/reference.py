@@ -1,0 +1,167 @@
+"""The mathematics in plain PyTorch: the specification, and the backend that runs anywhere.
+
+One row is one token. With student logits z, teacher logits t and the support S, the teacher's K best
+allowed ids:
+
+    p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
+    L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
+
+Three primitives, the same in every backend: ``select``, ``divergence`` and ``scatter``. Shapes:
+student (..., V), teacher (..., V_t) or (..., K), ids int32 (..., K), everything per row (...).
+Arithmetic is float32, or float64 where an input is. Temporaries are as large as the logits: this
+module is for reading, for checking, for float64 and for K above what the kernels take.
+
+Source: arXiv 2603.25562, teacher top-K local support matching.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> None:
+    """The reference serves every device, dtype and K."""
+
+
+def select(
+    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k best ids of [0, limit) in order of (value descending, id ascending), and their values.
+
+    A stable sort: ties go to the lower id, -0 equals +0, NaN ranks highest. Where fewer than k can be
+    selected, and in masked rows, the id is -1 and the value -inf.
+    """
+    values = logits[..., :limit].to(compute_dtype(logits))
+    ids = torch.arange(values.shape[-1], device=logits.device)
+    if banned is not None:
+        # Banned columns go last, so that a stable sort puts them behind every other -inf.
+        excluded = unpack_bitmap(banned, values.shape[-1])
+        ids = torch.argsort(excluded, stable=True)
+        values = values.masked_fill(excluded, NEVER)[..., ids]
+        ids = torch.where(excluded[ids], -1, ids)
+    values, order = torch.sort(values, dim=-1, descending=True, stable=True)
+    values, ids = values[..., :k], ids[order[..., :k]]
+    missing = k - values.shape[-1]
+    if missing > 0:
+        values = torch.nn.functional.pad(values, (0, missing), value=NEVER)
+        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+    if mask is not None:
+        values = values.masked_fill(~mask[..., None], NEVER)
+        ids = ids.masked_fill(~mask[..., None], -1)
+    return ids.to(torch.int32), values.contiguous()
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (...), ids (..., K) and entry gradients (..., K) of the renormalised reverse KL.
+
+    In the returned ids every id occurs once: gradients of repeated ids are added into the first, and
+    absent entries are -1 with gradient 0.
+    """
+    dtype = compute_dtype(student, teacher)
+    if teacher_ids is None:
+        ids, values = select(teacher, k, limit, banned, mask)
+    else:
+        ids, values = _restrict(teacher_ids, teacher, limit, banned, mask)
+    present = (ids >= 0) & (values != NEVER)
+    ids = torch.where(present, ids, -1)
+    t = torch.where(present, values.to(dtype), NEVER)
+    z = student.gather(-1, ids.clamp(min=0).long()).to(dtype)
+    z = torch.where(present, z, NEVER)
+
+    student_t = _per_row(temperature, dtype)
+    log_p = _log_softmax(z, student_t)
+    log_ratio = log_p - _log_softmax(t, _per_row(teacher_temperature, dtype))
+    p = log_p.exp()
+    # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
+    loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
+    grad = torch.where(p == 0, 0, p * (log_ratio - loss) / student_t)
+
+    empty = (z == NEVER).all(-1, keepdim=True)
+    poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
+    loss = loss.masked_fill(empty, 0).masked_fill(poisoned, torch.nan)
+    grad = grad.masked_fill(empty, 0).masked_fill(poisoned, torch.nan).masked_fill(~present, 0)
+    if teacher_ids is not None:
+        ids, grad = _merge_duplicates(ids, grad)
+    return loss.squeeze(-1), ids, grad
+
+
+def scatter(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense gradient (..., V): upstream * entry gradient at the ids, 0 elsewhere."""
+    out = torch.empty(*ids.shape[:-1], width, dtype=dtype, device=ids.device)
+    scatter_(out, entry_grad, ids, upstream)
+    return out
+
+
+def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, into memory that is there already."""
+    present = ids >= 0
+    values = torch.where(present, upstream[..., None] * entry_grad, 0).to(out.dtype)
+    # Absent entries add 0 to id 0; present ids are unique, so nothing is rounded twice.
+    out.zero_().scatter_add_(-1, ids.clamp(min=0).long(), values)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def unpack_bitmap(bitmap: Tensor, width: int) -> Tensor:
+    """Bool (width,) of a uint8 bitmap, bit b of byte i standing for id 8 i + b."""
+    bits = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
+    return ((bitmap[:, None] >> bits) & 1).flatten()[:width].bool()
+
+
+def _restrict(
+    ids: Tensor, values: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A given support with everything that may not take part made absent."""
+    allowed = (ids >= 0) & (ids < limit)
+    if banned is not None:
+        excluded = unpack_bitmap(banned, limit)
+        allowed &= ~excluded[torch.where(allowed, ids, 0).long()]
+    if mask is not None:
+        allowed &= mask[..., None]
+    return torch.where(allowed, ids, -1).to(torch.int32), values
+
+
+def _per_row(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return temperature[..., None].to(dtype) if isinstance(temperature, Tensor) else temperature
+
+
+def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
+    """log softmax(x / T), kept finite so that an overflowing span never makes inf - inf.
+
+    The maximum is taken off before dividing: x / T alone may overflow.
+    """
+    top = x.amax(-1, keepdim=True)
+    scaled = (x - top.masked_fill(top == NEVER, 0)) / temperature
+    return (scaled - scaled.exp().sum(-1, keepdim=True).log()).clamp(min=torch.finfo(x.dtype).min)
+
+
+def _merge_duplicates(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds gradients of equal ids into the first occurrence; the others become absent."""
+    ordered, order = torch.sort(ids, dim=-1, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    segment = first.long().cumsum(-1) - 1
+    sums = torch.zeros_like(grad).scatter_add_(-1, segment, grad.gather(-1, order))
+    merged = torch.where(first, sums.gather(-1, segment), 0)
+    kept = torch.where(first, ordered, -1)
+    return torch.empty_like(ids).scatter_(-1, order, kept), torch.empty_like(grad).scatter_(
+        -1, order, merged
+    )
