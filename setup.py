@@ -109,8 +109,8 @@ class NinjaBuild(build_ext):
             if os.environ.get("OPD_KERNELS_REQUIRE_NATIVE") == "1":
                 raise
             print(
-                f"opd_kernels: the native CPU kernels were not built ({error}). The package works on "
-                "its reference backend, slowly. Install a C++17 compiler and reinstall.",
+                f"opd_kernels: the native CPU kernels were not built ({error}). The package works "
+                "on its reference backend, slowly. Install a C++17 compiler and reinstall.",
                 file=sys.stderr,
             )
 

@@ -1,7 +1,7 @@
 """Fused kernels for top-K on-policy distillation.
 
-``topk_rkl`` is the loss, ``select_topk`` the teacher's support by itself, ``TopK`` a support that was
-cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath.
+``topk_rkl`` is the loss, ``select_topk`` the teacher's support by itself, ``TopK`` a support that
+was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -19,9 +19,9 @@ __all__ = ["TopKReverseKL"]
 class TopKReverseKL(torch.autograd.Function):
     """Per-row renormalised reverse KL over the teacher's top-K support.
 
-    ``apply`` returns ``(loss, ids, entry_grad)``: loss (...) with a gradient for ``student``, and the
-    constant support ids and gradient entries (..., K). ``anchor`` is an empty tensor that depends on
-    the student, see ``anchor_of``; it ties a second differentiation to the refusal.
+    ``apply`` returns ``(loss, ids, entry_grad)``: loss (...) with a gradient for ``student``, and
+    the constant support ids and gradient entries (..., K). ``anchor`` is an empty tensor that
+    depends on the student, see ``anchor_of``; it ties a second differentiation to the refusal.
     """
 
     @staticmethod
@@ -129,8 +129,8 @@ class _ScatterGradient(torch.autograd.Function):
 def anchor_of(student: Tensor) -> Tensor:
     """An empty tensor that depends on the student in the graph but does not share its memory.
 
-    A second differentiation has to reach ``_ScatterGradient`` through the student; a slice saved for
-    backward would do that too, but would keep the logits alive.
+    A second differentiation has to reach ``_ScatterGradient`` through the student; a slice saved
+    for backward would do that too, but would keep the logits alive.
     """
     return student[..., :0].clone()
 

@@ -62,8 +62,8 @@ def check_k_matches(k: int | None, width: int) -> None:
     """A given support has its own width."""
     if k is not None and k != width:
         raise ValueError(
-            f"k is {k}, but the teacher is a TopK of width {width}; leave k out, or slice the TopK's "
-            "last dimension where it is made"
+            f"k is {k}, but the teacher is a TopK of width {width}; leave k out, or slice the "
+            "TopK's last dimension where it is made"
         )
 
 
@@ -166,8 +166,8 @@ def check_inplace(student: Tensor) -> None:
     """Memory that backward may overwrite."""
     if student.requires_grad and student.is_leaf:
         raise ValueError(
-            "inplace_grad=True would overwrite student_logits, which is a leaf of the graph; pass the "
-            "output of a layer, or inplace_grad=False"
+            "inplace_grad=True would overwrite student_logits, which is a leaf of the graph; pass "
+            "the output of a layer, or inplace_grad=False"
         )
     if any(
         stride == 0

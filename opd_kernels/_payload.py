@@ -41,8 +41,8 @@ def from_arrays(ids: Any, logprobs: Any) -> tuple[Tensor, Tensor]:
     value_array, value_shape = _dense(logprobs, np.float32, -np.inf)
     if id_shape != value_shape:
         raise ValueError(
-            f"ids and logprobs differ in shape ({id_array.shape} and {value_array.shape}, or in the "
-            "lengths of their inner lists); expected one log-prob per id"
+            f"ids and logprobs differ in shape ({id_array.shape} and {value_array.shape}, or in "
+            "the lengths of their inner lists); expected one log-prob per id"
         )
     return torch.from_numpy(id_array), torch.from_numpy(value_array)
 

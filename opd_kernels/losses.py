@@ -54,24 +54,25 @@ def topk_rkl(
         student_logits: what gets the gradient.
         teacher: constant; its logits, or a support that was selected before or by a server.
         k: size of the support; 32 for logits (the paper's), the width of a ``TopK``.
-        temperature: T, divides both sides' logits; a float or a constant tensor per row. There is no
-            T squared factor.
+        temperature: T, divides both sides' logits; a float or a constant tensor per row. There is
+            no T squared factor.
         teacher_temperature: T' where the teacher's differs.
         mask: bool or integer per row; False or 0: the row is not read, has loss 0 and gradient 0.
         weight: floating factor per row, multiplies the loss; differentiable.
         banned_ids: ids that never enter the support, a sequence or an int tensor on the device.
         vocab_size: only ids below it can enter the support; for padded vocabularies.
-        reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer`` or,
-            without one, by the number of unmasked rows (at least 1), not by the weights' sum.
+        reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer``
+            or, without one, by the number of unmasked rows (at least 1), not by the weights' sum.
         normalizer: a number or 0-d tensor, for instance the global token count.
-        inplace_grad: let backward write the gradient into the memory of ``student_logits``; any other
-            use of the logits in the graph then gets PyTorch's error about in-place modification.
+        inplace_grad: let backward write the gradient into the memory of ``student_logits``; any
+            other use of the logits in the graph then gets PyTorch's error about in-place
+            modification.
         return_stats: also return ``Stats``, which reads the full rows once more.
         backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
             or raises.
 
-    Gradients: ``student_logits`` (in its dtype) and ``weight``. Kept for backward: 8 bytes per row and
-    entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.
+    Gradients: ``student_logits`` (in its dtype) and ``weight``. Kept for backward: 8 bytes per row
+    and entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.
 
     Absent entries (id -1, outside the vocabulary, banned, or teacher -inf) take no part. A student
     value of -inf has p = 0. NaN or +inf at an entry that takes part makes its row NaN and no other.
@@ -98,6 +99,8 @@ def topk_rkl(
         _checks.check_inplace(student_logits)
     rows, device = student_logits.shape[:-1], student_logits.device
     values, ids, k, limit = _teacher_tensors(student_logits, teacher, k)
+    if k == 1:
+        _warn_about_one_entry()
     if vocab_size is not None:
         limit = min(limit, vocab_size)
     mask = bool_mask(mask, student_logits)
@@ -165,13 +168,17 @@ def _teacher_tensors(
     vocab = teacher.shape[-1]
     k = min(DEFAULT_K, vocab) if k is None else k
     _checks.check_k(k, vocab)
-    if k == 1 and not torch.compiler.is_compiling():
-        warnings.warn(
-            "k=1: a support of one entry renormalises to probability 1 on both sides, so the loss and "
-            "its gradient are identically 0; use k=2 or more (the paper's is 32)",
-            stacklevel=3,
-        )
     return teacher.detach(), None, k, min(student.shape[-1], vocab)
+
+
+def _warn_about_one_entry() -> None:
+    if torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        "k=1: a support of one entry renormalises to probability 1 on both sides, so the loss and "
+        "its gradient are identically 0; use k=2 or more (the paper's is 32)",
+        stacklevel=3,
+    )
 
 
 def _adjacent(entries: Tensor) -> Tensor:
@@ -187,6 +194,12 @@ def _temperature(
         _checks.check_temperature_tensor(temperature, rows, device, name)
         return 1.0, temperature.expand(rows)
     _checks.check_temperature_type(temperature, name)
+    if torch.compiler.is_compiling():
+        # A compiler guards on the value of a float that an operator takes, so that a schedule would
+        # recompile every step; floats in plain arithmetic it turns into graph inputs.
+        tensor = torch.ones((), dtype=torch.float64, device=device) * temperature
+        return 1.0, tensor.expand(rows)
+    _checks.check_temperature_value(temperature, name)
     return float(temperature), None
 
 

@@ -1,7 +1,7 @@
 """The mathematics in plain PyTorch: the specification, and the backend that runs anywhere.
 
-One row is one token. With student logits z, teacher logits t and the support S, the teacher's K best
-allowed ids:
+One row is one token. With student logits z, teacher logits t and the support S, the teacher's K
+best allowed ids:
 
     p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
@@ -31,8 +31,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """The k best ids of [0, limit) in order of (value descending, id ascending), and their values.
 
-    A stable sort: ties go to the lower id, -0 equals +0, NaN ranks highest. Where fewer than k can be
-    selected, and in masked rows, the id is -1 and the value -inf.
+    A stable sort: ties go to the lower id, -0 equals +0, NaN ranks highest. Where fewer than k can
+    be selected, and in masked rows, the id is -1 and the value -inf.
     """
     values = logits[..., :limit].to(compute_dtype(logits))
     ids = torch.arange(values.shape[-1], device=logits.device)
@@ -67,8 +67,8 @@ def divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (...), ids (..., K) and entry gradients (..., K) of the renormalised reverse KL.
 
-    In the returned ids every id occurs once: gradients of repeated ids are added into the first, and
-    absent entries are -1 with gradient 0.
+    In the returned ids every id occurs once: gradients of repeated ids are added into the first,
+    and absent entries are -1 with gradient 0.
     """
     dtype = compute_dtype(student, teacher)
     if teacher_ids is None:

@@ -28,18 +28,19 @@ def select_topk(
 ) -> TopK:
     """The k best ids of each row and their logits, exactly.
 
-    Order: (value descending, id ascending); ties go to the lower id, -0 equals +0, NaN ranks highest.
+    Order: (value descending, id ascending); ties go to the lower id, -0 equals +0, NaN ranks
+    highest.
 
-    Shapes and dtypes: logits (..., V), float16, bfloat16, float32 or float64, last stride 1; returns
-    ids int32 and logits float32 (float64 for float64), both (..., k). Only ids in
-    [0, min(V, vocab_size)) that are not in ``banned_ids`` can be selected; where fewer than k can be,
-    and in rows whose ``mask`` is False (not read), the id is -1 and the logit -inf.
+    Shapes and dtypes: logits (..., V), float16, bfloat16, float32 or float64, last stride 1;
+    returns ids int32 and logits float32 (float64 for float64), both (..., k). Only ids in
+    [0, min(V, vocab_size)) that are not in ``banned_ids`` can be selected; where fewer than k can
+    be, and in rows whose ``mask`` is False (not read), the id is -1 and the logit -inf.
     ``with_logsumexp`` adds the full log-sum-exp of each row, which ``return_stats`` can use.
 
     Gradients: none. Memory: the outputs (``with_logsumexp``: a float32 copy of a few rows besides).
 
-    Errors: ``ValueError`` for k outside [1, V], a last stride other than 1, a mask of another shape,
-    a backend that cannot serve the call; ``TypeError`` for other dtypes.
+    Errors: ``ValueError`` for k outside [1, V], a last stride other than 1, a mask of another
+    shape, a backend that cannot serve the call; ``TypeError`` for other dtypes.
 
     Example::
 

@@ -27,9 +27,9 @@ class TopK:
     An entry is absent where its id is -1, outside the vocabulary or banned, or its logit is -inf.
     Duplicate ids count as entries of their own; their gradients add up.
 
-    It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows, ``topk.to(...)``
-    moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over its tensors, and ``torch.load``
-    takes it with ``weights_only=True``.
+    It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows,
+    ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over its
+    tensors, and ``torch.load`` takes it with ``weights_only=True``.
 
     Errors: ``TypeError`` for wrong dtypes, ``ValueError`` for shapes that do not match.
 
@@ -147,10 +147,10 @@ class TopK:
         """A server's top-K log-probs as a ``TopK``.
 
         ``logprobs`` alone is nested lists down to one element per position: None (vLLM's first
-        position), a mapping from token id to log-prob (vLLM's ``prompt_logprobs``; the value may be a
-        number, an object with ``.logprob`` or a mapping with ``"logprob"``; ids may be ints, digits
-        or ``"token_id:5"``), or a list of ``(logprob, id, ...)`` (SGLang). With ``ids``, both are
-        arrays, tensors or nested lists of the same shape (TRL, verl).
+        position), a mapping from token id to log-prob (vLLM's ``prompt_logprobs``; the value may be
+        a number, an object with ``.logprob`` or a mapping with ``"logprob"``; ids may be ints,
+        digits or ``"token_id:5"``), or a list of ``(logprob, id, ...)`` (SGLang). With ``ids``,
+        both are arrays, tensors or nested lists of the same shape (TRL, verl).
 
         Ragged lengths are padded with absent entries to the longest of each level; log-probs at or
         below -1000, None and negative ids are absent. An id that is listed twice counts once, with
@@ -189,8 +189,9 @@ class TopK:
         if count:
             where = tuple(int(i) for i in bad.nonzero()[0])
             raise ValueError(
-                f"TopK has {count} ids outside [0, {vocab_size}), the first is {int(self.ids[where])} "
-                f"at {where}; use the student's vocabulary size, and -1 for absent entries"
+                f"TopK has {count} ids outside [0, {vocab_size}), the first is "
+                f"{int(self.ids[where])} at {where}; use the student's vocabulary size, and -1 "
+                f"for absent entries"
             )
         return self
 

@@ -1,5 +1,4 @@
-// The body of select_row, in compiler vectors of 64 bytes: the including file's flags decide whether
-// one is a register (AVX-512), two (AVX2) or four (baseline).
+// The body of select_row, in compiler vectors as wide as the including file's flags allow.
 //
 // NOTES: everything is in an unnamed namespace, and no standard template is instantiated on a type
 // that others could share. Otherwise the linker might pick one instruction set's copy for all.
@@ -9,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../common/ordering.h"
 #include "select.h"
@@ -18,7 +18,13 @@ namespace {
 using namespace opd;
 using namespace opd::cpu;
 
+#if defined(__AVX512BW__)
 constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2, NEON
+#endif
 
 template <class Bits>
 struct VectorOf {
@@ -43,29 +49,17 @@ inline Vector<Bits> lanewise_max(Vector<Bits> a, Vector<Bits> b) {
 }
 
 // Lanes l and l ^ Distance exchanged.
-template <int Distance>
-inline Vector<int16_t> exchange(Vector<int16_t> v) {
-  constexpr int D = Distance;
-#define OPD_LANE(i) (i) ^ D
-#define OPD_LANES4(i) OPD_LANE(i), OPD_LANE(i + 1), OPD_LANE(i + 2), OPD_LANE(i + 3)
-  return __builtin_shufflevector(v, v, OPD_LANES4(0), OPD_LANES4(4), OPD_LANES4(8), OPD_LANES4(12),
-                                 OPD_LANES4(16), OPD_LANES4(20), OPD_LANES4(24), OPD_LANES4(28));
-}
-template <int Distance>
-inline Vector<int32_t> exchange(Vector<int32_t> v) {
-  constexpr int D = Distance;
-  return __builtin_shufflevector(v, v, OPD_LANES4(0), OPD_LANES4(4), OPD_LANES4(8), OPD_LANES4(12));
-#undef OPD_LANES4
-#undef OPD_LANE
+template <int Distance, class V, size_t... Lane>
+inline V exchange(V v, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(v, v, (static_cast<int>(Lane) ^ Distance)...);
 }
 
 // Every lane gets the maximum of its aligned run of Width lanes.
-template <int Width, class V>
-inline V run_max(V v) {
+template <int Width, class Bits>
+inline Vector<Bits> run_max(Vector<Bits> v) {
   if constexpr (Width > 1) {
-    v = run_max<Width / 2>(v);
-    const V other = exchange<Width / 2>(v);
-    v = v > other ? v : other;
+    v = run_max<Width / 2, Bits>(v);
+    v = lanewise_max<Bits>(v, exchange<Width / 2>(v, std::make_index_sequence<kLanes<Bits>>()));
   }
   return v;
 }
@@ -142,7 +136,7 @@ struct RowSelector {
         for (int i = 1; i < kVectors; ++i)
           best = lanewise_max<Bits>(best, keys(start + i * kWidth));
       }
-      best = run_max<kRun>(best);
+      best = run_max<kRun, Bits>(best);
       for (int lane = 0; lane < kWidth; lane += kRun) maxima[groups++] = best[lane];
     }
     for (int64_t i = groups; i % kWidth; ++i) maxima[i] = kNotSelectable;

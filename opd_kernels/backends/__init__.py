@@ -1,8 +1,8 @@
 """Which backend serves a call.
 
 A backend is a module with the primitives ``select``, ``divergence``, ``scatter``, ``scatter_`` and
-``refusal(device, dtypes, k)``, which says why it cannot serve a call, or None. To add one: write the
-module and name it here, in order of preference.
+``refusal(device, dtypes, k)``, which says why it cannot serve a call, or None. To add one: write
+the module and name it here, in order of preference.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Instruction sets are chosen when the module is loaded; ``OPD_KERNELS_CPU_ISA`` n
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import mmap
 import os
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_C: Any = None
 try:
-    from opd_kernels import _C
+    _C = importlib.import_module("opd_kernels._C")
 except ImportError as error:
-    _C = None
     _IMPORT_ERROR = str(error)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,8 +33,8 @@ def unavailable() -> str | None:
     if _C is not None:
         return None
     return (
-        f"the compiled module is missing ({_IMPORT_ERROR}); install a C++17 compiler (g++ or clang) "
-        "and reinstall opd_kernels"
+        f"the compiled module is missing ({_IMPORT_ERROR}); install a C++17 compiler (g++ or "
+        "clang) and reinstall opd_kernels"
     )
 
 
@@ -151,10 +153,8 @@ def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
     if nbytes < OWN_PAGES_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a system without huge pages still hands out zero pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without them still hands out zero pages
-        pass
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
