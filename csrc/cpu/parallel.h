@@ -7,9 +7,9 @@
 #include <memory>
 #include <new>
 
-namespace opd::cpu {
+#include "select.h"
 
-constexpr size_t kScratchAlignment = 64;
+namespace opd::cpu {
 
 struct FreeAligned {
   void operator()(void* at) const { std::free(at); }
@@ -17,8 +17,7 @@ struct FreeAligned {
 using Scratch = std::unique_ptr<void, FreeAligned>;
 
 inline Scratch make_scratch(size_t bytes) {
-  const size_t rounded = (bytes + kScratchAlignment) / kScratchAlignment * kScratchAlignment;
-  void* at = std::aligned_alloc(kScratchAlignment, rounded);
+  void* at = std::aligned_alloc(kScratchAlignment, round_up(bytes + 1, kScratchAlignment));
   if (!at) throw std::bad_alloc();
   return Scratch(at);
 }

@@ -7,13 +7,12 @@
 namespace opd::cpu {
 
 size_t select_scratch_bytes(int64_t limit, int k, int element_size) {
-  constexpr int64_t kVectorBytes = 64;
+  constexpr int64_t kMostLanes = 32;  // of any instruction set; keys come in whole vectors
   const int64_t group = group_size(k);
   const int64_t groups = (limit + group - 1) / group;
-  const int64_t keys = groups > k * group ? groups : k * group;
-  const int64_t lists = (k * int64_t(sizeof(uint64_t)) + kVectorBytes) +
-                        (k * int64_t(sizeof(int32_t)) + kVectorBytes);
-  return static_cast<size_t>(lists + keys * element_size + 2 * kVectorBytes);
+  const size_t keys = static_cast<size_t>((groups > k * group ? groups : k * group) + kMostLanes);
+  return round_up(k * sizeof(uint64_t), kScratchAlignment) +
+         round_up(k * sizeof(int32_t), kScratchAlignment) + keys * element_size;
 }
 
 void select(const SelectArgs& args, const RowSelectors& selectors, int threads) {

@@ -27,7 +27,11 @@ constexpr int kWideGroupMaxK = 128;
 
 constexpr int group_size(int k) { return k <= kWideGroupMaxK ? kWideGroup : kNarrowGroup; }
 
-// Bytes of 64-byte aligned scratch that select_row needs.
+constexpr size_t kScratchAlignment = 64;
+
+constexpr size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// Bytes of scratch, aligned to kScratchAlignment, that select_row needs.
 size_t select_scratch_bytes(int64_t limit, int k, int element_size);
 
 // Writes the k best ids of [0, limit) in order (value descending, id ascending), -1 where fewer can

@@ -1,82 +1,24 @@
-// The body of select_row, in compiler vectors as wide as the including file's flags allow.
+// The body of select_row; each including file compiles it for one instruction set.
 //
 // NOTES: everything is in an unnamed namespace, and no standard template is instantiated on a type
-// that others could share. Otherwise the linker might pick one instruction set's copy for all.
+// that other files could share. Otherwise the linker might keep one instruction set's copy for all.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
 #include "../common/ordering.h"
 #include "select.h"
+#include "vectors.h"
 
 namespace {
 
 using namespace opd;
 using namespace opd::cpu;
 
-#if defined(__AVX512BW__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;  // SSE2, NEON
-#endif
-
-template <class Bits>
-struct VectorOf {
-  typedef Bits type __attribute__((vector_size(kVectorBytes)));
-};
-template <class Bits>
-using Vector = typename VectorOf<Bits>::type;
-
-template <class Bits>
-constexpr int kLanes = kVectorBytes / sizeof(Bits);
-
-template <class Bits>
-inline Vector<Bits> load(const Bits* from) {
-  Vector<Bits> v;
-  memcpy(&v, from, kVectorBytes);
-  return v;
-}
-
-template <class Bits>
-inline Vector<Bits> lanewise_max(Vector<Bits> a, Vector<Bits> b) {
-  return a > b ? a : b;
-}
-
-// Lanes l and l ^ Distance exchanged.
-template <int Distance, class V, size_t... Lane>
-inline V exchange(V v, std::index_sequence<Lane...>) {
-  return __builtin_shufflevector(v, v, (static_cast<int>(Lane) ^ Distance)...);
-}
-
-// Every lane gets the maximum of its aligned run of Width lanes.
-template <int Width, class Bits>
-inline Vector<Bits> run_max(Vector<Bits> v) {
-  if constexpr (Width > 1) {
-    v = run_max<Width / 2, Bits>(v);
-    v = lanewise_max<Bits>(v, exchange<Width / 2>(v, std::make_index_sequence<kLanes<Bits>>()));
-  }
-  return v;
-}
-
-// All ones in the lanes whose bit is set; bits holds one bit per lane.
-template <class Bits>
-inline Vector<Bits> expand_bits(uint64_t bits) {
-  Vector<Bits> spread, lane_bit;
-  for (int lane = 0; lane < kLanes<Bits>; ++lane) {
-    spread[lane] = static_cast<Bits>(bits >> (lane & ~15));
-    lane_bit[lane] = static_cast<Bits>(1u << (lane & 15));
-  }
-  return (spread & lane_bit) != Vector<Bits>{};
-}
-
 template <class Format>
-struct RowSelector {
+struct RowReader {
   using Bits = typename Format::Bits;
   using V = Vector<Bits>;
   static constexpr int kWidth = kLanes<Bits>;
@@ -86,23 +28,19 @@ struct RowSelector {
   int64_t limit;
   const uint64_t* banned;
 
-  // Bits of the ban map for ids [start, start + 64); start is a multiple of a divisor of 64.
-  uint64_t banned_bits(int64_t start) const { return banned[start >> 6] >> (start & 63); }
-
-  // Keys of one vector that lies inside the row.
-  V keys_at(int64_t start) const {
+  // Order keys of the vector at `start`; kNotSelectable where banned, and at and past `limit`,
+  // where nothing is read.
+  V keys(int64_t start) const {
+    if (start + kWidth > limit) return keys_at_end(start);
     V keys = order_key<Format>(load(row + start));
-    if (banned) {
-      const uint64_t bits = banned_bits(start);
-      if (bits) {
-        const V ban = expand_bits<Bits>(bits);
-        keys = (keys & ~ban) | (ban & kNotSelectable);
-      }
+    // A vector's bits lie in one word, because its width divides 64 and so does its start.
+    if (const uint64_t bits = banned ? banned[start >> 6] >> (start & 63) : 0) {
+      const V ban = lanes_of<Bits>(bits);
+      keys = (keys & ~ban) | (ban & kNotSelectable);
     }
     return keys;
   }
 
-  // Keys of a vector that the row's end cuts; nothing at or past `limit` is read.
   V keys_at_end(int64_t start) const {
     Bits keys[kWidth];
     for (int lane = 0; lane < kWidth; ++lane) {
@@ -113,128 +51,192 @@ struct RowSelector {
     return load(keys);
   }
 
-  V keys(int64_t start) const {
-    return start + kWidth <= limit ? keys_at(start) : keys_at_end(start);
-  }
-
-  // Maxima of all groups; returns how many there are. `maxima` has room for whole vectors, and what
-  // is past the last group is set to kNotSelectable.
-  template <int Group>
-  int64_t group_maxima(Bits* maxima) const {
-    constexpr int kRun = Group < kWidth ? Group : kWidth;  // lanes of a vector that one group owns
-    constexpr int kVectors = Group / kRun;                 // vectors of one group
-    const int64_t step = int64_t(kVectors) * kWidth;
-    int64_t groups = 0;
-    for (int64_t start = 0; start < limit; start += step) {
-      V best;
-      if (start + step <= limit) {
-        best = keys_at(start);
-        for (int i = 1; i < kVectors; ++i)
-          best = lanewise_max<Bits>(best, keys_at(start + i * kWidth));
-      } else {
-        best = keys(start);
-        for (int i = 1; i < kVectors; ++i)
-          best = lanewise_max<Bits>(best, keys(start + i * kWidth));
-      }
-      best = run_max<kRun, Bits>(best);
-      for (int lane = 0; lane < kWidth; lane += kRun) maxima[groups++] = best[lane];
-    }
-    for (int64_t i = groups; i % kWidth; ++i) maxima[i] = kNotSelectable;
-    return groups;
+  bool any_banned(int64_t start, int64_t end) const {
+    uint64_t any = 0;
+    if (banned)
+      for (int64_t word = start >> 6; word < end >> 6; ++word) any |= banned[word];
+    return any != 0;
   }
 };
 
-// How many of the `vectors` whole vectors' keys are at least `threshold`.
+// Pass 1. Blocks of kRun leaves; a leaf is one vector that covers one group, or several whole ones.
+template <class Format, int Group>
+struct GroupMaxima {
+  using Bits = typename Format::Bits;
+  using V = Vector<Bits>;
+  static constexpr int kWidth = kLanes<Bits>;
+  static constexpr int kRun = Group < kWidth ? Group : kWidth;     // lanes that one group owns
+  static constexpr int kLeaf = Group > kWidth ? Group : kWidth;    // elements of a leaf
+  static constexpr int64_t kBlock = int64_t(kRun) * kLeaf;         // elements of a block
+  static constexpr auto kLaneIndices = std::make_index_sequence<kWidth>();
+
+  const RowReader<Format>& reader;
+  V lowest_raw = V{};  // of everything read raw: a value below -inf is a NaN with the sign bit
+
+  // Raw keys of a leaf inside the row.
+  V raw_leaf(int64_t start) {
+    V best = raw_key<Format>(load(reader.row + start));
+    lowest_raw = lanewise_min<Bits>(lowest_raw, best);
+    for (int i = kWidth; i < kLeaf; i += kWidth) {
+      const V keys = raw_key<Format>(load(reader.row + start + i));
+      best = lanewise_max<Bits>(best, keys);
+      lowest_raw = lanewise_min<Bits>(lowest_raw, keys);
+    }
+    return best;
+  }
+
+  V exact_leaf(int64_t start) {
+    V best = reader.keys(start);
+    for (int i = kWidth; i < kLeaf; i += kWidth)
+      best = lanewise_max<Bits>(best, reader.keys(start + i));
+    return best;
+  }
+
+  // Lane l: maximum of run l / kRun of leaf l % kRun. The tree is depth first, so that few partial
+  // results are live.
+  template <bool Raw, int Leaves>
+  V reduce(int64_t start) {
+    if constexpr (Leaves == 1) {
+      return Raw ? raw_leaf(start) : exact_leaf(start);
+    } else {
+      const V low = reduce<Raw, Leaves / 2>(start);
+      const V high = reduce<Raw, Leaves / 2>(start + int64_t(Leaves / 2) * kLeaf);
+      return fold<Leaves / 2, Bits>(low, high, kLaneIndices);
+    }
+  }
+
+  // Writes all groups' maxima and returns their number, a whole number of vectors: groups past the
+  // row's end are kNotSelectable.
+  int64_t write(Bits* maxima) {
+    bool exact_only = false;
+    for (;;) {
+      int64_t groups = 0;
+      for (int64_t start = 0; start < reader.limit; start += kBlock, groups += kWidth) {
+        const bool raw = !exact_only && start + kBlock <= reader.limit &&
+                         !reader.any_banned(start, start + kBlock);
+        const V best = raw ? key_of_raw<Format>(reduce<true, kRun>(start))
+                           : reduce<false, kRun>(start);
+        store(maxima + groups, interleave_runs<kRun, Bits>(best, kLaneIndices));
+      }
+      if (exact_only || !lane_bits(lowest_raw < kRawNegativeInfinity<Format>)) return groups;
+      exact_only = true;
+    }
+  }
+};
+
 template <class Bits>
 inline int64_t count_at_least(const Bits* keys, int64_t vectors, Bits threshold) {
-  Vector<Bits> counts = {};
-  int64_t total = 0;
-  constexpr int64_t kFlush = 16384;  // a 16-bit lane counts at most one a vector
-  for (int64_t first = 0; first < vectors; first += kFlush) {
-    const int64_t last = first + kFlush < vectors ? first + kFlush : vectors;
-    for (int64_t i = first; i < last; ++i)
-      counts -= (load(keys + i * kLanes<Bits>) >= threshold);
-    for (int lane = 0; lane < kLanes<Bits>; ++lane) total += counts[lane];
-    counts = Vector<Bits>{};
-  }
-  return total;
+  int64_t count = 0;
+  for (int64_t i = 0; i < vectors; ++i)
+    count += __builtin_popcountll(lane_bits(load(keys + i * kLanes<Bits>) >= threshold));
+  return count;
 }
 
-// The k-th largest key, or kNotSelectable if fewer than k can be selected.
+// What to take for the k largest keys: all above the threshold, and `ties` of those equal to it.
 template <class Bits>
-inline Bits kth_largest(const Bits* keys, int64_t vectors, int k) {
-  using Unsigned = typename std::make_unsigned<Bits>::type;
-  constexpr Unsigned kTop = Unsigned(Unsigned(1) << KeyLimits<Bits>::kShift);
-  Unsigned threshold = 0;
-  for (Unsigned bit = kTop; bit; bit = Unsigned(bit >> 1)) {
-    const Unsigned candidate = Unsigned(threshold | bit);
-    if (count_at_least<Bits>(keys, vectors, static_cast<Bits>(candidate ^ kTop)) >= k)
-      threshold = candidate;
+struct Cut {
+  Bits threshold;
+  int64_t ties;
+};
+
+// Bisects the keys' range. Needs k or more keys in [low, high] and none above.
+template <class Bits>
+inline Cut<Bits> cut_for(const Bits* keys, int64_t vectors, int k, Bits low, Bits high) {
+  int64_t above = 0;  // keys larger than `high`
+  while (low < high) {
+    const Bits middle = static_cast<Bits>(low + (int64_t(high) - low + 1) / 2);
+    const int64_t count = count_at_least<Bits>(keys, vectors, middle);
+    if (count == k) return {middle, k};
+    if (count > k) {
+      low = middle;
+    } else {
+      high = static_cast<Bits>(middle - 1);
+      above = count;
+    }
   }
-  return static_cast<Bits>(threshold ^ kTop);
+  return {low, k - above};
 }
 
-// Positions of the k largest keys, ascending; equal keys at the threshold enter from the left.
-// Returns how many were found: fewer than k where not as many can be selected.
+// Positions of the keys that the cut takes, ascending; of equal keys the leftmost. Keys that cannot
+// be selected are never taken. Returns how many were found, at most k.
 template <class Bits>
-inline int largest_positions(const Bits* keys, int64_t count, int k, int32_t* positions) {
-  const int64_t vectors = (count + kLanes<Bits> - 1) / kLanes<Bits>;
-  const Bits threshold = kth_largest<Bits>(keys, vectors, k);
+inline int take(const Bits* keys, int64_t vectors, int k, Cut<Bits> cut, int32_t* positions) {
   int found = 0;
-  if (threshold == KeyLimits<Bits>::kNotSelectable) {
-    for (int64_t i = 0; i < count; ++i)
-      if (keys[i] != KeyLimits<Bits>::kNotSelectable) positions[found++] = static_cast<int32_t>(i);
-    return found;
-  }
-  const int64_t above = threshold == KeyLimits<Bits>::kNaN
-                            ? 0
-                            : count_at_least<Bits>(keys, vectors, static_cast<Bits>(threshold + 1));
-  int64_t ties = k - above;
-  for (int64_t i = 0; found < k; ++i) {
-    const bool tie = keys[i] == threshold;
-    positions[found] = static_cast<int32_t>(i);
-    found += (keys[i] > threshold) | (tie & (ties > 0));
-    ties -= tie;
+  for (int64_t i = 0; i < vectors && found < k; ++i) {
+    const Vector<Bits> v = load(keys + i * kLanes<Bits>);
+    uint64_t hits = lane_bits((v >= cut.threshold) & (v != KeyLimits<Bits>::kNotSelectable));
+    for (; hits && found < k; hits &= hits - 1) {
+      const int64_t position = i * kLanes<Bits> + __builtin_ctzll(hits);
+      if (keys[position] == cut.threshold && cut.ties-- <= 0) continue;
+      positions[found++] = static_cast<int32_t>(position);
+    }
   }
   return found;
 }
 
+template <class Bits>
+inline void range_of(const Bits* keys, int64_t vectors, Bits* low, Bits* high) {
+  Vector<Bits> least = load(keys), most = least;
+  for (int64_t i = 1; i < vectors; ++i) {
+    const Vector<Bits> v = load(keys + i * kLanes<Bits>);
+    least = lanewise_min<Bits>(least, v);
+    most = lanewise_max<Bits>(most, v);
+  }
+  *low = least[0];
+  *high = most[0];
+  for (int lane = 1; lane < kLanes<Bits>; ++lane) {
+    *low = least[lane] < *low ? least[lane] : *low;
+    *high = most[lane] > *high ? most[lane] : *high;
+  }
+}
+
+// Copies the keys of one group.
 template <class Format, int Group>
-inline void select_row_grouped(const RowSelector<Format>& selector, int k, void* scratch,
+inline void read_group(const RowReader<Format>& reader, int64_t group,
+                       typename Format::Bits* keys) {
+  using Bits = typename Format::Bits;
+  constexpr int kWidth = kLanes<Bits>;
+  const int64_t start = group * Group;
+  if constexpr (Group >= kWidth) {
+    for (int i = 0; i < Group; i += kWidth) store(keys + i, reader.keys(start + i));
+  } else {
+    Bits vector[kWidth];
+    store(vector, reader.keys(start / kWidth * kWidth));
+    memcpy(keys, vector + start % kWidth, Group * sizeof(Bits));
+  }
+}
+
+template <class Format, int Group>
+inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scratch,
                                int32_t* ids) {
   using Bits = typename Format::Bits;
   constexpr int kWidth = kLanes<Bits>;
-  // Layout of the scratch: ranks[k], chosen[k], both rounded up, then the keys of either pass.
+  // The scratch holds ranks[k], chosen[k] and the keys of either pass, each on its own cache lines.
   char* at = static_cast<char*>(scratch);
-  uint64_t* ranks = reinterpret_cast<uint64_t*>(at);
-  at += (k * sizeof(uint64_t) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-  int32_t* chosen = reinterpret_cast<int32_t*>(at);
-  at += (k * sizeof(int32_t) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-  Bits* keys = reinterpret_cast<Bits*>(at);
+  auto* ranks = reinterpret_cast<uint64_t*>(at);
+  at += round_up(k * sizeof(uint64_t), kScratchAlignment);
+  auto* chosen = reinterpret_cast<int32_t*>(at);
+  at += round_up(k * sizeof(int32_t), kScratchAlignment);
+  auto* keys = reinterpret_cast<Bits*>(at);
 
-  const int64_t groups = selector.template group_maxima<Group>(keys);
-  const int chosen_groups = largest_positions<Bits>(keys, groups, k, chosen);
+  const int64_t groups = GroupMaxima<Format, Group>{reader}.write(keys);
+  Bits low, high;
+  range_of<Bits>(keys, groups / kWidth, &low, &high);
+  Cut<Bits> cut = {low, k};
+  if (groups > k) cut = cut_for<Bits>(keys, groups / kWidth, k, low, high);
+  const int taken = take<Bits>(keys, groups / kWidth, k, cut, chosen);
 
-  // The maxima are spent: the candidates' keys take their place, in ascending order of id.
-  constexpr int kStep = Group > kWidth ? Group : kWidth;
-  int64_t candidates = 0;
-  for (int g = 0; g < chosen_groups; ++g) {
-    const int64_t start = int64_t(chosen[g]) * Group;
-    if constexpr (Group >= kWidth) {
-      for (int i = 0; i < Group; i += kWidth) {
-        const Vector<Bits> v = selector.keys(start + i);
-        memcpy(keys + candidates + i, &v, kVectorBytes);
-      }
-    } else {
-      const Vector<Bits> v = selector.keys(start & ~int64_t(kStep - 1));
-      const Bits* group = reinterpret_cast<const Bits*>(&v) + (start & (kStep - 1));
-      memcpy(keys + candidates, group, Group * sizeof(Bits));
-    }
-    candidates += Group;
-  }
-  for (int64_t i = candidates; i % kWidth; ++i) keys[i] = KeyLimits<Bits>::kNotSelectable;
+  // The maxima are spent: the candidates' keys take their place, in ascending order of id. k groups
+  // reach the first cut's threshold, so k candidates do.
+  for (int g = 0; g < taken; ++g) read_group<Format, Group>(reader, chosen[g], keys + g * Group);
+  int64_t candidates = int64_t(taken) * Group;
+  while (candidates % kWidth) keys[candidates++] = KeyLimits<Bits>::kNotSelectable;
+  if (taken < k) low = KeyLimits<Bits>::kNotSelectable;
+  else low = cut.threshold;
+  cut = {low, k};
+  if (candidates > k) cut = cut_for<Bits>(keys, candidates / kWidth, k, low, high);
+  const int found = take<Bits>(keys, candidates / kWidth, k, cut, ids);
 
-  const int found = largest_positions<Bits>(keys, candidates, k, ids);
   for (int i = 0; i < found; ++i) {
     const int32_t position = ids[i];
     const int32_t id = chosen[position / Group] * Group + position % Group;
@@ -247,11 +249,11 @@ inline void select_row_grouped(const RowSelector<Format>& selector, int k, void*
 template <class Format>
 void select_row(const void* row, int64_t limit, const uint64_t* banned, int k, void* scratch,
                 int32_t* ids) {
-  const RowSelector<Format> selector{static_cast<const typename Format::Bits*>(row), limit, banned};
+  const RowReader<Format> reader{static_cast<const typename Format::Bits*>(row), limit, banned};
   if (group_size(k) == kWideGroup)
-    select_row_grouped<Format, kWideGroup>(selector, k, scratch, ids);
+    select_row_grouped<Format, kWideGroup>(reader, k, scratch, ids);
   else
-    select_row_grouped<Format, kNarrowGroup>(selector, k, scratch, ids);
+    select_row_grouped<Format, kNarrowGroup>(reader, k, scratch, ids);
 }
 
 }  // namespace
