@@ -88,6 +88,7 @@ def divergence(
     # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
     loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
     grad = torch.where(p == 0, 0, p * (log_ratio - loss) / student_t)
+    grad = grad.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
 
     empty = (z == NEVER).all(-1, keepdim=True)
     poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)

@@ -4,8 +4,8 @@
 //   L = sum p l,         dL/dz = p (l - L) / T
 //
 // Traps handled here, once: differences are taken before dividing by T, so that a tiny T cannot make
-// inf - inf; log q is kept finite, so that an overflowing span gives inf and never NaN; p = 0 gives
-// exactly 0 whatever l is.
+// inf - inf; logs and gradients are kept finite, so that an overflowing span never makes NaN, not
+// where repeated ids add up either; p = 0 gives exactly 0 whatever l is.
 #pragma once
 
 #include <cfloat>
@@ -15,11 +15,8 @@
 
 namespace opd {
 
-// log softmax of one entry, kept finite: x and max are logits, log_sum belongs to (x - max) / T.
-OPD_HD inline float log_softmax(float x, float max, float temperature, float log_sum) {
-  const float value = (x - max) / temperature - log_sum;
-  return value < -FLT_MAX ? -FLT_MAX : value;  // lets NaN through
-}
+// log p of an entry far below the maximum may overflow to -inf; NaN goes through.
+OPD_HD inline float finite_log(float log_p) { return log_p < -FLT_MAX ? -FLT_MAX : log_p; }
 
 // NaN or +inf at an entry that takes part makes its row NaN.
 OPD_HD inline bool poisons(float student, float teacher) {
@@ -29,7 +26,9 @@ OPD_HD inline bool poisons(float student, float teacher) {
 OPD_HD inline float entry_loss(float p, float log_ratio) { return p == 0 ? 0.0f : p * log_ratio; }
 
 OPD_HD inline float entry_gradient(float p, float log_ratio, float loss, float temperature) {
-  return p == 0 ? 0.0f : p * (log_ratio - loss) / temperature;
+  if (p == 0) return 0.0f;
+  const float value = p * (log_ratio - loss) / temperature;
+  return value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value;
 }
 
 }  // namespace opd

@@ -20,10 +20,11 @@ struct RowBuffers {
   float* teacher;
   float* student;
   float* log_ratio;
+  float* log_q;
   uint64_t* order;  // for duplicates
   void* select_scratch;
 
-  static size_t bytes(int k) { return k * (3 * sizeof(float) + sizeof(uint64_t)) + 64; }
+  static size_t bytes(int k) { return k * (4 * sizeof(float) + sizeof(uint64_t)) + 64; }
 
   RowBuffers(void* scratch, int k) {
     char* at = static_cast<char*>(scratch);
@@ -31,7 +32,8 @@ struct RowBuffers {
     teacher = reinterpret_cast<float*>(at + k * sizeof(uint64_t));
     student = teacher + k;
     log_ratio = student + k;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(log_ratio + k);
+    log_q = log_ratio + k;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(log_q + k);
     select_scratch = reinterpret_cast<void*>((end + 63) & ~uintptr_t(63));
   }
 };
@@ -47,17 +49,26 @@ void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* 
   }
 }
 
-// log of the sum of exp((x - max) / T) over the present entries; absent ones are -inf.
-float log_sum_exp(const float* values, int k, float max, float temperature) {
+// Softmax of the present entries (absent ones are -inf): p in place of the values, and log p, kept
+// finite.
+void softmax(float* values, float* log_p, int k, float max, float temperature) {
   double sum = 0;
-  for (int i = 0; i < k; ++i)
-    if (values[i] != -INFINITY) sum += expf((values[i] - max) / temperature);
-  return static_cast<float>(std::log(sum));
+  for (int i = 0; i < k; ++i) {
+    log_p[i] = (values[i] - max) / temperature;
+    values[i] = values[i] == -INFINITY ? 0.0f : expf(log_p[i]);
+    sum += values[i];
+  }
+  const float total = static_cast<float>(sum);
+  const float log_total = logf(total);
+  for (int i = 0; i < k; ++i) {
+    values[i] /= total;
+    log_p[i] = finite_log(log_p[i] - log_total);
+  }
 }
 
-// The loss of one row; `student` holds p afterwards and `log_ratio` log p - log q.
+// The loss of one row; afterwards `student` holds p and `log_ratio` log p - log q.
 float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_temperature,
-                 const float* teacher, float* student, float* log_ratio) {
+                 float* teacher, float* student, float* log_ratio, float* log_q) {
   float student_max = -INFINITY, teacher_max = -INFINITY;
   bool poisoned = false;
   for (int i = 0; i < k; ++i) {
@@ -68,18 +79,14 @@ float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_tem
   }
   if (poisoned) return NAN;
   if (student_max == -INFINITY) {
-    for (int i = 0; i < k; ++i) student[i] = log_ratio[i] = 0;
+    std::fill_n(student, k, 0.0f);
     return 0;
   }
-  const float student_sum = log_sum_exp(student, k, student_max, temperature);
-  const float teacher_sum = log_sum_exp(teacher, k, teacher_max, teacher_temperature);
+  softmax(student, log_ratio, k, student_max, temperature);
+  softmax(teacher, log_q, k, teacher_max, teacher_temperature);
   double loss = 0;
   for (int i = 0; i < k; ++i) {
-    if (ids[i] < 0) continue;
-    const float log_p = log_softmax(student[i], student_max, temperature, student_sum);
-    const float log_q = log_softmax(teacher[i], teacher_max, teacher_temperature, teacher_sum);
-    student[i] = expf(log_p);
-    log_ratio[i] = log_p - log_q;
+    log_ratio[i] -= log_q[i];
     loss += entry_loss(student[i], log_ratio[i]);
   }
   return static_cast<float>(loss);
@@ -134,7 +141,8 @@ void divergence(const DivergenceArgs& args, const RowSelectors& selectors, int t
       prefetch(student, args.student.dtype, ids, k);
     } else {
       const char* teacher = args.teacher.row(row);
-      select_row(teacher, limit, args.allowed.banned, k, buffers.select_scratch, ids);
+      select_row(teacher, next_row(args.teacher, args.allowed, row), limit, args.allowed.banned, k,
+                 buffers.select_scratch, ids);
       prefetch(student, args.student.dtype, ids, k);
       gather(teacher, args.teacher.dtype, ids, k, buffers.teacher);
     }
@@ -145,7 +153,7 @@ void divergence(const DivergenceArgs& args, const RowSelectors& selectors, int t
     const float temperature = args.temperature.at(row);
     const float loss =
         reverse_kl(ids, k, temperature, args.teacher_temperature.at(row), buffers.teacher,
-                   buffers.student, buffers.log_ratio);
+                   buffers.student, buffers.log_ratio, buffers.log_q);
     args.loss[row] = loss;
     for (int i = 0; i < k; ++i)
       grad[i] = ids[i] < 0          ? 0.0f
