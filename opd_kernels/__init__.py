@@ -6,7 +6,7 @@ was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Functio
 
 from importlib.metadata import PackageNotFoundError, version
 
-from opd_kernels._autograd import TopKReverseKL
+from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.losses import topk_rkl
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
@@ -17,4 +17,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Stats", "TopK", "TopKReverseKL", "select_topk", "topk_rkl"]
+__all__ = ["Stats", "TopK", "TopKReverseKL", "anchor_of", "select_topk", "topk_rkl"]

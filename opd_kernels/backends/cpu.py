@@ -21,11 +21,16 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INSTRUCTION_SET = os.environ.get("OPD_KERNELS_CPU_ISA") or (
-    _C.instruction_sets()[0] if _C is not None else ""
-)
 # From here on a gradient gets pages of its own from the system; smaller ones come from the heap.
 OWN_PAGES_BYTES = 4 << 20
+
+
+def instruction_sets() -> list[str]:
+    """What the compiled module has for this CPU, best first."""
+    return list(_C.instruction_sets()) if _C is not None else []
+
+
+INSTRUCTION_SET = os.environ.get("OPD_KERNELS_CPU_ISA") or next(iter(instruction_sets()), "")
 
 
 def unavailable() -> str | None:

@@ -1,0 +1,54 @@
+"""One suite for every backend: a test that takes ``backend`` runs on each that this machine has."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from opd_kernels import backends
+from opd_kernels.backends import cpu
+
+CPU = torch.device("cpu")
+
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("suite")
+
+
+def pytest_configure() -> None:
+    # A suite that silently tests the reference alone would be worth nothing.
+    reason = cpu.unavailable()
+    if reason is not None:
+        raise pytest.UsageError(f"the native CPU backend is not there: {reason}")
+    warnings.filterwarnings("ignore", message="k=1: a support of one entry")
+
+
+@pytest.fixture(params=list(backends.MODULES))
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that serves float32 on the CPU."""
+    name: str = request.param
+    backends.resolve(name, CPU, (torch.float32,), 1)
+    return name
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of the CPU backend that this machine can run, one after the other."""
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> int:
+    """Restores the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)

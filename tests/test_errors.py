@@ -1,0 +1,190 @@
+"""Bad input: a clear error that says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from opd_kernels import TopK, backends, select_topk, topk_rkl
+from opd_kernels.backends import cpu
+
+S, T = torch.randn(4, 50), torch.randn(4, 50)
+SUPPORT = TopK(torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3))
+
+# name: (call, error, fragments of the message: the given, the allowed or the remedy)
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
+    "student not a tensor": (lambda: topk_rkl([1.0], T), TypeError, ["list", "tensor"]),
+    "teacher not a tensor": (lambda: topk_rkl(S, None), TypeError, ["NoneType", "tensor"]),
+    "integer logits": (lambda: topk_rkl(S.long(), T), TypeError, ["int64", "float32"]),
+    "complex logits": (lambda: topk_rkl(S, T + 0j), TypeError, ["complex64", "float32"]),
+    "float8 logits": (
+        lambda: topk_rkl(S, T.to(torch.float8_e5m2)),
+        TypeError,
+        ["float8", "float()"],
+    ),
+    "scalar logits": (lambda: topk_rkl(S[0, 0], T), ValueError, ["scalar", "(..., V)"]),
+    "rows differ": (lambda: topk_rkl(S, T[:3]), ValueError, ["(3,)", "(4,)", "equal"]),
+    "rows of a support differ": (lambda: topk_rkl(S, SUPPORT[:2]), ValueError, ["(2,)", "(4,)"]),
+    "device differs": (lambda: topk_rkl(S, T.to("meta")), ValueError, ["meta", "cpu", "move"]),
+    "support's device": (lambda: topk_rkl(S, SUPPORT.to("meta")), ValueError, ["meta", "cpu"]),
+    "last stride": (lambda: topk_rkl(S.T[:4], T[:, :4]), ValueError, ["50", "contiguous()"]),
+    "k zero": (lambda: topk_rkl(S, T, 0), ValueError, ["k is 0", "1 to", "50"]),
+    "k negative": (lambda: select_topk(T, -1), ValueError, ["k is -1", "50"]),
+    "k above vocabulary": (lambda: topk_rkl(S, T, 51), ValueError, ["k is 51", "50"]),
+    "k a float": (lambda: topk_rkl(S, T, 3.0), TypeError, ["float", "int"]),
+    "k differs from support": (
+        lambda: topk_rkl(S, SUPPORT, 4),
+        ValueError,
+        ["4", "width 3", "leave"],
+    ),
+    "mask shape": (
+        lambda: topk_rkl(S, T, mask=torch.ones(4, 1) > 0),
+        ValueError,
+        ["(4, 1)", "(4,)"],
+    ),
+    "mask floating": (lambda: topk_rkl(S, T, mask=torch.ones(4)), TypeError, ["float32", "weight"]),
+    "mask a list": (lambda: topk_rkl(S, T, mask=[True] * 4), TypeError, ["list", "tensor"]),
+    "weight shape": (
+        lambda: topk_rkl(S, T, weight=torch.ones(4, 1)),
+        ValueError,
+        ["(4, 1)", "(4,)"],
+    ),
+    "weight integer": (
+        lambda: topk_rkl(S, T, weight=torch.ones(4).int()),
+        TypeError,
+        ["int32", "mask"],
+    ),
+    "normalizer with sum": (
+        lambda: topk_rkl(S, T, reduction="sum", normalizer=3.0),
+        ValueError,
+        ["'sum'", "mean"],
+    ),
+    "normalizer not 0-d": (
+        lambda: topk_rkl(S, T, normalizer=torch.ones(1)),
+        ValueError,
+        ["(1,)", "0-d"],
+    ),
+    "normalizer a string": (lambda: topk_rkl(S, T, normalizer="all"), TypeError, ["str", "number"]),
+    "reduction unknown": (
+        lambda: topk_rkl(S, T, reduction="avg"),
+        ValueError,
+        ["'avg'", "none, sum, mean"],
+    ),
+    "temperature zero": (lambda: topk_rkl(S, T, temperature=0.0), ValueError, ["0.0", "above 0"]),
+    "temperature negative": (lambda: topk_rkl(S, T, temperature=-1), ValueError, ["-1", "above 0"]),
+    "temperature nan": (
+        lambda: topk_rkl(S, T, temperature=float("nan")),
+        ValueError,
+        ["nan", "finite"],
+    ),
+    "temperature inf": (
+        lambda: topk_rkl(S, T, temperature=float("inf")),
+        ValueError,
+        ["inf", "finite"],
+    ),
+    "teacher temperature": (
+        lambda: topk_rkl(S, T, teacher_temperature=0),
+        ValueError,
+        ["teacher_temperature", "above 0"],
+    ),
+    "temperature shape": (
+        lambda: topk_rkl(S, T, temperature=torch.ones(3)),
+        ValueError,
+        ["temperature", "(3,)", "(4,)"],
+    ),
+    "temperature with gradient": (
+        lambda: topk_rkl(S, T, temperature=torch.ones(4, requires_grad=True)),
+        ValueError,
+        ["detach()"],
+    ),
+    "temperature a string": (lambda: topk_rkl(S, T, temperature="1"), TypeError, ["str", "float"]),
+    "vocab_size zero": (lambda: topk_rkl(S, T, vocab_size=0), ValueError, ["0", "1 or more"]),
+    "vocab_size a float": (lambda: topk_rkl(S, T, vocab_size=5.0), TypeError, ["float", "int"]),
+    "banned floats": (
+        lambda: topk_rkl(S, T, banned_ids=torch.ones(2)),
+        TypeError,
+        ["float32", "int32"],
+    ),
+    "banned 2-D": (
+        lambda: topk_rkl(S, T, banned_ids=torch.ones(2, 2).long()),
+        ValueError,
+        ["(2, 2)", "one dim"],
+    ),
+    "inplace on a leaf": (
+        lambda: topk_rkl(S.clone().requires_grad_(), T, inplace_grad=True),
+        ValueError,
+        ["leaf", "False"],
+    ),
+    "inplace on expanded": (
+        lambda: topk_rkl(S[:1].expand(4, 50), T, inplace_grad=True),
+        ValueError,
+        ["expanded", "False"],
+    ),
+    "backend unknown": (
+        lambda: topk_rkl(S, T, backend="triton"),
+        ValueError,
+        ["'triton'", "'cpu'", "'reference'"],
+    ),
+    "float64 on the native backend": (
+        lambda: topk_rkl(S.double(), T, backend="cpu"),
+        ValueError,
+        ["float64", "reference"],
+    ),
+    "k above the kernels": (
+        lambda: select_topk(torch.randn(1, 2000), 1025, backend="cpu"),
+        ValueError,
+        ["1025", "1024"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_says_what_and_what_to_do(name: str) -> None:
+    call, error, fragments = BAD[name]
+    with pytest.raises(error) as caught:
+        call()
+    for fragment in fragments:
+        assert re.search(re.escape(fragment), str(caught.value)), str(caught.value)
+
+
+def test_k_of_one_warns_that_the_loss_is_zero() -> None:
+    for teacher in (T, TopK(SUPPORT.ids[:, :1], SUPPORT.logits[:, :1])):
+        k = 1 if teacher is T else None
+        with pytest.warns(UserWarning, match="identically 0"):
+            assert topk_rkl(S, teacher, k) == 0
+
+
+def test_a_missing_module_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "No module named _C", raising=False)
+    with pytest.raises(ValueError, match=r"compiled module is missing.*compiler.*reinstall"):
+        topk_rkl(S, T, backend="cpu")
+
+
+def test_without_the_module_the_reference_runs_and_says_once_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = topk_rkl(S, T, 5, backend="reference")
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "No module named _C", raising=False)
+    backends._warn_if_slow.cache_clear()
+    with pytest.warns(UserWarning, match="slowly.*compiler"):
+        assert torch.equal(topk_rkl(S, T, 5), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        topk_rkl(S, T, 5)
+    backends._warn_if_slow.cache_clear()
+
+
+def test_bad_input_leaves_the_inputs_alone() -> None:
+    student, teacher = S.clone(), T.clone()
+    for call, _, _ in BAD.values():
+        with pytest.raises((TypeError, ValueError)):
+            call()
+    assert torch.equal(S, student)
+    assert torch.equal(T, teacher)

@@ -1,0 +1,56 @@
+"""The fuzzer as a program: quiet on a sound build, loud and reproducible on a broken one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_kernels import fuzz
+from opd_kernels.backends import cpu
+
+
+def test_a_sound_backend_passes(capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    assert fuzz.main(["--backend", backend, "--minutes", "0.03", "--seed", "3"]) == 0
+    report = capsys.readouterr().out
+    assert "no failure" in report
+    assert "rows" in report
+
+
+def test_a_broken_backend_is_found_shrunk_and_reproduced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = cpu.divergence
+
+    def broken(student: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, ...]:
+        loss, ids, entry_grad = sound(student, *arguments)
+        return loss, ids, entry_grad * 1.001 if ids.shape[-1] > 5 else entry_grad
+
+    monkeypatch.setattr(cpu, "divergence", broken)
+    arguments = ["--backend", "cpu", "--minutes", "1", "--seed", "1", "--output", str(tmp_path)]
+    assert fuzz.main(arguments) == 1
+    assert "FAILURE" in capsys.readouterr().out
+    (path,) = tmp_path.glob("fuzz_failure_*.py")
+    program = path.read_text()
+    k = int(re.search(r"\bk=(\d+)", program).group(1))
+    assert 6 <= k <= 12  # about the smallest that shows it, of 1 to 1024
+    with pytest.raises(AssertionError, match="outside the budget"):
+        exec(compile(program, str(path), "exec"), {})
+    monkeypatch.setattr(cpu, "divergence", sound)
+    exec(compile(program, str(path), "exec"), {})
+
+
+def test_a_backend_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--backend", "triton", "--minutes", "0.01"]) == 2
+    assert "'triton'" in capsys.readouterr().err
+
+
+def test_command_line_runs() -> None:
+    command = [sys.executable, "-m", "opd_kernels.fuzz", "--minutes", "0.01"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "no failure" in run.stdout
+    assert subprocess.run([*command, "--minutes", "-1"], capture_output=True).returncode == 2

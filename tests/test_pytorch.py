@@ -1,0 +1,395 @@
+"""Citizenship: what PyTorch offers around a loss works with this one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, vmap
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from opd_kernels import TopK, TopKReverseKL, select_topk, topk_rkl
+
+ops = torch.ops.opd_kernels
+N, V, K = 6, 300, 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * 3).to(dtype)
+
+
+def gradient(loss: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, student)[0]
+
+
+# Operators
+
+
+def op_arguments() -> dict[str, tuple[object, ...]]:
+    student, teacher = logits(2, 3, V), logits(2, 3, V, seed=1)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    banned = torch.zeros((V + 63) // 64 * 8, dtype=torch.uint8).fill_(1)
+    rows = torch.rand(2, 3) + 0.5
+    loss, ids, entry_grad = ops.divergence(
+        student, teacher, None, K, V, None, None, 1.0, None, 1.0, None, "cpu"
+    )
+    return {
+        "select": (teacher, K, V - 5, banned, mask, "cpu"),
+        "divergence": (student, teacher, None, K, V, banned, mask, 1.5, None, 1.0, rows, "cpu"),
+        "divergence_given": (
+            student, logits(2, 3, K), ids, K, V, None, None, 1.0, rows, 1.0, None, "cpu",
+        ),
+        "scatter": (entry_grad, ids, loss, V, torch.bfloat16, "cpu"),
+        "scatter_": (logits(2, 3, V), entry_grad, ids, loss, "cpu"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_operators_pass_opcheck(backend: str, name: str) -> None:
+    arguments = (*op_arguments()[name][:-1], backend)
+    torch.library.opcheck(getattr(ops, name.removesuffix("_given")).default, arguments)
+
+
+def test_gradcheck_in_float64() -> None:
+    student = logits(3, 20, dtype=torch.float64).requires_grad_()
+    teacher = logits(3, 20, seed=1, dtype=torch.float64)
+    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+
+    def loss(student: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return topk_rkl(student, teacher, 7, weight=weight, temperature=1.3, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, (student, weight))
+    support = TopK(torch.tensor([[1, 4, 1, -1, 9]] * 3), logits(3, 5, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda z: topk_rkl(z, support), (student,))
+
+
+def test_nothing_of_the_logits_size_is_kept_for_backward() -> None:
+    student, teacher = logits(N, V).requires_grad_() * 1, logits(N, V, seed=1)
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        topk_rkl(student, teacher, K)
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    assert sum(memory.values()) <= N * K * 8 + 64
+    assert student.untyped_storage().data_ptr() not in memory
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+@pytest.mark.parametrize("given_support", [False, True])
+def test_compiles_whole_forward_and_backward(
+    backend: str, dynamic: bool | None, given_support: bool
+) -> None:
+    @functools.partial(torch.compile, fullgraph=True, dynamic=dynamic)
+    def compiled(
+        z: torch.Tensor, teacher: torch.Tensor | TopK, mask: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return topk_rkl(z * 2, teacher, None, mask=mask, weight=weight, backend=backend)
+
+    for n, v in ((6, 300), (7, 310), (9, 333)):
+        z, teacher = logits(n, v).requires_grad_(), logits(n, v, seed=1)
+        teacher = select_topk(teacher, K) if given_support else teacher
+        mask, weight = torch.arange(n) % 3 != 0, torch.rand(n)
+        loss = compiled(z, teacher, mask, weight)
+        expected = topk_rkl(z * 2, teacher, mask=mask, weight=weight, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient(loss, z), gradient(expected, z))
+
+
+def test_a_temperature_schedule_does_not_recompile_every_step() -> None:
+    counter = CompileCounterWithBackend("inductor")
+
+    @functools.partial(torch.compile, fullgraph=True, backend=counter)
+    def compiled(z: torch.Tensor, t: float, tokens: float) -> torch.Tensor:
+        return topk_rkl(z * 1, teacher, K, temperature=t, normalizer=tokens)
+
+    z, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    for step in range(12):
+        t, tokens = 1 + step / 10, 100.0 + step
+        loss = compiled(z, t, tokens)
+        expected = topk_rkl(z * 1, teacher, K, temperature=t, normalizer=tokens)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient(loss, z), gradient(expected, z))
+    assert counter.frame_count <= 3
+
+
+def test_stats_and_selection_compile_whole() -> None:
+    z, teacher = logits(N, V), logits(N, V, seed=1)
+
+    @functools.partial(torch.compile, fullgraph=True)
+    def compiled(z: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        support = select_topk(teacher, K, with_logsumexp=True, banned_ids=[1, 2])
+        loss, stats = topk_rkl(z, support, return_stats=True)
+        return loss, *stats
+
+    support = select_topk(teacher, K, with_logsumexp=True, banned_ids=[1, 2])
+    loss, stats = topk_rkl(z, support, return_stats=True)
+    for ours, expected in zip(compiled(z, teacher), (loss, *stats), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_compiled_k_of_one_does_not_warn() -> None:
+    compiled = torch.compile(lambda z, t: topk_rkl(z, t, 1), fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert compiled(logits(N, V), logits(N, V)) == 0
+
+
+# Functional transforms, autocast, checkpointing
+
+
+def test_functional_grad_is_the_gradient(backend: str) -> None:
+    student, teacher = logits(N, V), logits(N, V, seed=1)
+    leaf = student.clone().requires_grad_()
+    expected = gradient(topk_rkl(leaf, teacher, K, backend=backend), leaf)
+    assert torch.equal(grad(lambda z: topk_rkl(z, teacher, K, backend=backend))(student), expected)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 0, None), (1, 0, 1)])
+def test_vmap_of_grad_is_grad_of_each(backend: str, in_dims: tuple[int | None, ...]) -> None:
+    student, teacher, mask = logits(4, N, V), logits(4, N, V, seed=1), torch.rand(4, N) < 0.7
+
+    def loss(z: torch.Tensor, t: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return topk_rkl(z, t, K, mask=m, backend=backend)
+
+    whole = (student, teacher, mask)
+    arguments = [
+        tensor[0] if dim is None else tensor.movedim(0, dim)
+        for tensor, dim in zip(whole, in_dims, strict=True)
+    ]
+    mapped = vmap(grad(loss), in_dims=in_dims)(*arguments)
+    for i in range(4):
+        rows = [t[0 if d is None else i] for t, d in zip(whole, in_dims, strict=True)]
+        assert torch.equal(mapped[i], grad(loss)(*rows))
+
+
+def test_vmap_over_a_given_support() -> None:
+    student = logits(4, N, V)
+    supports = select_topk(logits(4, N, V, seed=1), K)
+    mapped = vmap(lambda z, ids, values: topk_rkl(z, TopK(ids, values)))(
+        student, supports.ids, supports.logits
+    )
+    expected = torch.stack([topk_rkl(student[i], supports[i]) for i in range(4)])
+    torch.testing.assert_close(mapped, expected)
+
+
+def test_autocast_keeps_dtypes(backend: str) -> None:
+    head, hidden, teacher = torch.nn.Linear(8, V), torch.randn(N, 8), logits(N, V)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = head(hidden)
+        z.retain_grad()
+        loss = topk_rkl(z, teacher, K, weight=torch.rand(N), backend=backend)
+    loss.backward()
+    assert (z.dtype, z.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (loss.dtype, head.weight.grad.dtype) == (torch.float32, torch.float32)
+
+
+def keep_divergence(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
+    kept = op == ops.divergence.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, keep_divergence)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        {"use_reentrant": False, "context_fn": SELECTIVE},
+    ],
+    ids=["reentrant", "plain", "selective"],
+)
+@pytest.mark.parametrize("inplace_grad", [False, True])
+def test_checkpointing_gives_the_same_gradient(
+    options: dict[str, object], inplace_grad: bool
+) -> None:
+    head, teacher = torch.nn.Linear(8, V), logits(N, V)
+    hidden = torch.randn(N, 8, requires_grad=True)
+
+    def step(hidden: torch.Tensor) -> torch.Tensor:
+        return topk_rkl(head(hidden), teacher, K, inplace_grad=inplace_grad)
+
+    step(hidden).backward()
+    expected, head.weight.grad = head.weight.grad, None
+    checkpoint(step, hidden, **options).backward()
+    assert torch.equal(head.weight.grad, expected)
+
+
+# Strides
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "permuted", "expanded", "one_row"])
+def test_leading_strides_are_read_in_place(backend: str, layout: str) -> None:
+    base = logits(4, 5, 3, V)
+    views: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "sliced": lambda x: x[:, 1:-1, ::2, 3:-4],
+        "transposed": lambda x: x.transpose(0, 1),
+        "permuted": lambda x: x.permute(2, 0, 1, 3),
+        "expanded": lambda x: x[:1].expand(6, 5, 3, V),
+        "one_row": lambda x: x[0, 0, 0],
+    }
+    student = views[layout](base)
+    teacher = views[layout](logits(4, 5, 3, V, seed=1))
+    expected_student = student.contiguous().requires_grad_()
+    expected = topk_rkl(
+        expected_student, teacher.contiguous(), K, reduction="none", backend=backend
+    )
+    student = student.requires_grad_()
+    loss = topk_rkl(student, teacher, K, reduction="none", backend=backend)
+    assert loss.shape == student.shape[:-1]
+    assert torch.equal(loss, expected)
+    expected.sum().backward()
+    assert torch.equal(gradient(loss.sum(), student), expected_student.grad)
+
+
+def test_upstream_gradients_of_stride_zero(backend: str) -> None:
+    student, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    loss = topk_rkl(student, teacher, K, reduction="none", backend=backend)
+    summed = gradient(loss.sum(), student)
+    loss = topk_rkl(student, teacher, K, reduction="none", backend=backend)
+    assert torch.equal(summed, torch.autograd.grad(loss, student, torch.ones(N))[0])
+
+
+# In place
+
+
+def test_inplace_gradient_takes_the_logits_memory(backend: str) -> None:
+    leaf, teacher = logits(2, 3, V).requires_grad_(), logits(2, 3, V, seed=1)
+    expected = gradient(topk_rkl(leaf * 1, teacher, K, backend=backend), leaf)
+    student = leaf * 1
+    seen = []
+    student.register_hook(lambda g: seen.append(g.data_ptr()))
+    version = student._version
+    topk_rkl(student, teacher, K, inplace_grad=True, backend=backend).backward()
+    assert torch.equal(leaf.grad, expected)
+    assert seen == [student.data_ptr()]
+    assert student._version > version
+
+
+def test_inplace_gradient_into_strided_rows(backend: str) -> None:
+    leaf, teacher = logits(4, 3, V + 7).requires_grad_(), logits(3, 2, V, seed=1)
+
+    def view(x: torch.Tensor) -> torch.Tensor:
+        return x[:2, :, 3:-4].transpose(0, 1)
+
+    expected = gradient(topk_rkl(view(leaf), teacher, K, backend=backend), leaf)
+    student = view(leaf * 1)
+    loss = topk_rkl(student, teacher, K, inplace_grad=True, backend=backend)
+    assert torch.equal(gradient(loss, leaf), expected)
+
+
+@pytest.mark.parametrize("consumer_first", [False, True])
+def test_another_consumer_of_the_logits_gets_an_error_or_the_right_gradient(
+    consumer_first: bool,
+) -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    expected = gradient(topk_rkl(leaf * 1, teacher, K) + (leaf * 1).square().sum(), leaf)
+    student = leaf * 1
+    if consumer_first:
+        other, loss = student.square().sum(), topk_rkl(student, teacher, K, inplace_grad=True)
+    else:
+        loss, other = topk_rkl(student, teacher, K, inplace_grad=True), student.square().sum()
+    try:
+        (loss + other).backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017 - either outcome
+    else:
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_inplace_gradient_twice_is_an_error() -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    loss = topk_rkl(leaf * 1, teacher, K, inplace_grad=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_changed_between_forward_and_inplace_backward_are_an_error() -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    student = leaf * 1
+    loss = topk_rkl(student, teacher, K, inplace_grad=True)
+    with torch.no_grad():
+        student.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_compiled_inplace_with_another_consumer_is_right() -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+
+    @functools.partial(torch.compile, fullgraph=True)
+    def compiled(z: torch.Tensor) -> torch.Tensor:
+        student = z * 1
+        return topk_rkl(student, teacher, K, inplace_grad=True) + student.square().sum()
+
+    expected = gradient(topk_rkl(leaf * 1, teacher, K) + (leaf * 1).square().sum(), leaf)
+    torch.testing.assert_close(gradient(compiled(leaf), leaf), expected)
+
+
+# Double backward
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True])
+@pytest.mark.parametrize("given_support", [False, True])
+def test_double_backward_is_refused(backend: str, inplace_grad: bool, given_support: bool) -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    teacher = select_topk(teacher, K) if given_support else teacher
+    loss = topk_rkl(leaf * 1, teacher, inplace_grad=inplace_grad, backend=backend)
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        first.square().sum().backward()
+
+
+def test_double_backward_is_refused_by_functional_grad() -> None:
+    teacher = logits(N, V, seed=1)
+
+    def penalty(z: torch.Tensor) -> torch.Tensor:
+        return grad(lambda u: topk_rkl(u, teacher, K))(z).square().sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad(penalty)(logits(N, V))
+
+
+def test_double_backward_is_refused_when_compiled() -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    compiled = torch.compile(lambda z: topk_rkl(z * 1, teacher, K), fullgraph=True)
+    (first,) = torch.autograd.grad(compiled(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.square().sum().backward()
+
+
+def test_the_function_is_public_and_gives_the_rows_loss() -> None:
+    from opd_kernels import anchor_of
+
+    student, teacher = logits(N, V), logits(N, V, seed=1)
+    loss, ids, entry_grad = TopKReverseKL.apply(
+        student, anchor_of(student), teacher, None, None, None, None, None, 1.0, 1.0, K, V, False,
+        "auto",
+    )  # fmt: skip
+    assert torch.equal(loss, topk_rkl(student, teacher, K, reduction="none"))
+    assert ids.shape == entry_grad.shape == (N, K)

@@ -1,0 +1,413 @@
+"""What the numbers mean: properties that hold exactly, and the rules for absent and masked
+entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_kernels import TopK, select_topk, topk_rkl
+from opd_kernels._autograd import TopKReverseKL, anchor_of
+
+INF, NAN = torch.inf, torch.nan
+
+
+def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * 3).to(dtype)
+
+
+def loss_and_grad(
+    student: torch.Tensor, *args: object, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    student = student.detach().requires_grad_()
+    loss = topk_rkl(student, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), student.grad
+
+
+def entries(
+    student: torch.Tensor, teacher: torch.Tensor, k: int, backend: str
+) -> tuple[torch.Tensor, ...]:
+    """(loss, ids, entry gradients) per row, before anything is scattered."""
+    limit = min(student.shape[-1], teacher.shape[-1])
+    return TopKReverseKL.apply(
+        student, anchor_of(student), teacher, None, None, None, None, None, 1.0, 1.0, k, limit,
+        False, backend,
+    )  # fmt: skip
+
+
+# Selection
+
+
+def test_ties_go_to_the_lower_id(backend: str) -> None:
+    teacher = torch.zeros(1, 5000)
+    teacher[0, [4000, 4999]] = 1.0
+    topk = select_topk(teacher, 5, backend=backend)
+    assert topk.ids.tolist() == [[4000, 4999, 0, 1, 2]]
+
+
+def test_negative_zero_equals_zero(backend: str) -> None:
+    teacher = torch.tensor([[-1.0, 0.0, -0.0, 0.0, -0.0]])
+    topk = select_topk(teacher, 4, backend=backend)
+    assert topk.ids.tolist() == [[1, 2, 3, 4]]
+    assert topk.logits.signbit().tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_of_either_sign_ranks_highest(backend: str, dtype: torch.dtype, sign: float) -> None:
+    teacher = logits(1, 5000, dtype=dtype)
+    teacher[0, 17] = INF
+    teacher[0, [3000, 40]] = torch.copysign(torch.tensor(NAN), torch.tensor(sign)).to(dtype)
+    topk = select_topk(teacher, 3, backend=backend)
+    assert topk.ids.tolist() == [[40, 3000, 17]]
+
+
+def test_fewer_selectable_ids_than_k_pad_with_minus_one(backend: str) -> None:
+    teacher = logits(2, 10)
+    topk = select_topk(teacher, 8, vocab_size=6, banned_ids=[0, 5, 99, -3], backend=backend)
+    assert (topk.ids[:, :4].sort().values == torch.tensor([1, 2, 3, 4])).all()
+    assert (topk.ids[:, 4:] == -1).all()
+    assert (topk.logits[:, 4:] == -INF).all()
+
+
+def test_minus_inf_that_can_be_selected_comes_before_padding(backend: str) -> None:
+    teacher = torch.tensor([[-INF, 1.0, -INF, 0.0]])
+    topk = select_topk(teacher, 4, banned_ids=[0], backend=backend)
+    assert topk.ids.tolist() == [[1, 3, 2, -1]]
+
+
+def test_tens_of_thousands_of_banned_ids(backend: str) -> None:
+    teacher = logits(2, 50000)
+    banned = torch.randperm(50000, generator=torch.Generator().manual_seed(0))[:30000]
+    topk = select_topk(teacher, 64, banned_ids=banned, backend=backend)
+    assert not torch.isin(topk.ids, banned).any()
+    expected = teacher.index_fill(1, banned, -INF).topk(64).values
+    assert torch.equal(topk.logits, expected)
+
+
+def test_banned_ids_as_list_and_as_tensor_are_the_same(backend: str) -> None:
+    student, teacher = logits(3, 40), logits(3, 40, seed=1)
+    as_list = topk_rkl(student, teacher, 5, banned_ids=[1, 2, 30], backend=backend)
+    for dtype in (torch.int32, torch.int64):
+        tensor = torch.tensor([1, 2, 30], dtype=dtype)
+        assert torch.equal(
+            as_list, topk_rkl(student, teacher, 5, banned_ids=tensor, backend=backend)
+        )
+
+
+def test_no_banned_ids_is_none(backend: str) -> None:
+    student, teacher = logits(3, 40), logits(3, 40, seed=1)
+    none = topk_rkl(student, teacher, 5, backend=backend)
+    assert torch.equal(none, topk_rkl(student, teacher, 5, banned_ids=[], backend=backend))
+
+
+@given(seed=st.integers(0, 10**6), vocab=st.integers(2, 3000))
+def test_permuting_distinct_values_permutes_the_ids(backend: str, seed: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randperm(vocab, generator=generator).float() - vocab // 2
+    permutation = torch.randperm(vocab, generator=generator)
+    k = min(vocab, 40)
+    plain = select_topk(values[None], k, backend=backend)
+    permuted = select_topk(values[permutation][None], k, backend=backend)
+    assert torch.equal(permutation[permuted.ids.long()], plain.ids.long())
+    assert torch.equal(permuted.logits, plain.logits)
+
+
+# Divergence
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(2, 60))
+def test_loss_is_not_below_zero_and_entry_gradients_sum_to_zero(
+    backend: str, seed: int, k: int
+) -> None:
+    student, teacher = logits(4, 200, seed=seed), logits(4, 200, seed=seed + 1)
+    loss, ids, grad = entries(student, teacher, k, backend)
+    unit = 2.0**-24
+    assert (ids >= 0).all()
+    # Each of k terms carries a few roundings of numbers up to the largest log ratio.
+    scale = 60.0
+    assert (loss >= -8 * unit * scale).all()
+    assert (grad.sum(-1).abs() <= 8 * k * unit * scale).all()
+
+
+@given(seed=st.integers(0, 10**6), shift=st.integers(-32, 32))
+def test_adding_an_exactly_representable_constant_changes_nothing(
+    backend: str, seed: int, shift: int
+) -> None:
+    # Multiples of 1/64 below 2^10 add without rounding, so that the bits must stay the same.
+    student = (logits(3, 300, seed=seed) * 64).round() / 64
+    teacher = (logits(3, 300, seed=seed + 1) * 64).round() / 64
+    plain = loss_and_grad(student, teacher, 20, backend=backend)
+    shifted = loss_and_grad(student + shift, teacher + shift / 2, 20, backend=backend)
+    assert torch.equal(plain[0], shifted[0])
+    assert torch.equal(plain[1], shifted[1])
+
+
+def test_k_equal_to_the_vocabulary_is_the_full_reverse_kl(backend: str) -> None:
+    student, teacher = logits(5, 50), logits(5, 50, seed=1)
+    loss, grad = loss_and_grad(student, teacher, 50, reduction="none", backend=backend)
+    z = student.double().requires_grad_()
+    log_p, log_q = z.log_softmax(-1), teacher.double().log_softmax(-1)
+    full = (log_p.exp() * (log_p - log_q)).sum(-1)
+    full.sum().backward()
+    torch.testing.assert_close(loss.double(), full.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), z.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_student_and_teacher_have_loss_and_gradient_zero(backend: str) -> None:
+    teacher = logits(4, 100)
+    loss, grad = loss_and_grad(teacher, teacher, 10, backend=backend)
+    assert loss == 0
+    assert (grad == 0).all()
+
+
+def test_temperature_divides_both_sides_without_a_factor(backend: str) -> None:
+    student, teacher = logits(3, 60), logits(3, 60, seed=1)
+    a, grad_a = loss_and_grad(student, teacher, 8, temperature=2.0, backend=backend)
+    b, grad_b = loss_and_grad(student / 2, teacher / 2, 8, backend=backend)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(grad_a, grad_b / 2)
+    c, _ = loss_and_grad(
+        student, teacher, 8, temperature=2.0, teacher_temperature=1.0, backend=backend
+    )
+    d, _ = loss_and_grad(student / 2, teacher, 8, backend=backend)
+    torch.testing.assert_close(c, d)
+
+
+def test_teacher_log_probs_and_logits_are_the_same_teacher(backend: str) -> None:
+    student, teacher = logits(3, 60), logits(3, 60, seed=1)
+    support = select_topk(teacher, 8, backend=backend)
+    log_probs = TopK(support.ids, support.logits - teacher.logsumexp(-1, keepdim=True))
+    a, grad_a = loss_and_grad(student, teacher, 8, backend=backend)
+    b, grad_b = loss_and_grad(student, support, backend=backend)
+    c, grad_c = loss_and_grad(student, log_probs, backend=backend)
+    assert torch.equal(a, b)
+    assert torch.equal(grad_a, grad_b)
+    torch.testing.assert_close(a, c)
+    torch.testing.assert_close(grad_a, grad_c)
+
+
+def test_order_of_a_given_support_does_not_matter(backend: str) -> None:
+    student, teacher = logits(3, 60), logits(3, 60, seed=1)
+    support = select_topk(teacher, 8, backend=backend)
+    a, grad_a = loss_and_grad(student, support, backend=backend)
+    flipped = TopK(support.ids.flip(-1).long(), support.logits.flip(-1))
+    b, grad_b = loss_and_grad(student, flipped, backend=backend)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(grad_a, grad_b)
+
+
+# Absent entries
+
+
+@pytest.mark.parametrize("bad", [-1, -7, 60, 10**6, 2**32 + 1, -(2**40)])
+def test_ids_outside_the_vocabulary_are_absent(backend: str, bad: int) -> None:
+    student, teacher = logits(3, 60), logits(3, 60, seed=1)
+    support = select_topk(teacher, 6, backend=backend)
+    ids = torch.cat([support.ids.long(), torch.full((3, 2), bad)], -1)
+    values = torch.cat([support.logits, torch.tensor([NAN, INF]).expand(3, 2)], -1)
+    a = loss_and_grad(student, support, backend=backend)
+    b = loss_and_grad(student, TopK(ids, values), backend=backend)
+    torch.testing.assert_close(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])
+
+
+def test_teacher_minus_inf_is_absent(backend: str) -> None:
+    student, teacher = logits(2, 30), logits(2, 30, seed=1)
+    teacher[:, 5:] = -INF
+    a = loss_and_grad(student, teacher, 20, backend=backend)
+    b = loss_and_grad(student, teacher, 5, backend=backend)
+    torch.testing.assert_close(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])
+
+
+def test_student_minus_inf_contributes_nothing_and_stays_in_the_teacher(backend: str) -> None:
+    student, teacher = logits(2, 30), logits(2, 30, seed=1)
+    best = teacher.argmax(-1)
+    hole = student.clone()
+    hole[torch.arange(2), best] = -INF
+    low = student.clone()
+    low[torch.arange(2), best] = -1e4
+    loss, grad = loss_and_grad(hole, teacher, 6, backend=backend)
+    limit, _ = loss_and_grad(low, teacher, 6, backend=backend)
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss, limit)
+    assert (grad[torch.arange(2), best] == 0).all()
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher", "banned", "ids"])
+def test_nothing_left_is_zero_with_the_graph_attached(backend: str, kind: str) -> None:
+    student, teacher = logits(2, 12), logits(2, 12, seed=1)
+    options, support = {}, teacher
+    if kind == "student":
+        student = torch.full_like(student, -INF)
+    elif kind == "teacher":
+        support = torch.full_like(teacher, -INF)
+    elif kind == "banned":
+        options = {"banned_ids": range(12)}
+    else:
+        support = TopK(torch.full((2, 3), -1), torch.zeros(2, 3))
+    loss, grad = loss_and_grad(student, support, **options, backend=backend)
+    assert loss == 0
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("value", [NAN, -NAN, INF])
+def test_a_bad_value_at_a_used_entry_makes_its_row_nan_and_no_other(
+    backend: str, side: str, value: float
+) -> None:
+    student, teacher = logits(3, 80), logits(3, 80, seed=1)
+    clean_loss, clean_grad = loss_and_grad(student, teacher, 6, reduction="none", backend=backend)
+    best = int(teacher[1].argmax())
+    (student if side == "student" else teacher)[1, best] = value
+    loss, grad = loss_and_grad(student, teacher, 6, reduction="none", backend=backend)
+    assert loss[1].isnan()
+    support = select_topk(teacher, 6, backend=backend).ids[1].long()
+    assert grad[1, support].isnan().all()
+    rest = torch.ones(80, dtype=torch.bool).index_fill(0, support, False)
+    assert (grad[1, rest] == 0).all()
+    assert torch.equal(loss[[0, 2]], clean_loss[[0, 2]])
+    assert torch.equal(grad[[0, 2]], clean_grad[[0, 2]])
+
+
+def test_a_bad_value_outside_the_support_is_not_noticed(backend: str) -> None:
+    student, teacher = logits(2, 80), logits(2, 80, seed=1)
+    clean = loss_and_grad(student, teacher, 6, backend=backend)
+    student[0, teacher[0].argmin()] = NAN
+    dirty = loss_and_grad(student, teacher, 6, backend=backend)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+
+
+def test_duplicate_ids_are_entries_of_their_own_and_their_gradients_add(backend: str) -> None:
+    student = logits(1, 10)
+    ids = torch.tensor([[3, 5, 3, 7]])
+    values = torch.tensor([[0.3, 0.1, -0.4, 1.0]])
+    loss, grad = loss_and_grad(student, TopK(ids, values), backend=backend)
+    z = student.double().requires_grad_()
+    log_p = z[0, ids[0]].log_softmax(-1)
+    expected = (log_p.exp() * (log_p - values.double().log_softmax(-1))).sum()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad.double(), z.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_spans_that_overflow_never_make_nan(backend: str) -> None:
+    largest = torch.finfo(torch.float32).max
+    student = torch.tensor([[largest, -largest, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
+    teacher = torch.tensor([[-largest, largest, 0.0, 1.0], [largest, -largest, largest, 0.0]])
+    for temperature in (1.0, 1e-3, 1e3):
+        loss, grad = loss_and_grad(
+            student, teacher, 4, temperature=temperature, reduction="none", backend=backend
+        )
+        assert not loss.isnan().any()
+        assert not grad.isnan().any()
+
+
+# Masks, weights, reductions
+
+
+def test_masked_rows_are_zero_whatever_they_hold(backend: str) -> None:
+    student, teacher = logits(4, 50), logits(4, 50, seed=1)
+    mask = torch.tensor([True, False, True, False])
+    weight, temperature, upstream = torch.rand(4), torch.rand(4) + 0.5, torch.rand(4)
+    clean = topk_rkl(student[mask], teacher[mask], 5, weight=weight[mask], reduction="none",
+                     temperature=temperature[mask], backend=backend)  # fmt: skip
+    for tensor in (student, teacher, weight, temperature, upstream):
+        tensor[~mask] = NAN
+    student.requires_grad_()
+    weight.requires_grad_()
+    loss = topk_rkl(student, teacher, 5, mask=mask, weight=weight, temperature=temperature,
+                    reduction="none", backend=backend)  # fmt: skip
+    loss.backward(upstream)
+    assert torch.equal(loss[mask], clean)
+    assert (loss[~mask] == 0).all()
+    assert (student.grad[~mask] == 0).all()
+    assert (weight.grad[~mask] == 0).all()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_integer_masks_count_as_bool(backend: str) -> None:
+    student, teacher = logits(4, 50), logits(4, 50, seed=1)
+    flags = torch.tensor([3, 0, -1, 0])
+    expected = topk_rkl(student, teacher, 5, mask=flags != 0, backend=backend)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        mask = flags.abs().to(dtype)
+        assert torch.equal(expected, topk_rkl(student, teacher, 5, mask=mask, backend=backend))
+
+
+@pytest.mark.parametrize("shape", [(4, 50), (0, 50)])
+def test_no_rows_left_is_zero_with_the_graph_attached(backend: str, shape: tuple[int, int]) -> None:
+    student, teacher = logits(*shape), logits(*shape)
+    mask = torch.zeros(shape[0], dtype=torch.bool)
+    for reduction in ("mean", "sum"):
+        loss, grad = loss_and_grad(
+            student, teacher, 5, mask=mask, reduction=reduction, backend=backend
+        )
+        assert loss == 0
+        assert grad.shape == shape
+        assert (grad == 0).all()
+
+
+def test_reductions(backend: str) -> None:
+    student, teacher = logits(2, 3, 50), logits(2, 3, 50, seed=1)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    weight = torch.rand(2, 3)
+    rows = topk_rkl(
+        student, teacher, 5, mask=mask, weight=weight, reduction="none", backend=backend
+    )
+    assert rows.shape == (2, 3)
+
+    def reduced(reduction: str, normalizer: object = None) -> torch.Tensor:
+        return topk_rkl(student, teacher, 5, mask=mask, weight=weight, reduction=reduction,
+                        normalizer=normalizer, backend=backend)  # fmt: skip
+
+    torch.testing.assert_close(reduced("sum"), rows.sum())
+    torch.testing.assert_close(reduced("mean"), rows.sum() / 4)
+    torch.testing.assert_close(reduced("mean", 10.0), rows.sum() / 10)
+    torch.testing.assert_close(reduced("mean", torch.tensor(10)), rows.sum() / 10)
+
+
+def test_weight_gets_the_rows_loss_as_gradient(backend: str) -> None:
+    student, teacher = logits(4, 50), logits(4, 50, seed=1)
+    weight = torch.rand(4, requires_grad=True)
+    rows = topk_rkl(student, teacher, 5, reduction="none", backend=backend)
+    topk_rkl(student, teacher, 5, weight=weight, reduction="sum", backend=backend).backward()
+    assert torch.equal(weight.grad, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_of_loss_and_gradient(dtype: torch.dtype) -> None:
+    loss, grad = loss_and_grad(logits(3, 40, dtype=dtype), logits(3, 40), 5)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grad.dtype == dtype
+
+
+def test_default_k_is_32_and_at_most_the_vocabulary(backend: str) -> None:
+    student, teacher = logits(3, 100), logits(3, 100, seed=1)
+    expected = topk_rkl(student, teacher, 32, backend=backend)
+    assert torch.equal(topk_rkl(student, teacher, backend=backend), expected)
+    small = topk_rkl(student[:, :10], teacher[:, :10], backend=backend)
+    assert torch.equal(small, topk_rkl(student[:, :10], teacher[:, :10], 10, backend=backend))
+
+
+def test_a_padded_teacher_vocabulary_is_cut_to_the_students(backend: str) -> None:
+    student, teacher = logits(3, 100), logits(3, 128, seed=1)
+    teacher[:, 100:] = 50.0
+    expected = topk_rkl(student, teacher[:, :100], 8, backend=backend)
+    assert torch.equal(topk_rkl(student, teacher, 8, backend=backend), expected)
+
+
+def test_no_gradient_is_computed_for_the_teacher(backend: str) -> None:
+    student, teacher = logits(3, 40).requires_grad_(), logits(3, 40, seed=1).requires_grad_()
+    topk_rkl(student, teacher, 5, backend=backend).backward()
+    assert teacher.grad is None
+    support = TopK(torch.zeros(3, 2, dtype=torch.int32), torch.rand(3, 2, requires_grad=True))
+    topk_rkl(student, support, backend=backend).backward()
+    assert support.logits.grad is None
