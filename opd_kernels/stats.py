@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_kernels.reference import compute_dtype
-from opd_kernels.support import TopK
+from opd_kernels.reference import compute_dtype, unpack_bitmap
+from opd_kernels.support import TopK, repeats
 
 __all__ = ["Stats"]
 
 # Rows are upcast in pieces of this many elements, so that no float32 copy of the logits exists.
-_CHUNK_ELEMENTS = 1 << 22
+_PIECE_ELEMENTS = 1 << 22
 
 
 class Stats(NamedTuple):
     """Detached per-row tensors (...), 0 in masked rows.
 
     ``teacher_mass`` and ``student_mass``: what the full distributions softmax(t / T') and
-    softmax(z / T) hold on the support, in [0, 1] up to rounding. For a ``TopK`` teacher the mass is
-    taken at temperature 1, where its ``logsumexp`` is, and NaN without one. ``valid_k``: int64, how
-    many entries of the support are present. An id listed twice counts once in the masses.
+    softmax(z / T) hold on the support, in [0, 1] up to rounding, float32 (float64 of float64). For
+    a ``TopK`` teacher the mass is taken at temperature 1, where its ``logsumexp`` is, and NaN
+    without one. ``valid_k``: int64, how many entries of the support are present. An id listed twice
+    counts twice in ``valid_k`` and once in the masses.
+
+    NaN or +inf anywhere in a row makes its mass NaN, other than the loss, which only sees the
+    support. So does a student row of nothing but -inf: it has no distribution.
 
     The renormalised objective leaves ``student_mass`` free: watch it.
     """
@@ -47,77 +52,98 @@ def measure(
 ) -> Stats:
     """Stats of one call; ``support`` is the teacher's, before absent entries are told apart."""
     present = (support.ids >= 0) & (support.ids < limit) & (support.logits != -torch.inf)
+    ids = torch.where(present, support.ids, 0).long()
     if banned is not None:
-        ids = torch.where(present, support.ids, 0).long()
-        present &= ((banned[ids // 8] >> (ids % 8).to(torch.uint8)) & 1) == 0
+        present &= ~unpack_bitmap(banned, limit)[ids]
     if mask is not None:
         present &= mask[..., None]
-    unique = present & ~_repeats(torch.where(present, support.ids, -1))
-    ids = torch.where(present, support.ids, 0).long()
+    counted = present & ~repeats(torch.where(present, ids, -1))
 
-    dtype = compute_dtype(student)
-    student_width = student.shape[-1] if vocab_size is None else min(student.shape[-1], vocab_size)
-    student_mass = _mass(
-        student.gather(-1, ids).to(dtype),
-        unique,
-        temperature,
-        row_logsumexp(student, temperature, student_width, mask),
-    )
+    def held(logits: Tensor, temperature: float | Tensor) -> Tensor:
+        width = logits.shape[-1] if vocab_size is None else min(logits.shape[-1], vocab_size)
+        return _mass(logits[..., :width], ids, counted, temperature, mask)
+
     if isinstance(teacher, TopK):
-        logsumexp, teacher_temperature = teacher.logsumexp, 1.0
+        teacher_mass = _given_mass(support.logits, teacher.logsumexp, counted, mask)
     else:
-        width = teacher.shape[-1] if vocab_size is None else min(teacher.shape[-1], vocab_size)
-        logsumexp = row_logsumexp(teacher, teacher_temperature, width, mask)
-    if logsumexp is None:
-        teacher_mass = torch.full_like(student_mass, torch.nan)
-        if mask is not None:
-            teacher_mass = teacher_mass.masked_fill(~mask, 0)
-    else:
-        teacher_mass = _mass(support.logits, unique, teacher_temperature, logsumexp)
-    return Stats(teacher_mass, student_mass, present.sum(-1))
+        teacher_mass = held(teacher, teacher_temperature)
+    return Stats(teacher_mass, held(student, temperature), present.sum(-1))
 
 
 def row_logsumexp(
     logits: Tensor, temperature: float | Tensor, width: int, mask: Tensor | None
 ) -> Tensor:
     """log sum exp(logits / T) over [0, width) of each row, float32 (float64); 0 in masked rows."""
-    dtype = compute_dtype(logits)
+
+    def reduce(rows: Tensor, temperatures: Tensor) -> Tensor:
+        return (rows / temperatures).logsumexp(-1)
+
     rows = logits[..., :width]
-    out = torch.zeros(rows.shape[:-1], dtype=dtype, device=logits.device)
-    if rows.numel() == 0:
-        return out
-    per_row = isinstance(temperature, Tensor)
-    temperatures = (
-        temperature.expand(out.shape)
-        if isinstance(temperature, Tensor)
-        else out.new_tensor(temperature).expand(out.shape)
-    )
-    del per_row
-    if rows.ndim == 1:
-        piece = rows.to(dtype) / temperatures
-        out = torch.logsumexp(piece, -1)
-    else:
-        step = max(1, _CHUNK_ELEMENTS // (rows[0].numel()))
-        for start in range(0, rows.shape[0], step):
-            piece = rows[start : start + step].to(dtype)
-            piece = piece / temperatures[start : start + step, ..., None].to(dtype)
-            out[start : start + step] = torch.logsumexp(piece, -1)
-    return out if mask is None else out.masked_fill(~mask, 0)
+    return _reduce_rows(reduce, rows, mask, _per_row(temperature, rows))
 
 
 def _mass(
-    values: Tensor, counted: Tensor, temperature: float | Tensor, logsumexp: Tensor
+    logits: Tensor, ids: Tensor, counted: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Sum over the counted entries of exp(value / T - logsumexp)."""
+    """What softmax(logits / T) holds on the counted ids of each row."""
+
+    def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+        # The maximum is taken off before dividing: rows / T alone may overflow.
+        scaled = (rows - rows.amax(-1, keepdim=True)).div_(temperatures)
+        return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
+
+    return _reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
+
+
+def _given_mass(
+    values: Tensor, logsumexp: Tensor | None, counted: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The same of values that come with their full log-sum-exp; NaN without one."""
+    dtype = compute_dtype(values)
+    if logsumexp is None:
+        mass = values.new_full(values.shape[:-1], torch.nan, dtype=dtype)
+        return mass if mask is None else mass.masked_fill(~mask, 0)
+    shares = (values.to(dtype) - logsumexp[..., None].to(dtype)).exp()
+    return torch.where(counted, shares, 0).sum(-1)
+
+
+def _per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """Temperatures (..., 1) in the dtype of the arithmetic."""
+    dtype, rows = compute_dtype(logits), logits.shape[:-1]
     if isinstance(temperature, Tensor):
-        temperature = temperature[..., None]
-    probabilities = (values / temperature - logsumexp[..., None]).exp()
-    return torch.where(counted, probabilities, 0).sum(-1)
+        return temperature.to(dtype).expand(rows)[..., None]
+    return logits.new_ones((), dtype=dtype).mul(temperature).expand(*rows, 1)
 
 
-def _repeats(ids: Tensor) -> Tensor:
-    """True at every later occurrence of an id in its row."""
-    ordered, order = torch.sort(ids, dim=-1, stable=True)
-    repeat = torch.zeros_like(ordered, dtype=torch.bool)
-    repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
-    return torch.empty_like(repeat).scatter_(-1, order, repeat)
+def _reduce_rows(
+    reduce: Callable[..., Tensor], logits: Tensor, mask: Tensor | None, *per_row: Tensor
+) -> Tensor:
+    """reduce(rows in the dtype of the arithmetic, *per_row of these rows), piece by piece.
+
+    Masked rows are 0. On the CPU they are not read; elsewhere leaving them out would synchronise.
+    """
+    out = logits.new_zeros(logits.shape[:-1], dtype=compute_dtype(logits))
+    kept: Any = ...
+    for piece in _pieces(logits.shape):
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            kept = mask[piece]
+        rows = logits[piece][kept].to(out.dtype)
+        out[piece][kept] = reduce(rows, *(tensor[piece][kept] for tensor in per_row))
+    return out if mask is None else out.masked_fill(~mask, 0)
+
+
+def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of leading dimensions that cut (..., V) into views of about _PIECE_ELEMENTS.
+
+    Under a compiler, which fuses the upcast and unrolls loops, one piece.
+    """
+    if len(shape) == 1 or torch.compiler.is_compiling():
+        yield ()
+        return
+    inner = max(1, shape[1:].numel())
+    if inner > _PIECE_ELEMENTS and len(shape) > 2:
+        for i in range(shape[0]):
+            yield from ((i, *rest) for rest in _pieces(shape[1:]))
+        return
+    step = max(1, _PIECE_ELEMENTS // inner)
+    yield from ((slice(start, start + step),) for start in range(0, shape[0], step))

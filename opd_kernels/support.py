@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,12 @@ from opd_kernels._checks import ID_DTYPES
 
 __all__ = ["TopK"]
 
+# Servers and trainers write "no entry" as -1e3, -1e4, -9999 or -inf; no log-prob of a token that a
+# model lists among its best is near that.
+SENTINEL = -1e3
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class TopK:
     """The teacher's K entries of each row: ids and logits, in any order.
 
@@ -28,8 +34,8 @@ class TopK:
     Duplicate ids count as entries of their own; their gradients add up.
 
     It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows,
-    ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over its
-    tensors, and ``torch.load`` takes it with ``weights_only=True``.
+    ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over the tensors
+    that are there, and ``torch.load`` takes it with ``weights_only=True``.
 
     Errors: ``TypeError`` for wrong dtypes, ``ValueError`` for shapes that do not match.
 
@@ -95,40 +101,58 @@ class TopK:
 
     def __getitem__(self, index: Any) -> TopK:
         """Rows by any index of the leading dimensions; the K entries stay together."""
-        return self._map(
-            lambda tensor, trailing: tensor[_index_rows(index, tensor.ndim - trailing)]
-        )
+        index = _index_rows(index, self.ids.ndim - 1)
+        return self._map(lambda tensor: tensor[index])
+
+    def __repr__(self) -> str:
+        """Dtypes and shapes, not values."""
+        shown = (f"{field.name}={_describe(getattr(self, field.name))}" for field in fields(self))
+        return f"TopK({', '.join(shown)}, device={getattr(self.ids, 'device', None)})"
 
     def to(self, *args: Any, **kwargs: Any) -> TopK:
         """As ``Tensor.to``; a dtype applies to logits and logsumexp, ids keep theirs."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        logits = self.logits.to(*args, **kwargs)
+        how = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        return TopK(
+            self.ids.to(logits.device, **how),
+            logits,
+            None if self.logsumexp is None else self.logsumexp.to(*args, **kwargs),
+        )
 
-        def move(tensor: Tensor, _: int) -> Tensor:
-            target = dtype if tensor.dtype.is_floating_point else None
-            return tensor.to(device=device, dtype=target, non_blocking=non_blocking)
-
-        return self._map(move)
+    def pin_memory(self) -> TopK:
+        """In page-locked memory; ``DataLoader(pin_memory=True)`` calls it."""
+        return self._map(Tensor.pin_memory)
 
     def detach(self) -> TopK:
         """Without graph."""
-        return self._map(lambda tensor, _: tensor.detach())
+        return self._map(Tensor.detach)
 
     def reshape(self, *shape: int) -> TopK:
-        """Other leading dimensions."""
-        return self._map(
-            lambda tensor, trailing: tensor.reshape(*shape, *tensor.shape[-1:][:trailing])
+        """Other leading dimensions, of which one may be -1."""
+        return TopK(
+            self.ids.reshape(*shape, self.k),
+            self.logits.reshape(*shape, self.k),
+            None if self.logsumexp is None else self.logsumexp.reshape(shape),
         )
 
     @staticmethod
-    def cat(parts: Sequence[TopK], dim: int = 0) -> TopK:
+    def cat(parts: Iterable[TopK], dim: int = 0) -> TopK:
         """Concatenates along a leading dimension; logsumexp is kept where all parts have one."""
+        parts = list(parts)
         if not parts:
             raise ValueError("TopK.cat got no parts, expected one or more")
-        dim = dim + len(parts[0].shape) if dim < 0 else dim
-        if not 0 <= dim < len(parts[0].shape):
+        widths = sorted({part.k for part in parts})
+        if len(widths) > 1:
+            raise ValueError(
+                f"TopK.cat got widths {widths}, expected one; give from_logprobs a k, or pad with "
+                "id -1 and logit -inf"
+            )
+        row_dims = len(parts[0].shape)
+        if not -row_dims <= dim < row_dims:
             raise ValueError(
                 f"TopK.cat got dim {dim}, but the leading shape is {tuple(parts[0].shape)}"
             )
+        dim %= row_dims
         sums = [part.logsumexp for part in parts if part.logsumexp is not None]
         return TopK(
             torch.cat([part.ids for part in parts], dim),
@@ -149,19 +173,22 @@ class TopK:
         ``logprobs`` alone is nested lists down to one element per position: None (vLLM's first
         position), a mapping from token id to log-prob (vLLM's ``prompt_logprobs``; the value may be
         a number, an object with ``.logprob`` or a mapping with ``"logprob"``; ids may be ints,
-        digits or ``"token_id:5"``), or a list of ``(logprob, id, ...)`` (SGLang). With ``ids``,
-        both are arrays, tensors or nested lists of the same shape (TRL, verl).
+        digits or ``"token_id:5"``), or a list of ``(logprob, id, ...)`` (SGLang's
+        ``input_top_logprobs``). With ``ids``, both are arrays, tensors or nested lists of the same
+        shape (TRL, verl). Read on the host.
 
         Ragged lengths are padded with absent entries to the longest of each level; log-probs at or
         below -1000, None and negative ids are absent. An id that is listed twice counts once, with
         its larger log-prob. Of more than ``k`` entries (vLLM lists the sampled token besides the K
-        best) the k largest are kept; ``k=None`` keeps all, and is the longest position.
+        best) the k largest are kept; ``k=None`` keeps all, and is the longest position. NaN stays,
+        ahead of all others. An empty list is no position at all.
 
         Returns ids int32 (..., k) in order (log-prob descending, id ascending), logits float32, and
         logsumexp 0 where a position has entries (log-probs are normalised) and NaN where not.
 
-        Errors: ``TypeError`` for an element that is none of these; ``ValueError`` for k < 1, for
-        ``ids`` and ``logprobs`` of different shapes, for ids beyond int32.
+        Errors: ``TypeError`` for an element that is none of these, for ids that are not integers;
+        ``ValueError`` for k < 1, for ``ids`` and ``logprobs`` of different shapes, for ids beyond
+        int32.
 
         Example::
 
@@ -169,14 +196,19 @@ class TopK:
         """
         if k is not None and k < 1:
             raise ValueError(f"k is {k}, allowed is 1 or more")
+        if logprobs is None:
+            raise TypeError(
+                "logprobs is None, expected a server's payload; did the request ask for it? "
+                "(vLLM: prompt_logprobs=32)"
+            )
         if ids is None:
-            id_tensor, values = _payload.from_positions(logprobs)
+            entries = _payload.from_positions(logprobs)
         else:
-            id_tensor, values = _payload.from_arrays(ids, logprobs)
-        id_tensor, values = _payload.canonical(id_tensor, values, k)
-        empty = (id_tensor < 0).all(-1)
-        logsumexp = torch.zeros(empty.shape).masked_fill(empty, torch.nan)
-        return TopK(id_tensor.to(torch.int32), values, logsumexp).to(device or "cpu")
+            entries = _payload.from_arrays(ids, logprobs)
+        best_ids, best = _canonical(*entries, k)
+        logsumexp = best.new_zeros(best.shape[:-1]).masked_fill(best_ids[..., 0] < 0, torch.nan)
+        topk = TopK(best_ids.to(torch.int32), best, logsumexp)
+        return topk if device is None else topk.to(device)
 
     def validate(self, vocab_size: int) -> TopK:
         """Raises ``ValueError`` for ids that are neither -1 nor in [0, vocab_size); returns self.
@@ -195,41 +227,85 @@ class TopK:
             )
         return self
 
-    def _map(self, fn: Callable[[Tensor, int], Tensor]) -> TopK:
-        """fn(tensor, number of trailing dimensions that are not rows) over the tensors."""
-        return TopK(
-            fn(self.ids, 1),
-            fn(self.logits, 1),
-            None if self.logsumexp is None else fn(self.logsumexp, 0),
-        )
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
+        logsumexp = None if self.logsumexp is None else fn(self.logsumexp)
+        return TopK(fn(self.ids), fn(self.logits), logsumexp)
 
 
-def _index_rows(index: Any, row_dims: int) -> Any:
+def repeats(ids: Tensor) -> Tensor:
+    """True at every later occurrence of an id in its row."""
+    ordered, order = torch.sort(ids, dim=-1, stable=True)
+    repeat = torch.zeros_like(ordered, dtype=torch.bool)
+    repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return torch.empty_like(repeat).scatter_(-1, order, repeat)
+
+
+def _canonical(
+    id_array: np.ndarray, value_array: np.ndarray, k: int | None
+) -> tuple[Tensor, Tensor]:
+    """Entries in order (value descending, id ascending), each id once, k of them."""
+    if id_array.shape == (0,):  # an empty list: no positions, not one position without entries
+        id_array, value_array = id_array[:, None], value_array[:, None]
+    ids, values = torch.from_numpy(id_array), torch.from_numpy(value_array)
+    ids, values = _without((ids < 0) | (values <= SENTINEL), ids, values)
+    ids, order = torch.sort(ids, dim=-1)
+    ids, values = _by_value(ids, values.gather(-1, order))
+    ids, values = _by_value(*_without(repeats(ids), ids, values))
+    present = ids >= 0
+    if k is None:
+        k = max(1, int(present.sum(-1).max())) if present.numel() else 1
+    # Negative padding cuts.
+    pad = (0, k - ids.shape[-1])
+    ids = torch.nn.functional.pad(ids, pad, value=-1)
+    return ids, torch.nn.functional.pad(values, pad, value=-torch.inf)
+
+
+def _without(absent: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return ids.masked_fill(absent, -1), values.masked_fill(absent, -torch.inf)
+
+
+def _by_value(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    values, order = torch.sort(values, dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order), values
+
+
+def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
     """The index with an ellipsis that leaves whatever follows the rows alone."""
     parts = index if isinstance(index, tuple) else (index,)
-    used = sum(
-        part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
-        for part in parts
-        if part is not None and part is not Ellipsis
-    )
-    if used > row_dims:
-        raise IndexError(f"TopK has {row_dims} leading dimensions, but {used} were indexed")
-    if any(part is Ellipsis for part in parts):
-        at = next(i for i, part in enumerate(parts) if part is Ellipsis)
-        fill = (slice(None),) * (row_dims - used)
-        return (*parts[:at], *fill, *parts[at + 1 :])
-    return parts
+    parts = tuple(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)
+    free = row_dims - sum(_dims_used(part) for part in parts)
+    if free < 0:
+        raise IndexError(
+            f"TopK has {row_dims} leading dimensions, but {row_dims - free} were indexed"
+        )
+    at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
+    return (*parts[:at], *[slice(None)] * free, *parts[at + 1 :])
 
 
-def _flatten(topk: TopK) -> tuple[list[Tensor | None], None]:
-    return [topk.ids, topk.logits, topk.logsumexp], None
+def _dims_used(part: Any) -> int:
+    """How many dimensions one part of an index takes up."""
+    if isinstance(part, Tensor) and part.dtype == torch.bool:
+        return part.ndim
+    return 0 if part is None or part is Ellipsis or isinstance(part, bool) else 1
 
 
-def _unflatten(children: Any, _: None) -> TopK:
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _flatten(topk: TopK) -> tuple[list[Tensor], None]:
+    # Without a logsumexp there is no leaf for it: what is mapped over the leaves sees tensors only.
+    leaves = [topk.ids, topk.logits]
+    return leaves if topk.logsumexp is None else [*leaves, topk.logsumexp], None
+
+
+def _unflatten(leaves: Iterable[Any], _: None) -> TopK:
     # Not through __init__: tree_map may put anything at the leaves, shapes or specs for instance.
     topk = object.__new__(TopK)
-    for name, value in zip(("ids", "logits", "logsumexp"), children, strict=True):
-        object.__setattr__(topk, name, value)
+    for field, leaf in zip_longest(fields(TopK), leaves):
+        object.__setattr__(topk, field.name, leaf)
     return topk
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -28,6 +29,10 @@ def pytest_configure() -> None:
     reason = cpu.unavailable()
     if reason is not None:
         raise pytest.UsageError(f"the native CPU backend is not there: {reason}")
+    # A sanitized run has to test the sanitized build and no other.
+    wanted = os.environ.get("OPD_KERNELS_EXPECT", "")
+    if wanted not in cpu._C.__file__:
+        raise pytest.UsageError(f"the tests run on {cpu._C.__file__}, expected it under {wanted}")
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
 
 

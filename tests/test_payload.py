@@ -1,0 +1,282 @@
+"""``TopK.from_logprobs``: every form in which servers and trainers hand over log-probs."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_kernels import TopK, topk_rkl
+
+INF, NAN = float("inf"), float("nan")
+
+
+def entries(topk: TopK) -> Any:
+    """Nested lists down to [(id, log-prob), ...] of the entries that are present."""
+    if topk.shape:
+        return [entries(row) for row in topk]
+    pairs = zip(topk.ids.tolist(), topk.logits.tolist(), strict=True)
+    return [(token, round(value, 4)) for token, value in pairs if token >= 0]
+
+
+def vllm(logprob: float, rank: int = 1) -> SimpleNamespace:
+    """vLLM's ``Logprob``."""
+    return SimpleNamespace(logprob=logprob, rank=rank, decoded_token="a")
+
+
+def jagged() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = [torch.tensor([[7, 3]]), torch.tensor([[5, 9], [2, 4]])]
+    logprobs = [torch.tensor([[-0.5, -1.5]]), torch.tensor([[-0.25, -2.0], [-3.0, -1.0]])]
+    return tuple(torch.nested.nested_tensor(x, layout=torch.jagged) for x in (logprobs, ids))
+
+
+SEQUENCE = [[], [(7, -0.5), (3, -1.5)], [(5, -0.25)]]
+BATCH = [[[(7, -0.5), (3, -1.5)], []], [[(5, -0.25), (9, -2.0)], [(4, -1.0), (2, -3.0)]]]
+
+POSITIONS = {
+    "objects": [None, {3: vllm(-1.5), 7: vllm(-0.5)}, {5: vllm(-0.25)}],
+    "json": [
+        None,
+        {"3": {"logprob": -1.5, "rank": 2}, "7": {"logprob": -0.5, "rank": 1}},
+        {"5": {"logprob": -0.25, "decoded_token": None}},
+    ],
+    "token_id strings": [None, {"token_id:7": -0.5, "token_id:3": -1.5}, {"token_id:5": -0.25}],
+    "numpy scalars": [{}, {np.int64(3): np.float32(-1.5), np.int32(7): -0.5}, {5: -0.25}],
+    "pairs": [None, [[-0.5, 7, "a"], [-1.5, 3, None]], [(-0.25, 5, "b")]],
+    "pairs, empty list": [[], [(-1.5, 3), (-0.5, 7)], [(-0.25, 5)]],
+    "tuple": ((), ((-1.5, 3), (-0.5, 7)), ((-0.25, 5),)),
+    "sentinels": [{1: -1e3}, {3: -1.5, 7: -0.5, 8: -9999.0}, {5: -0.25, 2: -INF, 1: None}],
+    "negative ids": [{-1: 0.0}, {3: -1.5, 7: -0.5, -100: -0.1}, {5: -0.25}],
+    "object array": np.array([None, {3: -1.5, 7: -0.5}, {5: -0.25}], dtype=object),
+}
+
+
+@pytest.mark.parametrize("form", POSITIONS)
+def test_every_form_of_positions_gives_the_same_support(form: str) -> None:
+    topk = TopK.from_logprobs(POSITIONS[form])
+    assert entries(topk) == SEQUENCE
+    assert topk.ids.tolist() == [[-1, -1], [7, 3], [5, -1]]
+    assert topk.logits[0].tolist() == [-INF, -INF]
+
+
+ARRAYS = {
+    "lists": ([[-1.5, -0.5], []], [[3, 7], []], SEQUENCE[1::-1]),
+    "list of tensors": ([torch.tensor([-1.5, -0.5]), None], [torch.tensor([3, 7]), None],
+                        SEQUENCE[1::-1]),
+    "scalar tensors": ([torch.tensor(-1.5), torch.tensor(-0.5)],
+                       [torch.tensor(3), torch.tensor(7)], SEQUENCE[1]),
+    "int32 and float64": (np.array([[-1.5, -0.5]]), np.array([[3, 7]], np.int32), SEQUENCE[1:2]),
+    "bfloat16": (torch.tensor([[-1.5, -0.5]]).bfloat16(), torch.tensor([[3, 7]]), SEQUENCE[1:2]),
+    "tensor and list": (torch.tensor([[-1.5, -0.5]]), [[3, 7]], SEQUENCE[1:2]),
+    "list and array": ([[-1.5, -0.5]], np.array([[3, 7]]), SEQUENCE[1:2]),
+    "requires grad": (torch.tensor([[-1.5, -0.5]], requires_grad=True), torch.tensor([[3, 7]]),
+                      SEQUENCE[1:2]),
+    "jagged": (*jagged(), BATCH),
+    "strings": ([[-1.5, -0.5]], [["3", "token_id:7"]], SEQUENCE[1:2]),
+    "missing values": ([[-1.5, None, -0.5]], [[3, 4, 7]], SEQUENCE[1:2]),
+    "missing position": ([[-1.5, -0.5], None], [[3, 7], None], SEQUENCE[1::-1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ARRAYS)
+def test_every_form_of_parallel_arrays_gives_the_same_support(form: str) -> None:
+    logprobs, ids, expected = ARRAYS[form]
+    assert entries(TopK.from_logprobs(logprobs, ids)) == expected
+
+
+def test_arrays_are_not_changed_in_place() -> None:
+    logprobs, ids = np.array([[-2000.0, -0.5]], np.float32), np.array([[3, 7]], np.int64)
+    TopK.from_logprobs(logprobs, ids)
+    assert logprobs.tolist() == [[-2000.0, -0.5]]
+    assert ids.tolist() == [[3, 7]]
+
+
+@pytest.mark.parametrize(
+    ("payload", "shape"),
+    [
+        ({5: -1.0}, ()),
+        ([(-1.0, 5), (-2.0, 6)], ()),
+        ([], (0,)),
+        ([None], (1,)),
+        ([[], []], (2,)),
+        ([[None, None], [None]], (2, 2)),
+        ([[None, {5: -1.0}], None, []], (3, 2)),
+        ([[None, {5: -1.0}], [None, {5: -1.0}, {6: -1.0}]], (2, 3)),
+        ([[[None], [{5: -1.0}, {}]], [[None, None, None]]], (2, 2, 3)),
+        ([[[(-1.0, 5)], [(-1.0, 5)], []]], (1, 3)),
+    ],
+)
+def test_leading_shape_is_the_longest_of_each_level(payload: Any, shape: tuple[int, ...]) -> None:
+    topk = TopK.from_logprobs(payload)
+    assert topk.shape == shape
+    assert TopK.from_logprobs(payload, k=4).ids.shape == (*shape, 4)
+
+
+def test_positions_without_entries_keep_their_place() -> None:
+    batch = [[{7: -0.5, 3: -1.5}], None, [None, {5: -0.25}, None]]
+    pair = [(7, -0.5), (3, -1.5)]
+    expected = [[pair, [], []], [[], [], []], [[], [(5, -0.25)], []]]
+    assert entries(TopK.from_logprobs(batch)) == expected
+
+
+@pytest.mark.parametrize("arrays", [([], []), (np.empty((0, 5)), np.empty((0, 5), int))])
+def test_empty_arrays_have_no_rows(arrays: tuple[Any, Any]) -> None:
+    assert TopK.from_logprobs(*arrays).shape == (0,)
+
+
+def test_dtypes_and_order() -> None:
+    topk = TopK.from_logprobs([{9: -1.0, 4: -1.0, 6: -0.5, 5: -1.0}])
+    assert topk.ids.dtype == torch.int32
+    assert topk.logits.dtype == topk.logsumexp.dtype == torch.float32
+    assert topk.ids.tolist() == [[6, 4, 5, 9]]
+
+
+def test_logsumexp_is_zero_where_there_are_entries_and_nan_where_not() -> None:
+    topk = TopK.from_logprobs([None, {5: -0.25}, {5: -1e4}])
+    torch.testing.assert_close(
+        topk.logsumexp, torch.tensor([NAN, 0.0, NAN]), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_the_sampled_token_that_is_listed_first_neither_repeats_nor_displaces() -> None:
+    best = [[-0.5, 7], [-1.0, 3], [-1.5, 2]]
+    outside, inside = [[-9.0, 50], *best], [[-1.0, 3], *best]
+    topk = TopK.from_logprobs([outside, inside], k=3)
+    assert topk.ids.tolist() == [[7, 3, 2]] * 2
+
+
+def test_a_repeated_id_counts_once_with_its_larger_value() -> None:
+    topk = TopK.from_logprobs([[[-3.0, 5], [-1.0, 5], [-2.0, 5], [-2.5, 4], [-9999.0, 4]]])
+    assert entries(topk) == [[(5, -1.0), (4, -2.5)]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_k_cuts_and_pads(k: int) -> None:
+    topk = TopK.from_logprobs([{5: -1.0, 3: -0.5, 8: -2.0}], k=k)
+    assert topk.ids.tolist() == [([3, 5, 8] + [-1] * 5)[:k]]
+    assert topk.logits.tolist() == [([-0.5, -1.0, -2.0] + [-INF] * 5)[:k]]
+
+
+def test_width_is_the_longest_position_after_deduplication() -> None:
+    assert TopK.from_logprobs([[[-1.0, 5], [-1.0, 5]], [[-2.0, 6]]]).k == 1
+    assert TopK.from_logprobs([None, None]).k == 1
+
+
+@pytest.mark.parametrize("payload", [[{5: -1.0, 3: NAN}], [{"5": -1.0, "3": {"logprob": "NaN"}}]])
+def test_nan_stays_ahead_of_all_others(payload: Any) -> None:
+    topk = TopK.from_logprobs(payload, k=1)
+    assert topk.ids.tolist() == [[3]]
+    assert topk.logits.isnan().all()
+
+
+def test_nan_of_a_repeated_id_is_not_hidden_by_its_other_value() -> None:
+    topk = TopK.from_logprobs([[[-0.5, 3], [NAN, 3]]])
+    assert topk.ids.tolist() == [[3]]
+    assert topk.logits.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None,), TypeError, "logprobs is None.*did the request ask"),
+        ((0.5,), TypeError, "a position of the payload is a float.*parallel arrays"),
+        (([[-0.5, -0.1]],), TypeError, "is a float.*from_logprobs\\(logprobs, ids\\)"),
+        ((torch.zeros(2, 3),), TypeError, "is a Tensor"),
+        (("abc",), TypeError, "is a str"),
+        (([{5: -1.0}, [{5: -1.0}]],), TypeError, "different depths"),
+        (([{"the": -1.0}],), TypeError, "'the'.*return_tokens_as_token_ids"),
+        (([{5.5: -1.0}],), TypeError, "names a token 5.5"),
+        (([{5: {"rank": 1}}],), TypeError, "as a log-prob, expected a number"),
+        (([{5: "high"}],), TypeError, "'high' as a log-prob"),
+        (([{2**31: -1.0}],), ValueError, "2147483648 is beyond int32"),
+        (([{2**70: -1.0}],), ValueError, "beyond int32"),
+        (([[-1.0]], [[2**31]]), ValueError, "2147483648 is beyond int32"),
+        ((np.zeros(1), np.array([2**63], np.uint64)), ValueError, "beyond int32"),
+        ((torch.zeros(1, 2), torch.zeros(1, 2)), TypeError, "float32, expected integers.*order"),
+        (([[3, 7]], [[-0.5, -1.5]]), TypeError, "names a token -0.5"),
+        ((torch.zeros(2, 3), torch.zeros(2, 4).int()), ValueError, r"\(2, 4\) and \(2, 3\)"),
+        (([[-1.0], [-1.0, -2.0]], [[1, 2], [3]]), ValueError, r"length \(2 and 1\)"),
+        (([[-1.0]], [[1], [2]]), ValueError, r"length \(2 and 1\)"),
+        ((-1.0, 5), TypeError, "hold a int, expected arrays"),
+        (([[-1.0], -1.0], [[1], 2]), TypeError, "hold a int"),
+    ],
+)
+def test_what_is_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TopK.from_logprobs(*arguments)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_below_one_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k is {k}, allowed is 1 or more"):
+        TopK.from_logprobs([{5: -1.0}], k=k)
+
+
+def test_device_is_where_the_tensors_go() -> None:
+    topk = TopK.from_logprobs([{5: -1.0}], device="meta")
+    assert topk.ids.is_meta
+    assert topk.logits.is_meta
+    assert topk.logsumexp.is_meta
+
+
+def test_the_largest_id_fits() -> None:
+    assert TopK.from_logprobs([{2**31 - 1: -1.0}]).ids.tolist() == [[2**31 - 1]]
+
+
+def expected_entries(position: list[tuple[int, float]], k: int | None) -> list[tuple[int, float]]:
+    best: dict[int, float] = {}
+    for token, value in position:
+        if token >= 0 and value > -1e3:
+            best[token] = max(value, best.get(token, -INF))
+    return sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))[:k]
+
+
+# Values that float32 and four decimals hold exactly, with ties.
+VALUES = st.one_of(st.integers(-40, 0).map(lambda n: n / 4), st.sampled_from([-1e3, -1e4, -INF]))
+POSITION = st.lists(st.tuples(st.integers(-1, 12), VALUES), max_size=6)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.lists(POSITION, max_size=4), min_size=1, max_size=3),
+    st.one_of(st.none(), st.integers(1, 8)),
+)
+def test_batches_read_as_a_plain_loop_reads_them(
+    batch: list[list[list[tuple[int, float]]]], k: int | None
+) -> None:
+    pairs = [[[(v, t, "text") for t, v in position] for position in seq] for seq in batch]
+    ids = [[[t for t, _ in position] for position in seq] for seq in batch]
+    logprobs = [[[v for _, v in position] for position in seq] for seq in batch]
+    length = max(map(len, batch))
+    expected = [
+        [expected_entries(position, k) for position in seq] + [[]] * (length - len(seq))
+        for seq in batch
+    ]
+    if length == 0:  # nothing says that the empty lists are sequences and not positions
+        return
+    by_arrays = TopK.from_logprobs(logprobs, ids, k=k)
+    assert entries(by_arrays) == expected
+    assert entries(TopK.from_logprobs(pairs, k=k)) == expected
+    longest = max((len(position) for seq in expected for position in seq), default=0)
+    assert by_arrays.k == (k or max(longest, 1))
+
+
+def test_a_payload_gives_the_loss_of_the_teacher_it_came_from() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 40, generator=generator)
+    best = teacher.log_softmax(-1).topk(8)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    payload = [None, *(dict(zip(*row, strict=True)) for row in list(rows)[1:])]
+    topk = TopK.from_logprobs(payload)
+    mask = torch.arange(6) > 0
+    loss, stats = topk_rkl(student, topk, mask=mask, return_stats=True)
+    expected, wanted = topk_rkl(student, teacher, 8, mask=mask, return_stats=True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(stats.teacher_mass, wanted.teacher_mass)
+    assert math.isfinite(loss.item())

@@ -1,0 +1,400 @@
+"""``TopK`` as a container: moving, indexing, concatenating, saving, mapping, compiling."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from opd_kernels import TopK, select_topk, topk_rkl
+
+INF = float("inf")
+
+
+def make(*rows: int, k: int = 4, logsumexp: bool = True, seed: int = 0) -> TopK:
+    generator = torch.Generator().manual_seed(seed)
+    return TopK(
+        torch.randint(0, 50, (*rows, k), generator=generator, dtype=torch.int32),
+        torch.randn(*rows, k, generator=generator),
+        torch.randn(rows, generator=generator) if logsumexp else None,
+    )
+
+
+def tensors(topk: TopK) -> tuple[torch.Tensor | None, ...]:
+    return topk.ids, topk.logits, topk.logsumexp
+
+
+def assert_same(a: TopK, b: TopK) -> None:
+    assert isinstance(a, TopK)
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), TypeError, "ids have dtype torch.float32"),
+        ((torch.zeros(2, 3).short(), torch.zeros(2, 3)), TypeError, "allowed are int32 and int64"),
+        ((torch.zeros(2, 3).int(), torch.zeros(2, 3).int()), TypeError, "logits have dtype"),
+        ((torch.zeros(2, 3).int(), torch.zeros(2, 4)), ValueError, r"\(2, 3\) and logits \(2, 4\)"),
+        ((torch.tensor(3), torch.tensor(0.5)), ValueError, r"must be \(..., K\)"),
+        ((torch.zeros(2, 0).int(), torch.zeros(2, 0)), ValueError, "width 0"),
+        ((torch.zeros(2, 3).int(), torch.zeros(2, 3, device="meta")), ValueError, "move one"),
+        ((torch.zeros(2, 3).int(), torch.zeros(2, 3), torch.zeros(2, 1)), ValueError,
+         r"logsumexp has shape \(2, 1\), expected one per row: \(2,\)"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TopK(*arguments)
+
+
+def test_validate_names_the_first_bad_id_and_returns_itself() -> None:
+    topk = make(2, 3)
+    topk.ids[1, 2, 0] = -1
+    assert topk.validate(50) is topk
+    topk.ids[1, 0, 2], topk.ids[1, 1, 3] = 50, -2
+    with pytest.raises(ValueError, match=r"2 ids outside \[0, 50\).* 50 at \(1, 0, 2\)"):
+        topk.validate(50)
+    assert topk.ids.dtype == torch.int32
+    topk.ids[1, 1, 3] = -1
+    topk.validate(51)
+
+
+def test_validate_sees_ids_that_int32_does_not_hold() -> None:
+    with pytest.raises(ValueError, match="1 ids outside"):
+        TopK(torch.tensor([[3, 2**32 + 3]]), torch.zeros(1, 2)).validate(50)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize(
+    "index",
+    [
+        0, -1, slice(1, None), slice(None, None, 2), None, ..., (), True, (1, 2), (..., 0),
+        (0, ...), (slice(None), -1), (..., slice(1, 3)), (None, 0), (0, None), (..., None),
+        (None, ..., None, 1), [0, 0, 1], ([0, 1], [2, 0]), np.array([1, 0]), np.int64(1),
+        torch.tensor(1), torch.tensor([1, 0, 1]), torch.tensor([[0, 1], [1, 1]]),
+        (slice(None), torch.tensor([2, 0])), (torch.tensor([0, 1]), torch.tensor([1, 2])),
+        (torch.tensor([0, 1]), slice(None), torch.tensor([1, 1])),
+        (..., torch.tensor([1, 0])), (torch.tensor([1, 0]), ...),
+        torch.tensor([True, False]), torch.tensor([False, False]),
+        (slice(None), torch.tensor([True, False, True])),
+        (..., torch.tensor([True, False])),
+        torch.tensor([[True, False, True], [False, False, True]]),
+        np.array([[True, False, True], [False, False, True]]),
+        torch.tensor([[[True, False]] * 3] * 2),
+        (torch.tensor([[True, False, True], [False, False, True]]), 1),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_rows_are_indexed_as_in_a_tensor(index: Any, logsumexp: bool) -> None:
+    topk = make(2, 3, 2, logsumexp=logsumexp)
+    numbers = torch.arange(12).view(2, 3, 2)[index]
+    picked = topk[index]
+    assert picked.shape == numbers.shape
+    assert torch.equal(picked.ids, topk.ids.view(12, 4)[numbers])
+    assert torch.equal(picked.logits, topk.logits.view(12, 4)[numbers])
+    if logsumexp:
+        assert torch.equal(picked.logsumexp, topk.logsumexp.view(12)[numbers])
+    else:
+        assert picked.logsumexp is None
+
+
+@pytest.mark.parametrize(
+    ("index", "used"),
+    [
+        ((0, 0, 0), 3), ((0, slice(None), slice(None)), 3), ((..., 0, 0, 0), 3),
+        (torch.ones(2, 3, 4, dtype=torch.bool), 3), (np.ones((2, 3, 4), dtype=bool), 3),
+        ((torch.ones(2, 3, dtype=torch.bool), 0), 3),
+    ],
+)  # fmt: skip
+def test_indexing_into_the_entries_is_refused(index: Any, used: int) -> None:
+    with pytest.raises(IndexError, match=f"2 leading dimensions, but {used} were indexed"):
+        make(2, 3)[index]
+
+
+def test_an_index_out_of_range_is_refused() -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        make(2, 3)[2]
+
+
+def test_slices_share_memory() -> None:
+    topk = make(4)
+    topk[1:3].ids.fill_(7)
+    assert (topk.ids[1:3] == 7).all()
+
+
+def test_length_and_iteration_run_over_the_first_dimension() -> None:
+    topk = make(3, 2)
+    assert len(topk) == 3
+    rows = list(topk)
+    assert [row.shape for row in rows] == [(2,)] * 3
+    assert_same(rows[1], topk[1])
+    assert len(make(0)) == 0
+    assert list(make(0)) == []
+
+
+def test_a_single_row_has_no_length_and_no_rows() -> None:
+    row = make()
+    assert row.shape == ()
+    assert row.k == 4
+    with pytest.raises(TypeError, match="single row has no length"):
+        len(row)
+    with pytest.raises(TypeError, match="single row has no length"):
+        list(row)
+    with pytest.raises(IndexError, match="0 leading dimensions, but 1 were indexed"):
+        row[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [((2, 3), (6,)), ((2, 3), (-1,)), ((2, 3), (3, -1)), ((1,), ()), ((), (1, 1))],
+)
+def test_reshape_changes_leading_dimensions_only(
+    rows: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    topk = make(*rows)
+    reshaped = topk.reshape(*shape)
+    assert reshaped.k == 4
+    assert torch.equal(reshaped.logsumexp, topk.logsumexp.reshape(shape))
+    assert_same(reshaped.reshape(*rows), topk)
+
+
+# Concatenation
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, -2])
+def test_cat_joins_rows_along_a_leading_dimension(dim: int) -> None:
+    parts = [make(2, 3, seed=0), make(2, 3, seed=1)]
+    whole = TopK.cat(parts, dim=dim)
+    rows = torch.cat([part.logsumexp for part in parts], dim)
+    assert whole.shape == rows.shape
+    assert torch.equal(whole.logsumexp, rows)
+    along = [slice(None)] * 2
+    along[dim] = slice(-parts[1].shape[dim], None)
+    assert_same(whole[tuple(along)], parts[1])
+
+
+def test_cat_keeps_logsumexp_only_where_all_parts_have_one() -> None:
+    assert TopK.cat([make(2), make(3, logsumexp=False)]).logsumexp is None
+    assert TopK.cat([make(2, logsumexp=False)]).logsumexp is None
+    assert TopK.cat([make(2), make(3)]).logsumexp.shape == (5,)
+
+
+def test_cat_of_an_iterator_and_of_its_rows_gives_the_whole() -> None:
+    topk = make(5)
+    assert_same(TopK.cat(row[None] for row in topk), topk)
+
+
+@pytest.mark.parametrize(
+    ("parts", "dim", "message"),
+    [
+        ([], 0, "got no parts"),
+        ([make(2, k=3), make(2, k=5), make(1, k=3)], 0, r"widths \[3, 5\], expected one"),
+        ([make(2, 3)], 2, r"dim 2, but the leading shape is \(2, 3\)"),
+        ([make(2, 3)], -3, "dim -3"),
+        ([make()], 0, r"dim 0, but the leading shape is \(\)"),
+    ],
+)
+def test_cat_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopK.cat(parts, dim)
+
+
+# Moving
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (("meta", torch.bfloat16), {}),
+        ((torch.device("meta"),), {"dtype": torch.bfloat16, "non_blocking": True}),
+        ((), {"device": "meta", "dtype": torch.bfloat16, "copy": True}),
+        ((torch.zeros(1, dtype=torch.bfloat16, device="meta"),), {}),
+    ],
+)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_to_moves_all_and_converts_all_but_ids(
+    args: tuple[Any, ...], kwargs: dict[str, Any], id_dtype: torch.dtype
+) -> None:
+    topk = make(2, 3)
+    topk = TopK(topk.ids.to(id_dtype), topk.logits, topk.logsumexp)
+    moved = topk.to(*args, **kwargs)
+    assert moved.device.type == "meta"
+    assert [x.device.type for x in tensors(moved)] == ["meta"] * 3
+    assert [x.dtype for x in tensors(moved)] == [id_dtype, torch.bfloat16, torch.bfloat16]
+
+
+def test_to_a_device_or_a_dtype_alone_leaves_the_other() -> None:
+    topk = make(2, logsumexp=False)
+    assert topk.to("meta").logits.dtype == torch.float32
+    assert topk.to(torch.float64).device.type == "cpu"
+    assert topk.to(torch.float64).logits.dtype == torch.float64
+    assert topk.to("meta").logsumexp is None
+
+
+def test_to_copies_only_if_it_must_or_is_told_to() -> None:
+    topk = make(2)
+    for same, fresh in zip(
+        tensors(topk.to("cpu")), tensors(topk.to("cpu", copy=True)), strict=True
+    ):
+        assert any(same is x for x in tensors(topk))
+        assert not any(fresh.data_ptr() == x.data_ptr() for x in tensors(topk))
+
+
+def test_to_an_integer_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match="logits have dtype"):
+        make(2).to(torch.int64)
+
+
+def test_detach_cuts_the_graph() -> None:
+    topk = TopK(torch.zeros(2, 3).int(), torch.zeros(2, 3, requires_grad=True))
+    assert not topk.detach().logits.requires_grad
+    assert topk[0].logits.requires_grad
+
+
+# Copies, files, processes
+
+
+def through_torch_save(topk: TopK) -> Any:
+    file = io.BytesIO()
+    torch.save({"teacher": topk}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)["teacher"]
+
+
+@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), through_torch_save],
+    ids=["copy", "deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_equal(copied: Callable[[TopK], TopK], logsumexp: bool) -> None:
+    topk = make(2, 3, logsumexp=logsumexp)
+    assert_same(copied(topk), topk)
+
+
+def test_a_deep_copy_has_memory_of_its_own() -> None:
+    topk = make(2)
+    copy.deepcopy(topk).ids.fill_(-1)
+    assert (topk.ids >= 0).all()
+
+
+class Supports(Dataset):
+    """One support per item, as cached by a teacher."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> TopK:
+        if i >= 4:
+            raise IndexError(i)
+        return make(1, 3, seed=i)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_workers_of_a_data_loader_send_supports() -> None:
+    loader = DataLoader(
+        Supports(), batch_size=2, num_workers=2, collate_fn=TopK.cat, multiprocessing_context="fork"
+    )
+    assert_same(TopK.cat(loader), TopK.cat(Supports()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_pinned_memory_holds_the_same() -> None:
+    topk = make(2, 3)
+    pinned = topk.pin_memory()
+    assert all(x.is_pinned() for x in tensors(pinned))
+    assert_same(pinned, topk)
+
+
+# Pytree
+
+
+@pytest.mark.parametrize("logsumexp", [True, False])
+def test_tree_map_sees_the_tensors_that_are_there(logsumexp: bool) -> None:
+    topk = make(2, 3, logsumexp=logsumexp)
+    leaves, spec = pytree.tree_flatten({"teacher": topk})
+    assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in tensors(topk) if x is not None]
+    assert_same(pytree.tree_unflatten(leaves, spec)["teacher"], topk)
+    assert_same(pytree.tree_map(lambda x: x[1:], topk), topk[1:])
+    restored = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    assert_same(pytree.tree_unflatten(leaves, restored)["teacher"], topk)
+
+
+def test_tree_map_may_put_anything_at_the_leaves() -> None:
+    shapes = pytree.tree_map(lambda x: tuple(x.shape), make(2, 3))
+    assert (shapes.ids, shapes.logits, shapes.logsumexp) == ((2, 3, 4), (2, 3, 4), (2, 3))
+    assert pytree.tree_leaves(pytree.tree_map(str, shapes)) == [*"234234", *"23"]
+    assert "ids=(2, 3, 4)" in repr(shapes)
+
+
+def test_vmap_maps_over_rows() -> None:
+    student, topk = torch.randn(3, 2, 50), make(3, 2)
+    mapped = torch.vmap(lambda s, t: topk_rkl(s, t, reduction="none"))(student, topk)
+    assert torch.equal(mapped, topk_rkl(student, topk, reduction="none"))
+
+
+# Looks
+
+
+def test_repr_shows_dtypes_and_shapes_not_values() -> None:
+    topk = make(2, 3, logsumexp=False).to(torch.bfloat16)
+    expected = "TopK(ids=int32[2, 3, 4], logits=bfloat16[2, 3, 4], logsumexp=None, device=cpu)"
+    assert repr(topk) == expected
+    assert len(repr(make(100, 100))) < 110
+
+
+def test_equality_is_identity_so_that_supports_can_be_keys() -> None:
+    topk = make(2)
+    assert topk == topk
+    assert topk != make(2)
+    assert {topk: 1}[topk] == 1
+
+
+# torch.compile
+
+
+def test_compiled_functions_take_index_and_return_supports() -> None:
+    def step(student: torch.Tensor, topk: TopK) -> tuple[torch.Tensor, TopK, TopK, TopK]:
+        halved = TopK(topk.ids, topk.logits / 2, topk.logsumexp)
+        joined = TopK.cat([topk[:1], halved[1:]])
+        return topk_rkl(student, topk), joined.to(torch.bfloat16), topk[..., 0], topk.reshape(-1)
+
+    student, topk = torch.randn(2, 3, 50), make(2, 3)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(student, topk), step(student, topk), strict=True):
+        if isinstance(expected, TopK):
+            assert_same(got, expected)
+        else:
+            assert torch.equal(got, expected)
+
+
+def test_compiled_functions_select_supports() -> None:
+    teacher = torch.randn(2, 3, 50)
+    compiled = torch.compile(
+        lambda x: select_topk(x, 4, with_logsumexp=True), fullgraph=True, backend="aot_eager"
+    )
+    got, expected = compiled(teacher), select_topk(teacher, 4, with_logsumexp=True)
+    assert torch.equal(got.ids, expected.ids)
+    assert torch.equal(got.logits, expected.logits)
+    torch.testing.assert_close(got.logsumexp, expected.logsumexp)
+    assert math.isfinite(got.logsumexp.sum())
