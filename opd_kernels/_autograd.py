@@ -42,7 +42,7 @@ class TopKReverseKL(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the fused operator."""
-        return _ops.divergence(  # type: ignore[no-any-return]
+        return _ops.divergence(
             student,
             teacher,
             teacher_ids,
@@ -102,7 +102,7 @@ class _ScatterGradient(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         if student is None:
-            return _ops.scatter(entry_grad, ids, upstream, width, dtype, backend)  # type: ignore[no-any-return]
+            return _ops.scatter(entry_grad, ids, upstream, width, dtype, backend)
         grad = student.detach()
         _ops.scatter_(grad, entry_grad, ids, upstream, backend)
         return grad

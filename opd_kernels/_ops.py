@@ -41,7 +41,7 @@ def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     module = backends.resolve(backend, logits.device, (logits.dtype,), k)
-    return module.select(logits, k, limit, banned, mask)  # type: ignore[no-any-return]
+    return module.select(logits, k, limit, banned, mask)
 
 
 def _select_fake(
@@ -67,7 +67,7 @@ def _divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k)
-    return module.divergence(  # type: ignore[no-any-return]
+    return module.divergence(
         student,
         teacher,
         teacher_ids,
@@ -92,7 +92,7 @@ def _scatter(
     entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     module = _scatter_backend(backend, ids, entry_grad, dtype)
-    return module.scatter(entry_grad, ids, upstream, width, dtype)  # type: ignore[no-any-return]
+    return module.scatter(entry_grad, ids, upstream, width, dtype)
 
 
 def _scatter_fake(
@@ -109,7 +109,9 @@ def _scatter_inplace(
     torch.autograd.graph.increment_version(out)
 
 
-def _scatter_backend(backend: str, ids: Tensor, entry_grad: Tensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _scatter_backend(
+    backend: str, ids: Tensor, entry_grad: Tensor, dtype: torch.dtype
+) -> backends.Backend:
     return backends.resolve(backend, ids.device, (dtype, entry_grad.dtype), ids.shape[-1])
 
 

@@ -155,10 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     if sound or fuzzer.failure is None:
         print("no failure")
         return 0
-    case, error = fuzzer.failure
+    case, failure = fuzzer.failure
     path = options.output / f"fuzz_failure_{options.backend}_{options.seed}.py"
-    path.write_text(snippet(case, options.backend, options.device, error))
-    print(f"FAILURE: {error}\nreproduce with: python {path}")
+    path.write_text(snippet(case, options.backend, options.device, failure))
+    print(f"FAILURE: {failure}\nreproduce with: python {path}")
     return 1
 
 

@@ -64,9 +64,9 @@ def topk_rkl(
         reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer``
             or, without one, by the number of unmasked rows (at least 1), not by the weights' sum.
         normalizer: a number or 0-d tensor, for instance the global token count.
-        inplace_grad: let backward write the gradient into the memory of ``student_logits``; any
-            other use of the logits in the graph then gets PyTorch's error about in-place
-            modification.
+        inplace_grad: let backward write the gradient into the memory of ``student_logits``, whose
+            values are gone then. Another function of the logits whose backward needs their values
+            afterwards gets PyTorch's error about in-place modification.
         return_stats: also return ``Stats``, which reads the full rows once more.
         backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
             or raises.
@@ -132,7 +132,7 @@ def topk_rkl(
         backend or AUTO,
     )
     loss = _reduce(loss, weight, mask, reduction, normalizer)
-    if not return_stats:
+    if ids is None or not return_stats:
         return loss
     stats = _stats.measure(
         student_logits.detach(),

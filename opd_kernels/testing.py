@@ -505,9 +505,13 @@ def _mask(case: Case, generator: torch.Generator) -> Tensor | None:
 def _temperature(case: Case, kind: str, generator: torch.Generator) -> float | Tensor:
     values = torch.rand(case.rows, generator=generator) * 3 + 0.2
     one = float(torch.rand((), generator=generator)) * 3 + 0.2
-    if kind == "rows":
-        return values
-    return {"one": 1.0, "float": one, "scalar": torch.tensor(one)}[kind]
+    kinds: dict[str, float | Tensor] = {
+        "one": 1.0,
+        "float": one,
+        "scalar": torch.tensor(one),
+        "rows": values,
+    }
+    return kinds[kind]
 
 
 def _weight(case: Case, mask: Tensor | None, generator: torch.Generator) -> Tensor | None:

@@ -1,8 +1,6 @@
 """Which backend serves a call.
 
-A backend is a module with the primitives ``select``, ``divergence``, ``scatter``, ``scatter_`` and
-``refusal(device, dtypes, k)``, which says why it cannot serve a call, or None. To add one: write
-the module and name it here, in order of preference.
+To add one: write a module with what ``Backend`` lists and name it in ``MODULES``.
 """
 
 from __future__ import annotations
@@ -10,11 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
 AUTO = "auto"
+# In order of preference.
 MODULES = {
     "cpu": "opd_kernels.backends.cpu",
     "reference": "opd_kernels.reference",
@@ -23,7 +23,41 @@ MODULES = {
 NATIVE_DEVICES = ("cpu",)
 
 
-def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> ModuleType:
+class Backend(Protocol):
+    """What a backend's module has; ``opd_kernels.reference`` says what each function means."""
+
+    def refusal(self, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
+        """Why it cannot serve a call and what would, or None."""
+
+    def select(
+        self, logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(ids, values) of the k best of each row."""
+
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        teacher_ids: Tensor | None,
+        k: int,
+        limit: int,
+        banned: Tensor | None,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+        teacher_temperature: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, ids, entry gradients)."""
+
+    def scatter(
+        self, entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The dense gradient."""
+
+    def scatter_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+        """The dense gradient, into memory that is there."""
+
+
+def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> Backend:
     """The module for a request; one asked for by name is used or raises, it never falls back."""
     if name != AUTO:
         if name not in MODULES:
@@ -39,25 +73,24 @@ def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k:
     for candidate in MODULES:
         module = load(candidate)
         if module.refusal(device, dtypes, k) is None:
-            if candidate == "reference":
-                _warn_if_slow(device)
-            return module
-    raise AssertionError("the reference serves everything")
+            break
+    if candidate == "reference":
+        _warn_if_slow(device)
+    return module
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The backend's module."""
-    return importlib.import_module(MODULES[name])
+    return cast(Backend, importlib.import_module(MODULES[name]))
 
 
 @functools.cache
 def _warn_if_slow(device: torch.device) -> None:
     """Once per device: why the reference runs where kernels would be faster."""
-    if device.type not in NATIVE_DEVICES:
-        reason = f"this version has no kernels for {device.type} tensors"
-    else:
-        reason = load(device.type).unavailable()
+    reason: str | None = f"this version has no kernels for {device.type} tensors"
+    if device.type in NATIVE_DEVICES:
+        reason = load(device.type).refusal(device, (torch.float32,), 1)
     if reason is not None:
         warnings.warn(
             f"opd_kernels runs on its plain PyTorch reference, slowly: {reason}", stacklevel=2
