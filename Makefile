@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
 
-.PHONY: demo test test-only lint fuzz sanitize bench clean
+.PHONY: demo smoke test lint fuzz sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
+
+# The demo's whole path in a minute, results not judged.
+smoke: $(VENV)/.demo
+	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
 
 test: $(VENV)/.test sanitize
 	$(BIN)/pytest

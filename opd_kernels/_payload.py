@@ -28,7 +28,7 @@ def from_positions(node: Any) -> Entries:
             "token id to log-prob, or a list of (logprob, id, ...); pass parallel arrays as "
             "from_logprobs(logprobs, ids)"
         )
-    if len(node) and all(_is_pair(item) for item in node):
+    if all(_is_pair(item) for item in node):
         return _row([item[1] for item in node], [item[0] for item in node])
     return _stack([from_positions(child) for child in node])
 

@@ -48,7 +48,7 @@ POSITIONS = {
     ],
     "token_id strings": [None, {"token_id:7": -0.5, "token_id:3": -1.5}, {"token_id:5": -0.25}],
     "numpy scalars": [{}, {np.int64(3): np.float32(-1.5), np.int32(7): -0.5}, {5: -0.25}],
-    "pairs": [None, [[-0.5, 7, "a"], [-1.5, 3, None]], [(-0.25, 5, "b")]],
+    "pairs": [None, [[None, 8, "c"], [-0.5, 7, "a"], [-1.5, 3, None]], [(-0.25, 5, "b")]],
     "pairs, empty list": [[], [(-1.5, 3), (-0.5, 7)], [(-0.25, 5)]],
     "tuple": ((), ((-1.5, 3), (-0.5, 7)), ((-0.25, 5),)),
     "sentinels": [{1: -1e3}, {3: -1.5, 7: -0.5, 8: -9999.0}, {5: -0.25, 2: -INF, 1: None}],
@@ -166,6 +166,7 @@ def test_k_cuts_and_pads(k: int) -> None:
 def test_width_is_the_longest_position_after_deduplication() -> None:
     assert TopK.from_logprobs([[[-1.0, 5], [-1.0, 5]], [[-2.0, 6]]]).k == 1
     assert TopK.from_logprobs([None, None]).k == 1
+    assert TopK.from_logprobs([{5: -1e4, 6: -1e4}]).k == 1
 
 
 @pytest.mark.parametrize("payload", [[{5: -1.0, 3: NAN}], [{"5": -1.0, "3": {"logprob": "NaN"}}]])

@@ -164,7 +164,7 @@ def test_full_softmaxes_run_over_the_vocabulary_of_their_own_side(vocab_size: in
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 def test_a_given_support_is_read_as_it_is(logsumexp: bool, id_dtype: torch.dtype) -> None:
     student = logits(3, 50)
-    ids = torch.tensor([[4, 9, 4, -1, 60, 4], [9, 9, 2, 7, 50, 0], [-1, -1, 60, -7, 7, 7]])
+    ids = torch.tensor([[4, 9, 4, -1, 60, 0], [9, 9, 2, 7, 50, 0], [-1, -1, 60, -7, 7, 7]])
     values = logits(3, 6, seed=1).log_softmax(-1)
     values[1, 4:] = -INF
     topk = TopK(ids.to(id_dtype), values, logits(3, seed=2) if logsumexp else None)
