@@ -36,6 +36,10 @@ DType dtype_of(const std::string& name) {
   return found->second;
 }
 
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -44,7 +48,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of opd_kernels. Pointers are checked by the Python side.";
+  m.doc() = "Compiled kernels of opd_kernels. Sizes are checked here, memory on the Python side.";
   m.attr("max_k") = cpu::kMaxK;
   m.def("instruction_sets", &instruction_sets, "What this CPU can run, best first.");
 
@@ -73,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
          int k, uintptr_t ids, uintptr_t values) {
         const cpu::SelectArgs args{logits, allowed, k, pointer<int32_t>(ids),
                                    pointer<float>(values)};
+        require(k >= 1 && k <= cpu::kMaxK, "k is outside [1, max_k]");
+        require(allowed.limit <= logits.width, "the limit is beyond the logits' vocabulary");
         const auto& chosen = selectors(isa);
         py::gil_scoped_release release;
         cpu::select(args, chosen, threads);
@@ -96,6 +102,15 @@ PYBIND11_MODULE(_C, m) {
                                        pointer<float>(loss),
                                        pointer<int32_t>(out_ids),
                                        pointer<float>(entry_grad)};
+        require(k >= 1 && k <= cpu::kMaxK, "k is outside [1, max_k]");
+        require(student.count == teacher.count, "student and teacher differ in rows");
+        require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
+        if (ids) {
+          require(ids->count == student.count && ids->width == k && teacher.width == k,
+                  "the support's ids or values are not (rows, k)");
+        } else {
+          require(allowed.limit <= teacher.width, "the limit is beyond the teacher's vocabulary");
+        }
         const auto& chosen = selectors(isa);
         py::gil_scoped_release release;
         cpu::divergence(args, chosen, threads);

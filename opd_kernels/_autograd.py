@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _ops
+from opd_kernels._checks import check_inplace
 
 __all__ = ["TopKReverseKL"]
 
@@ -62,6 +63,8 @@ class TopKReverseKL(torch.autograd.Function):
         """Keeps (ids, entry gradients), never anything (N, V) unless in place."""
         student, anchor, *_, inplace, backend = inputs
         _, ids, entry_grad = output
+        if inplace:
+            check_inplace(student)
         ctx.mark_non_differentiable(ids, entry_grad)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids, entry_grad, anchor, student if inplace else None)
@@ -115,7 +118,8 @@ class _ScatterGradient(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             "topk_rkl cannot be differentiated twice: its gradient is computed in forward and held "
-            "constant. For a gradient penalty use backend-free autograd on a small eager loss."
+            "constant; where a second derivative is needed, build the loss from torch.topk, gather "
+            "and log_softmax"
         )
 
     @staticmethod

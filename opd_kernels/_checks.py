@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 REDUCTIONS = ("none", "sum", "mean")
+# Temperatures that float32 arithmetic can divide by.
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
 
 
 def check_logits(logits: object, name: str) -> Tensor:
@@ -18,6 +22,7 @@ def check_logits(logits: object, name: str) -> Tensor:
         raise TypeError(
             f"{name} is a {type(logits).__name__}, expected a tensor of logits (..., V)"
         )
+    check_dense(logits, name)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} has dtype {logits.dtype}, allowed are float16, bfloat16, float32 and float64; "
@@ -25,12 +30,23 @@ def check_logits(logits: object, name: str) -> Tensor:
         )
     if logits.ndim == 0:
         raise ValueError(f"{name} is a scalar, expected logits (..., V)")
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of 1 or more"
+        )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
             "call .contiguous() once where the logits are made"
         )
     return logits
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Memory with strides."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} is {layout}, expected a dense tensor; call .to_dense() or pad it")
 
 
 def check_same_rows(student: Tensor, teacher: Tensor, name: str) -> None:
@@ -50,10 +66,15 @@ def check_same_device(tensor: Tensor, device: torch.device, name: str) -> None:
         )
 
 
+def check_int(value: object, name: str) -> None:
+    """An int; a bool is none, whatever Python says."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, np.integer)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
+
+
 def check_k(k: int, vocab: int) -> None:
     """1 <= k <= vocabulary of the logits that are selected from."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k is a {type(k).__name__}, expected an int")
+    check_int(k, "k")
     if k < 1 or k > vocab:
         raise ValueError(f"k is {k}, allowed is 1 to the teacher's vocabulary of {vocab}")
 
@@ -71,8 +92,7 @@ def check_vocab_size(vocab_size: int | None) -> None:
     """vocab_size is a positive int or None."""
     if vocab_size is None:
         return
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}, expected an int or None")
+    check_int(vocab_size, "vocab_size")
     if vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}, allowed is 1 or more")
 
@@ -86,6 +106,7 @@ def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:
             f"mask has dtype {mask.dtype}, allowed are bool and integers; pass per-row factors as "
             "weight, or compare: mask != 0"
         )
+    check_dense(mask, "mask")
     check_row_shape(mask, rows, "mask")
     check_same_device(mask, device, "mask")
 
@@ -99,6 +120,7 @@ def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None
             f"weight has dtype {weight.dtype}, allowed are floating dtypes; pass bool and integer "
             "flags as mask"
         )
+    check_dense(weight, "weight")
     check_row_shape(weight, rows, "weight")
     check_same_device(weight, device, "weight")
 
@@ -118,6 +140,7 @@ def check_temperature_tensor(
     """A constant temperature per row. Its values are not read: that would synchronise."""
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {temperature.dtype}, expected a floating dtype")
+    check_dense(temperature, name)
     if temperature.requires_grad:
         raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
     if temperature.ndim > 0:
@@ -125,21 +148,23 @@ def check_temperature_tensor(
     check_same_device(temperature, device, name)
 
 
-def check_temperature_type(temperature: object, name: str) -> None:
-    """A number, before its value is looked at (a compiler may only know its type)."""
-    if isinstance(temperature, bool) or not isinstance(
-        temperature, (int, float, torch.SymFloat, torch.SymInt)
-    ):
-        raise TypeError(f"{name} is a {type(temperature).__name__}, expected a float or a tensor")
+def check_number(value: object, name: str) -> None:
+    """A real number, before its value is looked at (a compiler may only know its type)."""
+    numbers = (int, float, torch.SymFloat, torch.SymInt, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor")
 
 
 def check_temperature_value(temperature: float, name: str) -> None:
-    """A finite number above 0."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{name} is {temperature}, allowed are finite numbers above 0")
+    """Above 0, and neither 0 nor infinite in float32."""
+    if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(
+            f"{name} is {temperature}, allowed are finite numbers above 0, from "
+            f"{LEAST_TEMPERATURE:.3g} to {LARGEST_TEMPERATURE:.3g}"
+        )
 
 
-def check_reduction(reduction: str, normalizer: object) -> None:
+def check_reduction(reduction: str, normalizer: object, device: torch.device) -> None:
     """A known reduction; a normalizer only where something is divided."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
@@ -149,41 +174,60 @@ def check_reduction(reduction: str, normalizer: object) -> None:
         raise ValueError(
             f'normalizer goes with reduction="mean", not {reduction!r}; divide the result yourself'
         )
-    if isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
-            raise ValueError(
-                f"normalizer has shape {tuple(normalizer.shape)}, expected a number or a 0-d tensor"
-            )
-    elif isinstance(normalizer, bool) or not isinstance(
-        normalizer, (int, float, torch.SymFloat, torch.SymInt)
-    ):
-        raise TypeError(
-            f"normalizer is a {type(normalizer).__name__}, expected a number or a 0-d tensor"
+    if not isinstance(normalizer, Tensor):
+        check_number(normalizer, "normalizer")
+        return
+    if normalizer.ndim != 0:
+        raise ValueError(
+            f"normalizer has shape {tuple(normalizer.shape)}, expected a number or a 0-d tensor"
         )
+    if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
+        raise TypeError(f"normalizer has dtype {normalizer.dtype}, expected a real number")
+    check_same_device(normalizer, device, "normalizer")
+
+
+def check_backend(backend: str | None) -> None:
+    """A name or None."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend is a {type(backend).__name__}, expected a name or None")
 
 
 def check_inplace(student: Tensor) -> None:
-    """Memory that backward may overwrite."""
-    if student.requires_grad and student.is_leaf:
+    """Memory that backward may overwrite: of no leaf, and no two elements share it."""
+    base = student if student._base is None else student._base
+    if base.requires_grad and base.is_leaf:
+        what = "is" if base is student else "is a view of"
         raise ValueError(
-            "inplace_grad=True would overwrite student_logits, which is a leaf of the graph; pass "
-            "the output of a layer, or inplace_grad=False"
+            f"inplace_grad=True would overwrite student_logits, which {what} a leaf of the graph; "
+            "pass the output of a layer, or inplace_grad=False"
         )
-    if any(
-        stride == 0
-        for stride, size in zip(student.stride(), student.shape, strict=True)
-        if size > 1
-    ):
-        raise ValueError(
-            "inplace_grad=True needs rows of their own, but student_logits is expanded (stride 0); "
-            "pass inplace_grad=False"
-        )
+    if student.numel() == 0:
+        return
+    extent = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                "inplace_grad=True needs elements of their own, but those of student_logits "
+                f"overlap (shape {tuple(student.shape)}, strides {student.stride()}: expanded or "
+                "unfolded); pass inplace_grad=False"
+            )
+        extent += (size - 1) * stride
 
 
-def check_banned_ids(banned_ids: Tensor, device: torch.device) -> None:
-    """A 1-D list of ids."""
+def as_banned_ids(banned_ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """A 1-D tensor of ids on the device."""
+    if not isinstance(banned_ids, Tensor):
+        try:
+            banned_ids = torch.tensor(list(banned_ids), device=device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"banned_ids is {banned_ids!r:.80}, expected a sequence of ints or an int tensor"
+            ) from error
+    if banned_ids.numel() == 0:
+        banned_ids = banned_ids.long()
     if banned_ids.dtype not in ID_DTYPES:
         raise TypeError(f"banned_ids has dtype {banned_ids.dtype}, allowed are int32 and int64")
     if banned_ids.ndim != 1:
         raise ValueError(f"banned_ids has shape {tuple(banned_ids.shape)}, expected one dimension")
     check_same_device(banned_ids, device, "banned_ids")
+    return banned_ids

@@ -12,7 +12,7 @@ from opd_kernels import _checks, _ops
 from opd_kernels import stats as _stats
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.backends import AUTO
-from opd_kernels.selection import ban_bitmap, bool_mask
+from opd_kernels.selection import ban_bitmap, bool_mask, recordable
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
@@ -55,9 +55,11 @@ def topk_rkl(
         teacher: constant; its logits, or a support that was selected before or by a server.
         k: size of the support; 32 for logits (the paper's), the width of a ``TopK``.
         temperature: T, divides both sides' logits; a float or a constant tensor per row. There is
-            no T squared factor.
+            no T squared factor. A float outside (0, inf) raises; in a tensor, and under
+            ``torch.compile``, where checking would synchronise or recompile, it makes NaN.
         teacher_temperature: T' where the teacher's differs.
-        mask: bool or integer per row; False or 0: the row is not read, has loss 0 and gradient 0.
+        mask: bool or integer per row; False or 0: the row has loss 0 and gradient 0, whatever it
+            holds, and kernels do not read it.
         weight: floating factor per row, multiplies the loss; differentiable.
         banned_ids: ids that never enter the support, a sequence or an int tensor on the device.
         vocab_size: only ids below it can enter the support; for padded vocabularies.
@@ -66,7 +68,9 @@ def topk_rkl(
         normalizer: a number or 0-d tensor, for instance the global token count.
         inplace_grad: let backward write the gradient into the memory of ``student_logits``, whose
             values are gone then. Another function of the logits whose backward needs their values
-            afterwards gets PyTorch's error about in-place modification.
+            afterwards gets PyTorch's error about in-place modification. Refused for leaves, views
+            of leaves and rows that overlap. A compiled function plans memory itself: no effect
+            there.
         return_stats: also return ``Stats``, which reads the full rows once more.
         backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
             or raises.
@@ -94,10 +98,10 @@ def topk_rkl(
     """
     _checks.check_logits(student_logits, "student_logits")
     _checks.check_vocab_size(vocab_size)
-    _checks.check_reduction(reduction, normalizer)
-    if inplace_grad:
-        _checks.check_inplace(student_logits)
+    _checks.check_backend(backend)
     rows, device = student_logits.shape[:-1], student_logits.device
+    _checks.check_reduction(reduction, normalizer, device)
+    backend = AUTO if backend is None else backend
     values, ids, k, limit = _teacher_tensors(student_logits, teacher, k)
     if k == 1:
         _warn_about_one_entry()
@@ -113,7 +117,7 @@ def topk_rkl(
     banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
     if return_stats and ids is None:
         # The support is needed by name: select it first, then go on as with a given one.
-        ids, values = _ops.select(values, k, limit, banned, mask, backend or AUTO)
+        ids, values = _ops.select(values, k, limit, banned, mask, backend)
 
     loss, _, _ = TopKReverseKL.apply(
         student_logits,
@@ -128,8 +132,8 @@ def topk_rkl(
         teacher_t[0],
         k,
         limit,
-        inplace_grad,
-        backend or AUTO,
+        inplace_grad and not torch.compiler.is_compiling(),
+        backend,
     )
     loss = _reduce(loss, weight, mask, reduction, normalizer)
     if ids is None or not return_stats:
@@ -192,15 +196,23 @@ def _temperature(
     """(float, per-row tensor or None) as the operator takes it."""
     if isinstance(temperature, Tensor):
         _checks.check_temperature_tensor(temperature, rows, device, name)
-        return 1.0, temperature.expand(rows)
-    _checks.check_temperature_type(temperature, name)
+        return 1.0, _allowed_or_nan(temperature).expand(rows)
+    _checks.check_number(temperature, name)
     if torch.compiler.is_compiling():
         # A compiler guards on the value of a float that an operator takes, so that a schedule would
         # recompile every step; floats in plain arithmetic it turns into graph inputs.
         tensor = torch.ones((), dtype=torch.float64, device=device) * temperature
-        return 1.0, tensor.expand(rows)
+        return 1.0, _allowed_or_nan(tensor).expand(rows)
     _checks.check_temperature_value(temperature, name)
     return float(temperature), None
+
+
+def _allowed_or_nan(temperature: Tensor) -> Tensor:
+    """Values that no check has seen: NaN, and so a NaN loss, where they are not allowed."""
+    allowed = (temperature >= _checks.LEAST_TEMPERATURE) & (
+        temperature <= _checks.LARGEST_TEMPERATURE
+    )
+    return torch.where(allowed, temperature, torch.nan)
 
 
 def _reduce(
@@ -212,7 +224,7 @@ def _reduce(
 ) -> Tensor:
     """Per-row losses to what was asked for; masked rows stay exactly 0 whatever their weight."""
     if weight is not None:
-        loss = loss * weight.to(loss.dtype)
+        loss = loss * recordable(weight).to(loss.dtype)
         if mask is not None:
             loss = torch.where(mask, loss, 0)
     if reduction == "none":
@@ -220,6 +232,8 @@ def _reduce(
     total = loss.sum()
     if reduction == "sum":
         return total
+    if isinstance(normalizer, Tensor):
+        return total / recordable(normalizer).to(total.dtype)
     if normalizer is not None:
         return total / normalizer
     return total / (max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1))

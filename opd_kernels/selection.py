@@ -50,10 +50,13 @@ def select_topk(
     _checks.check_logits(logits, "logits")
     _checks.check_k(k, logits.shape[-1])
     _checks.check_vocab_size(vocab_size)
+    _checks.check_backend(backend)
     limit = logits.shape[-1] if vocab_size is None else min(logits.shape[-1], vocab_size)
     mask = bool_mask(mask, logits)
     banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, logits.device)
-    ids, values = _ops.select(logits.detach(), k, limit, banned, mask, backend or AUTO)
+    ids, values = _ops.select(
+        logits.detach(), k, limit, banned, mask, AUTO if backend is None else backend
+    )
     logsumexp = row_logsumexp(logits, 1.0, limit, mask) if with_logsumexp else None
     return TopK(ids, values, logsumexp)
 
@@ -63,7 +66,18 @@ def bool_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
         return None
     _checks.check_mask(mask, logits.shape[:-1], logits.device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return recordable(mask if mask.dtype == torch.bool else mask != 0)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor as autograd may save it: one made under inference_mode is copied (one per row)."""
+    if (
+        torch.compiler.is_compiling()
+        or not tensor.is_inference()
+        or torch.is_inference_mode_enabled()
+    ):
+        return tensor
+    return tensor.clone()
 
 
 def ban_bitmap(banned_ids: Sequence[int] | Tensor, limit: int, device: torch.device) -> Tensor:
@@ -71,9 +85,7 @@ def ban_bitmap(banned_ids: Sequence[int] | Tensor, limit: int, device: torch.dev
 
     Ids outside [0, limit) are ignored. Built on the device without reading a value on the host.
     """
-    if not isinstance(banned_ids, Tensor):
-        banned_ids = torch.tensor(list(banned_ids), dtype=torch.int64, device=device)
-    _checks.check_banned_ids(banned_ids, device)
+    banned_ids = _checks.as_banned_ids(banned_ids, device)
     words = (limit + 63) // 64
     outside = (banned_ids < 0) | (banned_ids >= limit)
     # One flag past the bitmap takes what is outside.

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from opd_kernels import TopK, backends, select_topk, topk_rkl
+from opd_kernels import TopK, TopKReverseKL, backends, select_topk, topk_rkl
 from opd_kernels.backends import cpu
 
 S, T = torch.randn(4, 50), torch.randn(4, 50)
@@ -102,7 +103,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["detach()"],
     ),
-    "temperature a string": (lambda: topk_rkl(S, T, temperature="1"), TypeError, ["str", "float"]),
+    "temperature a string": (lambda: topk_rkl(S, T, temperature="1"), TypeError, ["str", "number"]),
     "vocab_size zero": (lambda: topk_rkl(S, T, vocab_size=0), ValueError, ["0", "1 or more"]),
     "vocab_size a float": (lambda: topk_rkl(S, T, vocab_size=5.0), TypeError, ["float", "int"]),
     "banned floats": (
@@ -130,6 +131,60 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["'triton'", "'cpu'", "'reference'"],
     ),
+    "inplace on a view of a leaf": (
+        lambda: topk_rkl(
+            S.clone().requires_grad_().view(2, 2, 50), T.view(2, 2, 50), inplace_grad=True
+        ),
+        ValueError,
+        ["view of", "leaf", "False"],
+    ),
+    "inplace on overlapping rows": (
+        lambda: topk_rkl(S.flatten().unfold(0, 50, 10), torch.randn(16, 50), inplace_grad=True),
+        ValueError,
+        ["overlap", "(10, 1)", "False"],
+    ),
+    "temperature that float32 cannot hold": (
+        lambda: topk_rkl(S, T, temperature=1e-50),
+        ValueError,
+        ["1e-50", "1.18e-38"],
+    ),
+    "temperature beyond floats": (
+        lambda: topk_rkl(S, T, temperature=10**400),
+        ValueError,
+        ["finite numbers above 0"],
+    ),
+    "normalizer complex": (
+        lambda: topk_rkl(S, T, normalizer=torch.tensor(8j)),
+        TypeError,
+        ["complex64", "real"],
+    ),
+    "normalizer's device": (
+        lambda: topk_rkl(S, T, normalizer=torch.tensor(8.0, device="meta")),
+        ValueError,
+        ["meta", "cpu"],
+    ),
+    "banned a list of floats": (
+        lambda: topk_rkl(S, T, banned_ids=[9.7]),
+        TypeError,
+        ["float32", "int32"],
+    ),
+    "banned a list of flags": (
+        lambda: topk_rkl(S, T, banned_ids=[True, False]),
+        TypeError,
+        ["bool", "int32"],
+    ),
+    "banned one int": (lambda: topk_rkl(S, T, banned_ids=5), TypeError, ["5", "sequence"]),
+    "empty vocabulary": (lambda: topk_rkl(S[:, :0], T), ValueError, ["(4, 0)", "1 or more"]),
+    "sparse logits": (lambda: topk_rkl(S, T.to_sparse()), TypeError, ["sparse_coo", "to_dense()"]),
+    "backend not a name": (lambda: topk_rkl(S, T, backend=3), TypeError, ["int", "name or None"]),
+    "backend empty": (lambda: topk_rkl(S, T, backend=""), ValueError, ["''", "'reference'"]),
+    "the Function with a limit beyond the vocabulary": (
+        lambda: TopKReverseKL.apply(
+            S, S[:, :0], T, None, None, None, None, None, 1.0, 1.0, 5, 10**9, False, "cpu"
+        ),
+        ValueError,
+        ["limit", "vocabulary"],
+    ),
     "float64 on the native backend": (
         lambda: topk_rkl(S.double(), T, backend="cpu"),
         ValueError,
@@ -150,6 +205,20 @@ def test_bad_input_says_what_and_what_to_do(name: str) -> None:
         call()
     for fragment in fragments:
         assert re.search(re.escape(fragment), str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), 1e-50])
+def test_temperatures_that_cannot_be_checked_make_nan_in_their_rows(bad: float) -> None:
+    temperature = torch.tensor([1.0, bad, 1.0, 2.0], dtype=torch.float64)
+    for backend in backends.MODULES:
+        loss = topk_rkl(S, T, 5, temperature=temperature, reduction="none", backend=backend)
+        assert loss.isnan().tolist() == [False, True, False, False]
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    expected = topk_rkl(S, T, 5, temperature=2.0, normalizer=3)
+    given = topk_rkl(S, T, np.int64(5), temperature=np.float32(2), normalizer=np.float64(3))
+    assert torch.equal(given, expected)
 
 
 def test_k_of_one_warns_that_the_loss_is_zero() -> None:

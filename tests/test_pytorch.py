@@ -383,6 +383,57 @@ def test_double_backward_is_refused_when_compiled() -> None:
         first.square().sum().backward()
 
 
+def test_a_compiled_bad_temperature_makes_nan() -> None:
+    compiled = torch.compile(lambda z, t, x: topk_rkl(z, t, K, temperature=x), fullgraph=True)
+    for bad in (-1.0, 0.0, float("nan")):
+        assert compiled(logits(N, V), logits(N, V, seed=1), bad).isnan()
+
+
+def test_a_compiled_inplace_gradient_leaves_a_viewed_leaf_alone() -> None:
+    leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
+    before = leaf.detach().clone()
+
+    @functools.partial(torch.compile, fullgraph=True)
+    def compiled(z: torch.Tensor) -> torch.Tensor:
+        return topk_rkl(z.view(N, V), teacher, K, inplace_grad=True)
+
+    compiled(leaf).backward()
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_tensors_made_under_inference_mode_are_welcome() -> None:
+    student, teacher = logits(N, V), logits(N, V, seed=1)
+    with torch.inference_mode():
+        mask = torch.arange(N) % 2 == 0
+        options = {
+            "mask": mask,
+            "weight": torch.ones(N) * 2,
+            "normalizer": mask.sum(),
+            "temperature": torch.ones(N) * 1.5,
+            "banned_ids": torch.arange(3),
+        }
+        inside = topk_rkl(student, teacher, K, **options)
+        support = select_topk(teacher, K)
+    leaf = student.requires_grad_()
+    loss = topk_rkl(leaf, teacher, K, **options)
+    loss.backward()
+    topk_rkl(leaf, support, **options).backward()
+    torch.testing.assert_close(loss, inside)
+
+
+@pytest.mark.parametrize("vocab", [V, 400_000])
+def test_gradients_are_ordinary_tensors_of_any_size(vocab: int) -> None:
+    leaf, teacher = logits(N, vocab).requires_grad_(), logits(N, vocab, seed=1)
+    grad = gradient(topk_rkl(leaf, teacher, K), leaf)
+    assert not grad._is_view()
+    grad.detach_()
+    grad += torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(topk_rkl(leaf, teacher, K), leaf, create_graph=True)
+    grad.mul_(2)
+    copy = grad.detach().clone()
+    assert torch.equal(copy.share_memory_(), grad)
+
+
 def test_the_function_is_public_and_gives_the_rows_loss() -> None:
     from opd_kernels import anchor_of
 

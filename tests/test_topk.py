@@ -89,8 +89,9 @@ def test_validate_sees_ids_that_int32_does_not_hold() -> None:
     "index",
     [
         0, -1, slice(1, None), slice(None, None, 2), None, ..., (), True, (1, 2), (..., 0),
-        (0, ...), (slice(None), -1), (..., slice(1, 3)), (None, 0), (0, None), (True, 0, 1, 0), (..., None),
-        (None, ..., None, 1), [0, 0, 1], ([0, 1], [2, 0]), np.array([1, 0]), np.int64(1),
+        (0, ...), (slice(None), -1), (..., slice(1, 3)), (None, 0), (0, None), (..., None),
+        (True, 0, 1, 0), (None, ..., None, 1), [0, 0, 1], ([0, 1], [2, 0]),
+        np.array([1, 0]), np.int64(1),
         torch.tensor(1), torch.tensor([1, 0, 1]), torch.tensor([[0, 1], [1, 1]]),
         (slice(None), torch.tensor([2, 0])), (torch.tensor([0, 1]), torch.tensor([1, 2])),
         (torch.tensor([0, 1]), slice(None), torch.tensor([1, 1])),

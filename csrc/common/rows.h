@@ -10,7 +10,7 @@
 
 namespace opd {
 
-constexpr int kMaxLeading = 8;
+constexpr int kMaxLeading = 16;
 
 struct Rows {
   char* data = nullptr;

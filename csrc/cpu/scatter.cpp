@@ -35,10 +35,11 @@ void stream_zeros(char* at, size_t bytes) {
 }
 
 template <class Format>
-void write_entries(char* row, const int32_t* ids, const float* grad, float upstream, int k) {
+void write_entries(char* row, int64_t width, const int32_t* ids, const float* grad, float upstream,
+                   int k) {
   auto* out = reinterpret_cast<typename Format::Bits*>(row);
   for (int i = 0; i < k; ++i)
-    if (ids[i] >= 0) out[ids[i]] = Format::round(upstream * grad[i]);
+    if (ids[i] >= 0 && ids[i] < width) out[ids[i]] = Format::round(upstream * grad[i]);
 }
 
 }  // namespace
@@ -55,10 +56,10 @@ void scatter(const ScatterArgs& args, int threads) {
                  if (args.clear) stream_zeros(out, row_bytes);
                  switch (args.out.dtype) {
                    case DType::kFloat32:
-                     return write_entries<Float32>(out, ids, grad, upstream, k);
+                     return write_entries<Float32>(out, args.out.width, ids, grad, upstream, k);
                    case DType::kFloat16:
-                     return write_entries<Float16>(out, ids, grad, upstream, k);
-                   default: return write_entries<BFloat16>(out, ids, grad, upstream, k);
+                     return write_entries<Float16>(out, args.out.width, ids, grad, upstream, k);
+                   default: return write_entries<BFloat16>(out, args.out.width, ids, grad, upstream, k);
                  }
                });
 }

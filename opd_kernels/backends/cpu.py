@@ -69,7 +69,7 @@ def select(
         isa=INSTRUCTION_SET,
         threads=torch.get_num_threads(),
         logits=_rows(logits),
-        allowed=_allowed(limit, banned, mask),
+        allowed=_allowed(limit, banned, mask, values.shape[:-1].numel()),
         k=k,
         ids=ids.data_ptr(),
         values=values.data_ptr(),
@@ -101,7 +101,7 @@ def divergence(
         student=_rows(student),
         teacher=_rows(teacher),
         ids=None if teacher_ids is None else _rows(teacher_ids),
-        allowed=_allowed(limit, banned, mask),
+        allowed=_allowed(limit, banned, mask, loss.numel()),
         k=k,
         temperature=_temperature(student_t),
         teacher_temperature=_temperature(teacher_t),
@@ -134,6 +134,9 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
 def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, clear: bool) -> None:
     ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
     upstream = upstream.to(torch.float32).contiguous()
+    rows = upstream.numel()
+    if {ids.shape[:-1].numel(), out.shape[:-1].numel()} != {rows} or entry_grad.shape != ids.shape:
+        raise ValueError("ids and entry gradients are not (rows, k)")
     _C.scatter(
         threads=torch.get_num_threads(),
         out=_rows(out),
@@ -157,10 +160,15 @@ def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
     nbytes = count * dtype.itemsize
     if nbytes < OWN_PAGES_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # out of memory: torch's allocator has the better message
+        return None
     with contextlib.suppress(OSError):  # a system without huge pages still hands out zero pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    # set_ and not view: the gradient must not be a view, which autograd would not let users change.
+    flat = torch.frombuffer(pages, dtype=dtype, count=count)
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage()).resize_(shape)
 
 
 def _rows(tensor: Tensor) -> Any:
@@ -168,7 +176,11 @@ def _rows(tensor: Tensor) -> Any:
     return _C.Rows(tensor.data_ptr(), name, tuple(tensor.shape), tensor.stride())
 
 
-def _allowed(limit: int, banned: Tensor | None, mask: Tensor | None) -> Any:
+def _allowed(limit: int, banned: Tensor | None, mask: Tensor | None, rows: int) -> Any:
+    if mask is not None and (mask.dtype != torch.bool or mask.numel() != rows):
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool for {rows} rows")
+    if banned is not None and banned.nbytes * 8 < limit:
+        raise ValueError(f"the bitmap of banned ids has {banned.nbytes * 8} bits for {limit} ids")
     return _C.Allowed(
         limit,
         banned=0 if banned is None else banned.data_ptr(),
