@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,46 @@ from opd_kernels.support import TopK
 __all__ = ["topk_rkl"]
 
 DEFAULT_K = 32  # arXiv 2603.25562
+
+
+@overload
+def topk_rkl(
+    student_logits: Tensor,
+    teacher: Tensor | TopK,
+    k: int | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    inplace_grad: bool = False,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def topk_rkl(
+    student_logits: Tensor,
+    teacher: Tensor | TopK,
+    k: int | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    inplace_grad: bool = False,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Stats]: ...
 
 
 def topk_rkl(
@@ -71,7 +112,8 @@ def topk_rkl(
             afterwards gets PyTorch's error about in-place modification. Refused for leaves, views
             of leaves and rows that overlap. A compiled function plans memory itself: no effect
             there.
-        return_stats: also return ``Stats``, which reads the full rows once more.
+        return_stats: also return ``Stats``: full softmaxes in plain PyTorch, many times the cost of
+            the loss, so not for every step.
         backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
             or raises.
 

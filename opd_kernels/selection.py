@@ -57,7 +57,7 @@ def select_topk(
     ids, values = _ops.select(
         logits.detach(), k, limit, banned, mask, AUTO if backend is None else backend
     )
-    logsumexp = row_logsumexp(logits, 1.0, limit, mask) if with_logsumexp else None
+    logsumexp = row_logsumexp(logits, limit, mask) if with_logsumexp else None
     return TopK(ids, values, logsumexp)
 
 

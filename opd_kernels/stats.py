@@ -70,16 +70,9 @@ def measure(
     return Stats(teacher_mass, held(student, temperature), present.sum(-1))
 
 
-def row_logsumexp(
-    logits: Tensor, temperature: float | Tensor, width: int, mask: Tensor | None
-) -> Tensor:
-    """log sum exp(logits / T) over [0, width) of each row, float32 (float64); 0 in masked rows."""
-
-    def reduce(rows: Tensor, temperatures: Tensor) -> Tensor:
-        return (rows / temperatures).logsumexp(-1)
-
-    rows = logits[..., :width]
-    return _reduce_rows(reduce, rows, mask, _per_row(temperature, rows))
+def row_logsumexp(logits: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """log sum exp over [0, width) of each row, float32 (float64); 0 in masked rows."""
+    return _reduce_rows(lambda rows: rows.logsumexp(-1), logits[..., :width], mask)
 
 
 def _mass(

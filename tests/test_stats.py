@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_kernels import Stats, TopK, select_topk, stats, topk_rkl
@@ -406,16 +407,20 @@ def test_a_row_longer_than_a_piece_is_a_piece(monkeypatch: pytest.MonkeyPatch) -
 # torch.compile
 
 
-def test_compiled_steps_return_stats() -> None:
+def test_compiled_steps_return_stats_from_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> Any:
         return topk_rkl(student, teacher, 5, mask=mask, banned_ids=[3], return_stats=True)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (4, 6):
+    monkeypatch.setattr(stats, "_PIECE_ELEMENTS", 100)  # two rows, were it not for the compiler
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (4, 7):
         student, teacher = logits(rows, 50), logits(rows, 50, seed=1)
-        mask = logits(rows, seed=2) > 0
+        mask = torch.arange(rows) % 3 > 0
+        student[~mask], teacher[~mask] = NAN, NAN
         loss, got = compiled(student, teacher, mask)
         expected_loss, expected = step(student, teacher, mask)
         assert torch.equal(loss, expected_loss)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
