@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from opd_kernels import backends, testing
-from opd_kernels.testing import Case
+from opd_kernels.testing import Case, inputs
 
 try:
     import hypothesis
@@ -41,10 +41,10 @@ def cases(draw: Any, float64: bool = True, max_vocab: int = 5000) -> Case:
     vocab = draw(st.one_of(st.integers(1, 200), st.sampled_from(edges), st.integers(1, max_vocab)))
     teacher_vocab = max(1, vocab + draw(st.sampled_from((0, 0, 0, 1, -1, 40))))
     k = draw(st.one_of(st.integers(1, 40), st.integers(1, 1024), st.just(teacher_vocab)))
-    teacher = draw(st.sampled_from(testing.TEACHERS))
+    teacher = draw(st.sampled_from(inputs.TEACHERS))
     k = min(k, 1024, teacher_vocab if teacher == "logits" else 1024)
     reduction = draw(st.sampled_from(("mean", "sum", "none")))
-    normalizer = draw(st.sampled_from(testing.NORMALIZERS)) if reduction == "mean" else "none"
+    normalizer = draw(st.sampled_from(inputs.NORMALIZERS)) if reduction == "mean" else "none"
     sizes = st.sampled_from(((3,), (1,), (), (0,), (5,), (2, 3), (3, 1), (2, 2, 2)))
     return Case(
         rows=draw(sizes),
@@ -53,20 +53,20 @@ def cases(draw: Any, float64: bool = True, max_vocab: int = 5000) -> Case:
         k=k,
         student_dtype=draw(dtypes),
         teacher_dtype=draw(dtypes),
-        student_content=draw(st.sampled_from(testing.CONTENTS)),
-        teacher_content=draw(st.sampled_from(testing.CONTENTS)),
-        student_layout=draw(st.sampled_from(testing.LAYOUTS)),
-        teacher_layout=draw(st.sampled_from(testing.LAYOUTS)),
+        student_content=draw(st.sampled_from(inputs.CONTENTS)),
+        teacher_content=draw(st.sampled_from(inputs.CONTENTS)),
+        student_layout=draw(st.sampled_from(inputs.LAYOUTS)),
+        teacher_layout=draw(st.sampled_from(inputs.LAYOUTS)),
         teacher=teacher,
-        mask=draw(st.sampled_from(testing.MASKS)),
-        temperature=draw(st.sampled_from(testing.TEMPERATURES)),
-        teacher_temperature=draw(st.sampled_from((None, *testing.TEMPERATURES))),
-        weight=draw(st.sampled_from(testing.WEIGHTS)),
-        banned=draw(st.sampled_from(testing.BANS)),
+        mask=draw(st.sampled_from(inputs.MASKS)),
+        temperature=draw(st.sampled_from(inputs.TEMPERATURES)),
+        teacher_temperature=draw(st.sampled_from((None, *inputs.TEMPERATURES))),
+        weight=draw(st.sampled_from(inputs.WEIGHTS)),
+        banned=draw(st.sampled_from(inputs.BANS)),
         vocab_size=draw(st.one_of(st.none(), st.integers(1, vocab + 10))),
         reduction=reduction,
         normalizer=normalizer,
-        upstream=draw(st.sampled_from(testing.UPSTREAMS)) if reduction == "none" else "one",
+        upstream=draw(st.sampled_from(inputs.UPSTREAMS)) if reduction == "none" else "one",
         inplace=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 
 from opd_kernels import select_topk, topk_rkl
 from opd_kernels.fuzz import cases
-from opd_kernels.testing import CONTENTS, Case, Inputs, check, make_inputs, oracle
+from opd_kernels.testing import Case, Inputs, check, make_inputs, oracle
+from opd_kernels.testing.inputs import CONTENTS
 
 
 @given(case=cases(float64=False))
