@@ -82,10 +82,9 @@ def oracle(inputs: Inputs) -> Expected:
     total, total_budget = weighted, weighted_budget
     if options["reduction"] != "none":
         depth = math.ceil(math.log2(max(count, 2))) + 4
-        total = np.array(weighted.sum() * factor)
-        total_budget = np.array(
-            (weighted_budget.sum() + depth * unit * abs(weighted).sum()) * abs(factor)
-        )
+        with np.errstate(all="ignore"):
+            summed = weighted_budget.sum() + depth * unit * abs(weighted).sum()
+            total, total_budget = np.array(weighted.sum() * factor), np.array(summed * abs(factor))
     else:
         total, total_budget = total.reshape(rows), total_budget.reshape(rows)
     return Expected(
