@@ -141,8 +141,7 @@ void divergence(const DivergenceArgs& args, const RowSelectors& selectors, int t
       prefetch(student, args.student.dtype, ids, k);
     } else {
       const char* teacher = args.teacher.row(row);
-      select_row(teacher, next_row(args.teacher, args.allowed, row), limit, args.allowed.banned, k,
-                 buffers.select_scratch, ids);
+      select_row(teacher, limit, args.allowed.banned, k, buffers.select_scratch, ids);
       prefetch(student, args.student.dtype, ids, k);
       gather(teacher, args.teacher.dtype, ids, k, buffers.teacher);
     }

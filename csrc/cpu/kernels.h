@@ -30,11 +30,6 @@ struct Allowed {
   }
 };
 
-// Where the row after this one starts, or null if there is none that will be read.
-inline const void* next_row(const Rows& rows, const Allowed& allowed, int64_t row) {
-  return row + 1 < rows.count && allowed.row(row + 1) ? rows.row(row + 1) : nullptr;
-}
-
 struct SelectArgs {
   Rows logits;  // (N, V)
   Allowed allowed;

@@ -26,7 +26,7 @@ void select(const SelectArgs& args, const RowSelectors& selectors, int threads) 
                  float* values = args.values + row * k;
                  if (!args.allowed.row(row)) return fill_absent(ids, values, k);
                  const char* logits = args.logits.row(row);
-                 select_row(logits, next_row(args.logits, args.allowed, row), args.allowed.limit, args.allowed.banned, k, scratch, ids);
+                 select_row(logits, args.allowed.limit, args.allowed.banned, k, scratch, ids);
                  gather(logits, args.logits.dtype, ids, k, values);
                });
 }

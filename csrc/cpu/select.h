@@ -35,10 +35,9 @@ constexpr size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / t
 size_t select_scratch_bytes(int64_t limit, int k, int element_size);
 
 // Writes the k best ids of [0, limit) in order (value descending, id ascending), -1 where fewer can
-// be selected. `next` is the row that this thread is likely to take after this one, to be prefetched,
-// or null. `banned` holds one bit per id, padded to whole 64-bit words, or is null.
-using SelectRow = void (*)(const void* row, const void* next, int64_t limit,
-                           const uint64_t* banned, int k, void* scratch, int32_t* ids);
+// be selected. `banned` holds one bit per id, padded to whole 64-bit words, or is null.
+using SelectRow = void (*)(const void* row, int64_t limit, const uint64_t* banned, int k,
+                           void* scratch, int32_t* ids);
 
 // The same function compiled for one instruction set, by the logits' dtype.
 struct RowSelectors {

@@ -73,14 +73,19 @@ struct GroupMaxima {
   const RowReader<Format>& reader;
   V lowest_raw = V{};  // of everything read raw: a value below -inf is a NaN with the sign bit
 
-  [[gnu::always_inline]] V raw_keys(int64_t start) {
-    const V keys = raw_key<Format>(load(reader.row + start));
+  // Hardware prefetching stops at page ends, so lines are asked for well ahead; past the row's end
+  // these are usually the next row's. A prefetch never faults and is not a read.
+  V raw_keys(int64_t start) {
+    constexpr int kAheadBytes = 8192, kIntoL2 = 2;
+    const Bits* at = reader.row + start;
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, 0, kIntoL2);
+    const V keys = raw_key<Format>(load(at));
     lowest_raw = lanewise_min<Bits>(lowest_raw, keys);
     return keys;
   }
 
   // A leaf inside the row.
-  [[gnu::always_inline]] V raw_leaf(int64_t start) {
+  V raw_leaf(int64_t start) {
     V best = raw_keys(start);
     for (int i = kWidth; i < kLeaf; i += kWidth)
       best = lanewise_max<Bits>(best, raw_keys(start + i));
@@ -97,7 +102,7 @@ struct GroupMaxima {
   // Lane l: maximum of run l / kRun of leaf l % kRun. The tree is depth first, so that few partial
   // results are live.
   template <bool Raw, int Leaves>
-  [[gnu::always_inline]] V reduce(int64_t start) {
+  V reduce(int64_t start) {
     if constexpr (Leaves == 1) {
       return Raw ? raw_leaf(start) : exact_leaf(start);
     } else {
@@ -126,30 +131,11 @@ struct GroupMaxima {
   }
 };
 
-// Pass 2 works from cache, while memory would idle: it asks for the lines of the row that comes next,
-// one for every vector it counts. A prefetch never faults.
-class NextRow {
- public:
-  explicit NextRow(const void* start) : at_(static_cast<const char*>(start)) {}
-
-  void prefetch() {
-    if (!at_) return;
-    constexpr int kIntoL2 = 2;
-    __builtin_prefetch(at_, 0, kIntoL2);
-    at_ += 64;
-  }
-
- private:
-  const char* at_;
-};
-
 template <class Bits>
-inline int64_t count_at_least(const Bits* keys, int64_t vectors, Bits threshold, NextRow& next) {
+inline int64_t count_at_least(const Bits* keys, int64_t vectors, Bits threshold) {
   int64_t count = 0;
-  for (int64_t i = 0; i < vectors; ++i) {
+  for (int64_t i = 0; i < vectors; ++i)
     count += __builtin_popcountll(lane_bits(load(keys + i * kLanes<Bits>) >= threshold));
-    next.prefetch();
-  }
   return count;
 }
 
@@ -162,12 +148,11 @@ struct Cut {
 
 // Bisects the keys' range. Needs k or more keys in [low, high] and none above.
 template <class Bits>
-inline Cut<Bits> cut_for(const Bits* keys, int64_t vectors, int k, Bits low, Bits high,
-                         NextRow& next) {
+inline Cut<Bits> cut_for(const Bits* keys, int64_t vectors, int k, Bits low, Bits high) {
   int64_t above = 0;  // keys larger than `high`
   while (low < high) {
     const Bits middle = static_cast<Bits>(low + (int64_t(high) - low + 1) / 2);
-    const int64_t count = count_at_least<Bits>(keys, vectors, middle, next);
+    const int64_t count = count_at_least<Bits>(keys, vectors, middle);
     if (count == k) return {middle, k};
     if (count > k) {
       low = middle;
@@ -229,8 +214,8 @@ inline void read_group(const RowReader<Format>& reader, int64_t group,
 }
 
 template <class Format, int Group>
-inline void select_row_grouped(const RowReader<Format>& reader, NextRow next, int k,
-                               void* scratch, int32_t* ids) {
+inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scratch,
+                               int32_t* ids) {
   using Bits = typename Format::Bits;
   constexpr int kWidth = kLanes<Bits>;
   // The scratch holds ranks[k], chosen[k] and the keys of either pass, each on its own cache lines.
@@ -245,7 +230,7 @@ inline void select_row_grouped(const RowReader<Format>& reader, NextRow next, in
   Bits low, high;
   range_of<Bits>(keys, groups / kWidth, &low, &high);
   Cut<Bits> cut = {low, k};
-  if (groups > k) cut = cut_for<Bits>(keys, groups / kWidth, k, low, high, next);
+  if (groups > k) cut = cut_for<Bits>(keys, groups / kWidth, k, low, high);
   const int taken = take<Bits>(keys, groups / kWidth, k, cut, chosen);
 
   // The maxima are spent: the candidates' keys take their place, in ascending order of id. k groups
@@ -256,7 +241,7 @@ inline void select_row_grouped(const RowReader<Format>& reader, NextRow next, in
   if (taken < k) low = KeyLimits<Bits>::kNotSelectable;
   else low = cut.threshold;
   cut = {low, k};
-  if (candidates > k) cut = cut_for<Bits>(keys, candidates / kWidth, k, low, high, next);
+  if (candidates > k) cut = cut_for<Bits>(keys, candidates / kWidth, k, low, high);
   const int found = take<Bits>(keys, candidates / kWidth, k, cut, ids);
 
   for (int i = 0; i < found; ++i) {
@@ -269,13 +254,13 @@ inline void select_row_grouped(const RowReader<Format>& reader, NextRow next, in
 }
 
 template <class Format>
-void select_row(const void* row, const void* next, int64_t limit, const uint64_t* banned, int k,
-                void* scratch, int32_t* ids) {
+void select_row(const void* row, int64_t limit, const uint64_t* banned, int k, void* scratch,
+                int32_t* ids) {
   const RowReader<Format> reader{static_cast<const typename Format::Bits*>(row), limit, banned};
   if (group_size(k) == kWideGroup)
-    select_row_grouped<Format, kWideGroup>(reader, NextRow(next), k, scratch, ids);
+    select_row_grouped<Format, kWideGroup>(reader, k, scratch, ids);
   else
-    select_row_grouped<Format, kNarrowGroup>(reader, NextRow(next), k, scratch, ids);
+    select_row_grouped<Format, kNarrowGroup>(reader, k, scratch, ids);
 }
 
 }  // namespace
