@@ -116,6 +116,8 @@ class Fuzzer:
         try:
             batch()
         except Exception:
+            if self.failure is None:  # not a finding: the fuzzer itself is broken
+                raise
             return False
         return True
 
@@ -152,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{fuzzer.cases} cases, {fuzzer.rows} rows, backend {options.backend}, seed {options.seed}"
     )
-    if sound or fuzzer.failure is None:
+    if fuzzer.failure is None:
         print("no failure")
         return 0
     case, failure = fuzzer.failure

@@ -44,6 +44,17 @@ def test_a_broken_backend_is_found_shrunk_and_reproduced(
     exec(compile(program, str(path), "exec"), {})
 
 
+def test_a_fuzzer_that_cannot_draw_cases_does_not_report_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_cases(**_: object) -> None:
+        raise RuntimeError("no cases")
+
+    monkeypatch.setattr(fuzz, "cases", no_cases)
+    with pytest.raises(RuntimeError, match="no cases"):
+        fuzz.main(["--backend", "cpu", "--minutes", "0.01"])
+
+
 def test_a_backend_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--backend", "triton", "--minutes", "0.01"]) == 2
     assert "'triton'" in capsys.readouterr().err
