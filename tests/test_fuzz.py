@@ -47,10 +47,10 @@ def test_a_broken_backend_is_found_shrunk_and_reproduced(
 def test_a_fuzzer_that_cannot_draw_cases_does_not_report_success(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_cases(**_: object) -> None:
+    def no_case() -> None:
         raise RuntimeError("no cases")
 
-    monkeypatch.setattr(fuzz, "cases", no_cases)
+    monkeypatch.setattr(fuzz, "cases", lambda **_: fuzz.st.builds(no_case))
     with pytest.raises(RuntimeError, match="no cases"):
         fuzz.main(["--backend", "cpu", "--minutes", "0.01"])
 
