@@ -17,10 +17,11 @@ AUTO = "auto"
 # In order of preference.
 MODULES = {
     "cpu": "opd_kernels.backends.cpu",
+    "triton": "opd_kernels.backends.triton",
     "reference": "opd_kernels.reference",
 }
-# Devices that a backend other than the reference is written for.
-NATIVE_DEVICES = ("cpu",)
+# The backend written for a device, which says what is missing where the reference serves instead.
+NATIVE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 
 class Backend(Protocol):
@@ -89,8 +90,8 @@ def load(name: str) -> Backend:
 def _warn_if_slow(device: torch.device) -> None:
     """Once per device: why the reference runs where kernels would be faster."""
     reason: str | None = f"this version has no kernels for {device.type} tensors"
-    if device.type in NATIVE_DEVICES:
-        reason = load(device.type).refusal(device, (torch.float32,), 1)
+    if device.type in NATIVE:
+        reason = load(NATIVE[device.type]).refusal(device, (torch.float32,), 1)
     if reason is not None:
         warnings.warn(
             f"opd_kernels runs on its plain PyTorch reference, slowly: {reason}", stacklevel=2

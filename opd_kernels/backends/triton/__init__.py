@@ -1,0 +1,256 @@
+"""The Triton backend: allocates, chooses configurations and launches, on any GPU Triton reaches.
+
+Under ``TRITON_INTERPRET=1``, set before the import, it takes CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends.triton import configs
+
+try:
+    import triton
+
+    from opd_kernels.backends.triton import divergence as _divergence
+    from opd_kernels.backends.triton import scatter as _scatter
+    from opd_kernels.backends.triton import select as _select
+
+    _MISSING: str | None = None
+    _INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError as error:
+    _MISSING = (
+        f"triton is missing ({error}); pip install 'triton>=3.6' (torch's CUDA builds bring it)"
+    )
+    _INTERPRETED = False
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEVICES = ("cuda", "xpu")
+
+
+def unavailable() -> str | None:
+    """Why triton cannot be used, and what would bring it; None if it can."""
+    return _MISSING
+
+
+def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if _MISSING is not None:
+        return _MISSING
+    if device.type not in DEVICES and not _INTERPRETED:
+        return f"the tensors are on {device}, and it runs on GPUs"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"{dtype} is not float16, bfloat16 or float32; backend='reference' takes it"
+    if k > configs.K_MAX:
+        return f"k is {k}, above {configs.K_MAX}; backend='reference' takes it"
+    return None
+
+
+def select(
+    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k best ids and their values; see ``opd_kernels.reference.select``."""
+    rows = logits.shape[:-1]
+    ids = _empty((*rows, k), torch.int32, logits.device)
+    values = _empty((*rows, k), torch.float32, logits.device)
+    mask = None if mask is None else mask.contiguous()
+    with _current(logits.device):
+        for at in _parts(logits):
+            part = logits[at]
+            if part.shape[:-1].numel() == 0:
+                continue
+            part_mask = None if mask is None else mask[at]
+            keys, config, streamed = _stream(part, k, limit, part_mask)
+            _select.select_kernel[(part.shape[:-1].numel(),)](
+                part, banned, part_mask, keys, ids[at], values[at], limit, k, *_row_strides(part),
+                streamed, config.group, config.groups_pad, config.k_pad, config.tile,
+                configs.STAGES, num_warps=config.warps,
+            )  # fmt: skip
+    return ids, values
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
+    rows, device = student.shape[:-1], student.device
+    loss = _empty(rows, torch.float32, device)
+    ids = _empty((*rows, k), torch.int32, device)
+    grad = _empty((*rows, k), torch.float32, device)
+    mask = None if mask is None else mask.contiguous()
+    student_t, student_ts = _temperature(temperature)
+    teacher_t, teacher_ts = _temperature(teacher_temperature)
+    if teacher_ids is not None:
+        teacher, teacher_ids = teacher.contiguous(), teacher_ids.contiguous()
+    with _current(device):
+        for at in _parts(student, teacher) if teacher_ids is None else _parts(student):
+            part = student[at]
+            count = part.shape[:-1].numel()
+            if count == 0:
+                continue
+            part_mask = None if mask is None else mask[at]
+            row_values = (
+                None if student_ts is None else student_ts[at],
+                None if teacher_ts is None else teacher_ts[at],
+            )
+            outputs = (loss[at], ids[at], grad[at])
+            if teacher_ids is not None:
+                _divergence.support_divergence_kernel[(count,)](
+                    part, teacher[at], teacher_ids[at], banned, part_mask, *row_values, *outputs,
+                    student_t, teacher_t, limit, k, *_row_strides(part),
+                    configs.k_pad(k), num_warps=configs.WARPS,
+                )  # fmt: skip
+                continue
+            keys, config, streamed = _stream(teacher[at], k, limit, part_mask)
+            _divergence.logits_divergence_kernel[(count,)](
+                part, teacher[at], banned, part_mask, *row_values, keys, *outputs,
+                student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(teacher[at]),
+                streamed, config.group, config.groups_pad, config.k_pad, config.tile,
+                configs.STAGES, num_warps=config.warps,
+            )  # fmt: skip
+    return loss, ids, grad
+
+
+def scatter(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense gradient; see ``opd_kernels.reference.scatter``."""
+    out = _empty((*ids.shape[:-1], width), dtype, ids.device)
+    scatter_(out, entry_grad, ids, upstream)
+    return out
+
+
+def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, into memory that is there already."""
+    width, k = out.shape[-1], ids.shape[-1]
+    chunk = 16 // out.element_size()
+    pieces = -(-(width + chunk - 1) // (configs.PIECE_BYTES // out.element_size()))
+    for part, entries in _gradient_parts(out, entry_grad, ids, upstream):
+        _scatter.scatter_kernel[(part.shape[:-1].numel(), pieces)](
+            part, *entries, width, k, *_row_strides(part),
+            configs.PIECE_BYTES // out.element_size(), configs.CLEAR_BYTES // out.element_size(),
+            configs.k_pad(k), num_warps=configs.WARPS,
+        )  # fmt: skip
+
+
+def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, added to what the memory holds."""
+    k = ids.shape[-1]
+    for part, entries in _gradient_parts(out, entry_grad, ids, upstream):
+        _scatter.add_kernel[(part.shape[:-1].numel(),)](
+            part, *entries, k, *_row_strides(part), configs.k_pad(k), num_warps=configs.WARPS
+        )
+
+
+def _gradient_parts(
+    out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """(rows of the gradient, (ids, entry gradients, upstream) of these rows) for each launch."""
+    if entry_grad.shape != ids.shape or not ids.shape[:-1] == out.shape[:-1] == upstream.shape:
+        raise ValueError("ids and entry gradients are not (rows, k)")
+    ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
+    upstream = upstream.to(torch.float32).contiguous()
+    with _current(out.device):
+        for at in _parts(out):
+            if out[at].numel() > 0:
+                yield out[at], (ids[at], entry_grad[at], upstream[at])
+
+
+def _stream(
+    logits: Tensor, k: int, limit: int, mask: Tensor | None
+) -> tuple[Tensor, configs.Selection, bool]:
+    """(memory for group keys, configuration, whether they are in it already).
+
+    They are where there are so few rows that each is streamed by several programs.
+    """
+    rows, itemsize = logits.shape[:-1].numel(), logits.element_size()
+    config = configs.selection(k, limit, itemsize, _aligned(logits))
+    dtype = torch.int32 if itemsize == 4 else torch.int16
+    keys = _empty((rows, configs.keys_stride(limit, config.group)), dtype, logits.device)
+    pieces = configs.pieces(rows, -(-limit // config.tile), _multiprocessors(logits.device))
+    if pieces > 1:
+        _select.group_maxima_kernel[(rows, pieces)](
+            logits, mask, keys, limit, *_row_strides(logits), config.group, config.tile,
+            configs.STAGES, num_warps=configs.WARPS,
+        )  # fmt: skip
+    return keys, config, pieces > 1
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """(float, per-row tensor or None) as the kernels take it."""
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.to(torch.float32).contiguous()
+    return temperature, None
+
+
+def _merged(tensor: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, those merged that one stride can walk."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _parts(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Indices into the leading dimensions under which every tensor has at most two left.
+
+    One empty index for all but exotic views: a kernel walks two strides.
+    """
+    if all(len(_merged(tensor)) <= 2 for tensor in tensors):
+        return [()]
+    return [
+        (i, *rest)
+        for i in range(tensors[0].shape[0])
+        for rest in _parts(*(tensor[i] for tensor in tensors))
+    ]
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """(rows of the inner leading dimension, stride of the outer, stride of the inner)."""
+    merged = [(1, 0), (1, 0), *_merged(tensor)][-2:]
+    return merged[1][0], merged[0][1], merged[1][1]
+
+
+def _aligned(logits: Tensor) -> bool:
+    """Whether every row starts on a multiple of 16 bytes."""
+    offsets = [stride * logits.element_size() for _, stride in _merged(logits)]
+    return all(offset % 16 == 0 for offset in [logits.data_ptr(), *offsets])
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels launch on the current device, which need not be the tensors'."""
+    if device.type not in DEVICES:
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type not in DEVICES:
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count

@@ -1,0 +1,78 @@
+"""Tile sizes, in one table: what a selection kernel is compiled for, given k and a row.
+
+A row is cut into groups. Small groups mean more group maxima to search, large ones more elements to
+read a second time (k groups of them); the table keeps both near what one program holds in registers,
+32 keys a thread, and the second read near 3 % of the row for k up to 64 and 10 % at 1024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+K_MAX = 1024
+# (largest k, elements of a group).
+_GROUPS = ((64, 64), (256, 32), (K_MAX, 16))
+_KEYS_PER_THREAD = 32
+_THREADS = 32  # of a warp; AMD's 64 halve the keys that a thread holds
+_MAX_WARPS = 32
+# Group numbers are counted in 16 bits.
+_MAX_GROUPS = 32768
+# The streaming loop: bytes of a tile, and tiles in flight, in shared memory.
+TILE_BYTES = 8192
+STAGES = 3
+# The gradient: bytes of a row that one program clears, and a store instruction of all its threads.
+PIECE_BYTES = 65536
+CLEAR_BYTES = 8192
+WARPS = 4
+# A row is split over programs where there are fewer than this many rows for a multiprocessor.
+SPLIT_BELOW_ROWS = 2
+PROGRAMS_WHEN_SPLIT = 8
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the selection of one row is compiled for: sizes in elements, all powers of two."""
+
+    k_pad: int
+    group: int
+    groups_pad: int
+    tile: int
+    warps: int
+
+
+def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
+    """The configuration for the k best of ``width`` elements of ``itemsize`` bytes.
+
+    ``aligned`` says that every row starts on a multiple of 16 bytes; where one does not, its first
+    group begins before it and there may be one group more.
+    """
+    group = next(group for largest, group in _GROUPS if k <= largest)
+    shift = 0 if aligned else 16 // itemsize - 1
+    while -(-(width + shift) // group) > _MAX_GROUPS:
+        group *= 2
+    groups_pad = max(16, next_power_of_2(-(-(width + shift) // group)))
+    keys = max(groups_pad, min(k_pad(k), groups_pad) * group)
+    warps = min(max(keys // (_KEYS_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
+    return Selection(k_pad(k), group, groups_pad, TILE_BYTES // itemsize, warps)
+
+
+def pieces(rows: int, tiles: int, multiprocessors: int) -> int:
+    """Over how many programs the streaming of one row is split; 1 is the fused kernel."""
+    if rows >= SPLIT_BELOW_ROWS * multiprocessors:
+        return 1
+    return max(1, min(tiles, PROGRAMS_WHEN_SPLIT * multiprocessors // max(rows, 1)))
+
+
+def k_pad(k: int) -> int:
+    """Entries that a program holds for k."""
+    return max(16, next_power_of_2(k))
+
+
+def keys_stride(width: int, group: int) -> int:
+    """Keys from one row's group maxima to the next's; a multiple of 16, as the kernels know."""
+    return -(-(width + 7) // (16 * group)) * 16
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()

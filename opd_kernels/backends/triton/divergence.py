@@ -1,0 +1,180 @@
+"""The renormalised reverse KL of each row and its entry gradients.
+
+    p = softmax(z / T),  q = softmax(t / T'),  l = log p - log q      over the present entries
+    L = sum p l,         dL/dz = p (l - L) / T
+
+A program per row. Where the teacher is logits it selects the support first, in the same kernel: the
+teacher's row is read once, then k of the student's values; nothing of the vocabulary's size is
+written. The traps are those of ``csrc/common/divergence.h``: differences before dividing by T, logs
+and gradients kept finite, p = 0 gives exactly 0.
+"""
+
+import triton
+import triton.language as tl
+
+from opd_kernels.backends.triton.mathematics import exp, log
+from opd_kernels.backends.triton.rows import is_banned, row_start
+from opd_kernels.backends.triton.select import keys_row, select_row, stream_maxima
+
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temperature):
+    """(loss, entry gradients, whether the row is NaN) of a row on its present entries.
+
+    NaN or +inf at an entry that takes part makes the row NaN; the caller writes that. With no entry,
+    or no student value above -inf, loss and gradients are 0.
+    """
+    NEVER: tl.constexpr = -float("inf")
+    t = tl.where(present, values, NEVER)
+    z = tl.load(student_ptr + tl.where(present, ids, 0), mask=present, other=0.0).to(tl.float32)
+    z = tl.where(present, z, NEVER)
+    bad = present & ~((z < float("inf")) & (t < float("inf")))
+
+    log_p = _log_softmax(z, temperature)
+    ratio = log_p - _log_softmax(t, teacher_temperature)
+    p = tl.where(z > NEVER, exp(log_p), 0.0)
+    loss = tl.sum(tl.where(p > 0, p * ratio, 0.0))
+    grad = tl.where(p > 0, tl.div_rn(p * (ratio - loss), temperature), 0.0)
+    return loss, _finite(grad), tl.max(bad.to(tl.int32)) > 0
+
+
+@triton.jit
+def _log_softmax(x, temperature):
+    """log softmax(x / T), kept finite: a span that overflows must not make inf - inf."""
+    scaled = tl.div_rn(x - tl.max(x), temperature)
+    return _finite(scaled - log(tl.sum(exp(scaled))))
+
+
+@triton.jit
+def _finite(x):
+    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+
+
+@triton.jit
+def _row_temperature(value, values_ptr, row):
+    if values_ptr is None:
+        return value
+    return tl.load(values_ptr + row)
+
+
+@triton.jit
+def _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD: tl.constexpr):
+    entry = tl.arange(0, K_PAD)
+    tl.store(loss_ptr + row, tl.where(poisoned, float("nan"), loss))
+    tl.store(ids_ptr + row * k + entry, ids, mask=entry < k)
+    grad = tl.where(poisoned, float("nan"), grad)
+    tl.store(grad_ptr + row * k + entry, tl.where(ids >= 0, grad, 0.0), mask=entry < k)
+
+
+@triton.jit
+def _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD: tl.constexpr):
+    absent = tl.full([K_PAD], -1, tl.int32)
+    nothing = tl.zeros([K_PAD], tl.float32)
+    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, 0.0, absent, nothing, False, K_PAD)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "temperature", "teacher_temperature", "width", "k",
+        "student_inner", "student_outer_stride", "student_inner_stride",
+        "teacher_inner", "teacher_outer_stride", "teacher_inner_stride",
+    ]
+)  # fmt: skip
+def logits_divergence_kernel(
+    student_ptr, teacher_ptr, banned_ptr, mask_ptr, temperatures_ptr, teacher_temperatures_ptr,
+    keys_ptr, loss_ptr, ids_ptr, grad_ptr,
+    temperature: tl.float32, teacher_temperature: tl.float32, width: tl.int32, k: tl.int32,
+    student_inner: tl.int64, student_outer_stride: tl.int64, student_inner_stride: tl.int64,
+    teacher_inner: tl.int64, teacher_outer_stride: tl.int64, teacher_inner_stride: tl.int64,
+    STREAMED: tl.constexpr, GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, K_PAD: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Selection and divergence against a teacher's logits; ``grad_ptr`` serves both as values."""
+    row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
+            return
+    teacher_ptr += row_start(row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
+    student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
+    keys_ptr = keys_row(keys_ptr, row, width, GROUP)
+    if not STREAMED:
+        stop = width + 128 // teacher_ptr.dtype.element_ty.primitive_bitwidth - 1
+        stream_maxima(teacher_ptr, keys_ptr, width, 0, stop, GROUP, TILE, STAGES)
+    ids, values = select_row(
+        teacher_ptr, keys_ptr, banned_ptr, ids_ptr + row * k, grad_ptr + row * k, width, k,
+        GROUP, GROUPS_PAD, K_PAD,
+    )  # fmt: skip
+    present = (ids >= 0) & (values != -float("inf"))
+    loss, grad, poisoned = _row_divergence(
+        student_ptr, ids, values, present,
+        _row_temperature(temperature, temperatures_ptr, row),
+        _row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
+    )  # fmt: skip
+    ids = tl.where(present, ids, -1)
+    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "temperature", "teacher_temperature", "width", "k",
+        "student_inner", "student_outer_stride", "student_inner_stride",
+    ]
+)  # fmt: skip
+def support_divergence_kernel(
+    student_ptr, values_ptr, support_ptr, banned_ptr, mask_ptr,
+    temperatures_ptr, teacher_temperatures_ptr, loss_ptr, ids_ptr, grad_ptr,
+    temperature: tl.float32, teacher_temperature: tl.float32, width: tl.int32, k: tl.int32,
+    student_inner: tl.int64, student_outer_stride: tl.int64, student_inner_stride: tl.int64,
+    K_PAD: tl.constexpr,
+):  # fmt: skip
+    """Divergence on a support that is given: contiguous (N, K) ids and values, in any order."""
+    row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
+            return
+    student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
+    entry = tl.arange(0, K_PAD)
+    support = tl.load(support_ptr + row * k + entry, mask=entry < k, other=-1)
+    values = tl.load(values_ptr + row * k + entry, mask=entry < k, other=0.0).to(tl.float32)
+    present = (support >= 0) & (support < width) & (values != -float("inf"))
+    ids = tl.where(present, support, -1).to(tl.int32)
+    if banned_ptr is not None:
+        present = present & ~is_banned(banned_ptr, ids, present)
+        ids = tl.where(present, ids, -1)
+    loss, grad, poisoned = _row_divergence(
+        student_ptr, ids, values, present,
+        _row_temperature(temperature, temperatures_ptr, row),
+        _row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
+    )  # fmt: skip
+    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, False, K_PAD)
+    tl.debug_barrier()
+    ids, grad = _merge_duplicates(ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD)
+    tl.debug_barrier()
+    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
+
+
+@triton.jit
+def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr):
+    """Adds the gradients of equal ids into the first of them; the others become absent.
+
+    The sum is taken at 2^-11 of its size, where 1024 of the largest floats cannot overflow.
+    """
+    BLOCK: tl.constexpr = 16
+    entry = tl.arange(0, K_PAD)
+    total = tl.zeros([K_PAD], tl.float32)
+    count = tl.zeros([K_PAD], tl.int32)
+    earlier = tl.zeros([K_PAD], tl.int32)
+    for block in range(0, k, BLOCK):
+        other = block + tl.arange(0, BLOCK)
+        other_ids = tl.load(ids_ptr + other, mask=other < k, other=-1)
+        other_grad = tl.load(grad_ptr + other, mask=other < k, other=0.0)
+        same = ids[:, None] == other_ids[None, :]  # [K_PAD, BLOCK]
+        total += tl.sum(tl.where(same, other_grad[None, :] * 2.0**-11, 0.0), axis=1)
+        count += tl.sum(same.to(tl.int32), axis=1)
+        earlier += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), axis=1)
+    grad = tl.where(count > 1, _finite(total * 2.0**11), grad)
+    return tl.where(earlier > 0, -1, ids), grad

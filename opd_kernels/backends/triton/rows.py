@@ -1,0 +1,50 @@
+"""Rows in memory and the order of their values: what every kernel here begins with."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_start(row, inner, outer_stride, inner_stride):
+    """Offset in elements of a row whose number runs over two leading dimensions."""
+    return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def align_row(row_ptr):
+    """(pointer to the 16 bytes that hold the row's first element, elements before it in them).
+
+    Loads from there on are 16 bytes wide whatever the row's start; a chunk of 16 bytes never
+    crosses a page, so that its bytes outside the row are safe to load.
+    """
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    address = row_ptr.to(tl.int64)
+    aligned = address // 16 * 16
+    skip = ((address - aligned) // BYTES).to(tl.int32)
+    return tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16), skip
+
+
+@triton.jit
+def order_key(values):
+    """int32 keys that order as the selection does, in the width of the dtype.
+
+    Sign times magnitude: -0 and +0 share key 0; every NaN gets the largest key.
+    """
+    BITS: tl.constexpr = values.dtype.primitive_bitwidth
+    NAN_KEY: tl.constexpr = (1 << (BITS - 1)) - 1
+    if BITS == 16:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+    sign = bits >> 31
+    key = ((bits & NAN_KEY) ^ sign) - sign
+    wide = values.to(tl.float32)
+    return tl.where(wide == wide, key, NAN_KEY)
+
+
+@triton.jit
+def is_banned(banned_ptr, ids, mask):
+    """The bits of the bitmap at the ids; False where the mask is."""
+    byte = tl.load(banned_ptr + (ids >> 3), mask=mask, other=0).to(tl.int32)
+    return ((byte >> (ids & 7)) & 1) != 0
