@@ -70,7 +70,7 @@ def select(
             keys, config, streamed = _stream(part, k, limit, part_mask)
             _select.select_kernel[(part.shape[:-1].numel(),)](
                 part, banned, part_mask, keys, ids[at], values[at], limit, k, *_row_strides(part),
-                streamed, config.group, config.groups_pad, config.k_pad, config.tile,
+                streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, num_warps=config.warps,
             )  # fmt: skip
     return ids, values
@@ -120,7 +120,7 @@ def divergence(
             _divergence.logits_divergence_kernel[(count,)](
                 part, teacher[at], banned, part_mask, *row_values, keys, *outputs,
                 student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(teacher[at]),
-                streamed, config.group, config.groups_pad, config.k_pad, config.tile,
+                streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, num_warps=config.warps,
             )  # fmt: skip
     return loss, ids, grad

@@ -15,6 +15,8 @@ _GROUPS = ((64, 64), (256, 32), (K_MAX, 16))
 _KEYS_PER_THREAD = 32
 _THREADS = 32  # of a warp; AMD's 64 halve the keys that a thread holds
 _MAX_WARPS = 32
+# Groups make up clans until there are as many members of k clans as clans, or this few clans.
+_CLANS = 512
 # Group numbers are counted in 16 bits.
 _MAX_GROUPS = 32768
 # The streaming loop: bytes of a tile, and tiles in flight, in shared memory.
@@ -36,6 +38,7 @@ class Selection:
     k_pad: int
     group: int
     groups_pad: int
+    clan: int
     tile: int
     warps: int
 
@@ -51,9 +54,12 @@ def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
     while -(-(width + shift) // group) > _MAX_GROUPS:
         group *= 2
     groups_pad = max(16, next_power_of_2(-(-(width + shift) // group)))
+    clan = 1
+    while groups_pad // clan > max(k_pad(k) * clan, _CLANS):
+        clan *= 2
     keys = max(groups_pad, min(k_pad(k), groups_pad) * group)
     warps = min(max(keys // (_KEYS_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
-    return Selection(k_pad(k), group, groups_pad, TILE_BYTES // itemsize, warps)
+    return Selection(k_pad(k), group, groups_pad, clan, TILE_BYTES // itemsize, warps)
 
 
 def pieces(rows: int, tiles: int, multiprocessors: int) -> int:

@@ -56,7 +56,8 @@ def _finite(x):
 def _row_temperature(value, values_ptr, row):
     if values_ptr is None:
         return value
-    return tl.load(values_ptr + row)
+    else:
+        return tl.load(values_ptr + row)
 
 
 @triton.jit
@@ -88,10 +89,10 @@ def logits_divergence_kernel(
     temperature: tl.float32, teacher_temperature: tl.float32, width: tl.int32, k: tl.int32,
     student_inner: tl.int64, student_outer_stride: tl.int64, student_inner_stride: tl.int64,
     teacher_inner: tl.int64, teacher_outer_stride: tl.int64, teacher_inner_stride: tl.int64,
-    STREAMED: tl.constexpr, GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, K_PAD: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr,
+    STREAMED: tl.constexpr, GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, CLAN: tl.constexpr,
+    K_PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Selection and divergence against a teacher's logits; ``grad_ptr`` serves both as values."""
+    """Selection and divergence against a teacher's logits."""
     row = tl.program_id(0).to(tl.int64)
     if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
@@ -104,8 +105,8 @@ def logits_divergence_kernel(
         stop = width + 128 // teacher_ptr.dtype.element_ty.primitive_bitwidth - 1
         stream_maxima(teacher_ptr, keys_ptr, width, 0, stop, GROUP, TILE, STAGES)
     ids, values = select_row(
-        teacher_ptr, keys_ptr, banned_ptr, ids_ptr + row * k, grad_ptr + row * k, width, k,
-        GROUP, GROUPS_PAD, K_PAD,
+        teacher_ptr, keys_ptr, banned_ptr, ids_ptr + row * k, width, k,
+        GROUP, GROUPS_PAD, CLAN, K_PAD,
     )  # fmt: skip
     present = (ids >= 0) & (values != -float("inf"))
     loss, grad, poisoned = _row_divergence(

@@ -63,45 +63,79 @@ def _halves_maximum(values, ROWS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, values_ptr, width, k,
-               GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
+def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
+               GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, CLAN: tl.constexpr,
+               K_PAD: tl.constexpr):  # fmt: skip
     """(ids, values) [K_PAD] of the k best, in order, from the group keys that streaming left.
 
-    ``ids_ptr`` and ``values_ptr`` are the row's k outputs; they hold the steps between as well, and
-    nothing of use afterwards. Every barrier stands between the program's stores and its loads of
-    the same memory.
+    The k best elements lie in the k best chunks of 16 bytes, those in the k best groups, those in
+    the k best clans of CLAN groups: four small selections. ``ids_ptr``, the row's k outputs, holds
+    the lists between them, and nothing of use afterwards. Every barrier stands between the
+    program's stores and its loads of the same memory.
     """
-    LISTED: tl.constexpr = min(K_PAD, GROUPS_PAD)
+    UNSELECTABLE: tl.constexpr = -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
+    CHUNK: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    CLANS: tl.constexpr = GROUPS_PAD // CLAN
+    SOME_CLANS: tl.constexpr = min(K_PAD, CLANS)
+    SOME_GROUPS: tl.constexpr = min(K_PAD, SOME_CLANS * CLAN)
+    SOME_CHUNKS: tl.constexpr = min(K_PAD, SOME_GROUPS * (GROUP // CHUNK))
     start_ptr, skip = align_row(row_ptr)
     groups = tl.cdiv(skip + width, GROUP)
-    list_ptr = values_ptr.to(tl.pointer_type(tl.int32))
+    list_ptr = ids_ptr
 
     tl.debug_barrier()
     _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width, groups, GROUP, GROUPS_PAD)
     tl.debug_barrier()
 
-    group = tl.arange(0, GROUPS_PAD)
-    UNSELECTABLE: tl.constexpr = -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
-    keys = tl.load(keys_ptr + group, mask=group < groups, other=UNSELECTABLE).to(tl.int32)
-    best, place, listed = _best(keys, k, GROUPS_PAD, LISTED, UNSELECTABLE)
-    tl.store(list_ptr + place, group, mask=best)
+    clan = tl.arange(0, CLANS)
+    group = clan[:, None] * CLAN + tl.arange(0, CLAN)[None, :]
+    keys = tl.max(_group_keys(keys_ptr, group, True, groups, CLAN, UNSELECTABLE), axis=1)
+    listed = _store_best(keys, clan, list_ptr, k, CLANS, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
 
-    slot = tl.arange(0, LISTED)
-    group = tl.load(list_ptr + slot, mask=slot < listed, other=0)
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [LISTED, GROUP]
-    values, keys = _masked_keys(
-        start_ptr, banned_ptr, at, skip, width, (slot < listed)[:, None], UNSELECTABLE
+    group, mask = _members(list_ptr, listed, SOME_CLANS, CLAN)
+    keys = _group_keys(keys_ptr, group, mask, groups, CLAN, UNSELECTABLE)
+    tl.debug_barrier()
+    listed = _store_best(keys, group, list_ptr, k, SOME_CLANS * CLAN, K_PAD, UNSELECTABLE)
+    tl.debug_barrier()
+
+    at, mask = _members(list_ptr, listed, SOME_GROUPS, GROUP)
+    keys = _chunk_keys(start_ptr, banned_ptr, at, skip, width, mask, SOME_GROUPS * GROUP)
+    chunk, _ = _members(list_ptr, listed, SOME_GROUPS, GROUP // CHUNK)
+    tl.debug_barrier()
+    listed = _store_best(
+        keys, chunk, list_ptr, k, SOME_GROUPS * (GROUP // CHUNK), K_PAD, UNSELECTABLE
     )
-    SIZE: tl.constexpr = LISTED * GROUP
-    best, place, found = _best(tl.reshape(keys, [SIZE]), k, SIZE, min(K_PAD, SIZE), UNSELECTABLE)
     tl.debug_barrier()
-    tl.store(ids_ptr + place, tl.reshape(at, [SIZE]) - skip, mask=best)
-    tl.store(values_ptr + place, tl.reshape(values, [SIZE]).to(tl.float32), mask=best)
+
+    at, mask = _members(list_ptr, listed, SOME_CHUNKS, CHUNK)
+    keys = _element_keys(start_ptr, banned_ptr, at, skip, width, mask)
     tl.debug_barrier()
-    ids, values = _in_order(ids_ptr, values_ptr, found, K_PAD)
+    found = _store_best(keys, at - skip, ids_ptr, k, SOME_CHUNKS * CHUNK, K_PAD, UNSELECTABLE)
+    tl.debug_barrier()
+
+    entry = tl.arange(0, K_PAD)
+    ids = tl.load(ids_ptr + entry, mask=entry < found, other=0)
+    place = _order(order_key(tl.load(row_ptr + ids)), found, K_PAD)
+    ids = tl.load(ids_ptr + place, mask=entry < found, other=-1)
+    values = tl.load(row_ptr + ids, mask=entry < found, other=-float("inf")).to(tl.float32)
     tl.debug_barrier()
     return ids, values
+
+
+@triton.jit
+def _members(list_ptr, listed, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """(indices [COUNT, SIZE] of what the listed parents are made of, which parents there are)."""
+    slot = tl.arange(0, COUNT)
+    parent = tl.load(list_ptr + slot, mask=slot < listed, other=0)
+    return parent[:, None] * SIZE + tl.arange(0, SIZE)[None, :], (slot < listed)[:, None]
+
+
+@triton.jit
+def _group_keys(keys_ptr, group, mask, groups, CLAN: tl.constexpr, UNSELECTABLE: tl.constexpr):
+    # A row's keys are padded to a multiple of 16, so that whole vectors can be loaded.
+    keys = tl.load(keys_ptr + group, mask=mask & (group // CLAN * CLAN < groups))
+    return tl.where(mask & (group < groups), keys.to(tl.int32), UNSELECTABLE)
 
 
 @triton.jit
@@ -152,32 +186,54 @@ def _may_hold_unselectable(banned_ptr, group, skip, width, GROUP: tl.constexpr):
 
 @triton.jit
 def _new_keys(start_ptr, keys_ptr, banned_ptr, group, mask, skip, width, GROUP: tl.constexpr):
-    UNSELECTABLE: tl.constexpr = -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    _, keys = _masked_keys(start_ptr, banned_ptr, at, skip, width, mask[:, None], UNSELECTABLE)
-    best = tl.max(keys, axis=1).to(keys_ptr.dtype.element_ty)
-    tl.store(keys_ptr + group, best, mask=mask)
+    keys = tl.max(_element_keys(start_ptr, banned_ptr, at, skip, width, mask[:, None]), axis=1)
+    tl.store(keys_ptr + group, keys.to(keys_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _masked_keys(start_ptr, banned_ptr, at, skip, width, mask, UNSELECTABLE: tl.constexpr):
-    """(values, keys) of elements counted from the row's aligned start."""
+def _element_keys(start_ptr, banned_ptr, at, skip, width, mask):
+    """Keys of elements that are counted from the row's aligned start."""
+    values, selectable = _load_elements(start_ptr, banned_ptr, at, skip, width, mask)
+    UNSELECTABLE: tl.constexpr = -(1 << (start_ptr.dtype.element_ty.primitive_bitwidth - 1))
+    return tl.where(selectable, order_key(values), UNSELECTABLE)
+
+
+@triton.jit
+def _chunk_keys(start_ptr, banned_ptr, at, skip, width, mask, SIZE: tl.constexpr):
+    """The largest key in each chunk of elements [., .] in order; one value of each becomes a key."""
+    DTYPE: tl.constexpr = start_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    UNSELECTABLE: tl.constexpr = -(1 << (DTYPE.primitive_bitwidth - 1))
+    values, selectable = _load_elements(start_ptr, banned_ptr, at, skip, width, mask)
+    values = tl.where(selectable, values.to(tl.float32), -float("inf"))
+    keys = order_key(_chunk_maxima(tl.reshape(values, [SIZE]), SIZE, CHUNK).to(DTYPE))
+    some = tl.max(tl.reshape(selectable.to(tl.int32), [SIZE // CHUNK, CHUNK]), axis=1)
+    return tl.where(some > 0, keys, UNSELECTABLE)
+
+
+@triton.jit
+def _load_elements(start_ptr, banned_ptr, at, skip, width, mask):
+    """(values, which of them can be selected); whole chunks are loaded."""
     CHUNK: tl.constexpr = 128 // start_ptr.dtype.element_ty.primitive_bitwidth
     values = tl.load(start_ptr + at, mask=mask & (at // CHUNK < tl.cdiv(skip + width, CHUNK)))
     selectable = mask & (at >= skip) & (at < skip + width)
     if banned_ptr is not None:
         selectable = selectable & ~is_banned(banned_ptr, at - skip, selectable)
-    return values, tl.where(selectable, order_key(values), UNSELECTABLE)
+    return values, selectable
 
 
 @triton.jit
-def _best(keys, k, SIZE: tl.constexpr, COLUMNS: tl.constexpr, UNSELECTABLE: tl.constexpr):
-    """Which of the keys [SIZE] are the k best, lower index first among equals.
+def _store_best(keys, indices, out_ptr, k,
+                SIZE: tl.constexpr, K_PAD: tl.constexpr, UNSELECTABLE: tl.constexpr):  # fmt: skip
+    """Writes the indices of the k best of SIZE keys in the order they lie in; of equals the first.
 
-    Returns (mask, place of each of them in order of index, how many there are: k or fewer).
-    COLUMNS is at least k or all there are; each column's largest is one of COLUMNS keys, so that
-    the smallest of them is at most the key sought: a start that saves most steps of the search.
+    Returns how many there are: k, or fewer where fewer can be selected. With the keys in k columns
+    or more the least of the columns' largest keys is at most the k-th key: a start that saves the
+    search most of its steps.
     """
+    COLUMNS: tl.constexpr = min(K_PAD, SIZE)
+    keys = tl.reshape(keys, [SIZE])
     columns = tl.max(tl.reshape(keys, [SIZE // COLUMNS, COLUMNS]), axis=0)
     low = tl.maximum(tl.min(columns), UNSELECTABLE + 1)
     high = tl.max(columns)
@@ -186,27 +242,24 @@ def _best(keys, k, SIZE: tl.constexpr, COLUMNS: tl.constexpr, UNSELECTABLE: tl.c
         reach = tl.sum((keys >= middle).to(tl.int32))
         low = tl.where(reach >= k, middle, low)
         high = tl.where(reach > k, high, tl.where(reach == k, middle, middle - 1))
-    above = (keys > low).to(tl.int32)
-    equal = (keys == low).to(tl.int32)
-    wanted = k - tl.sum(above)
-    # Both counts in one scan: fewer than k are above, up to SIZE equal.
-    before = tl.cumsum((above << 16) + equal) - ((above << 16) + equal)
-    equal_before = tl.minimum(before & 0xFFFF, wanted)
-    best = (above > 0) | ((equal > 0) & (equal_before < wanted))
-    return best, (before >> 16) + equal_before, tl.sum(best.to(tl.int32))
+    # One scan counts both: fewer than 2^15 are above (below k), at most SIZE are equal.
+    counts = tl.cumsum(tl.where(keys > low, 1 << 16, tl.where(keys == low, 1, 0)))
+    equals = counts & 0xFFFF
+    total = tl.max(counts)
+    wanted = tl.minimum(k - (total >> 16), SIZE)
+    best = (keys > low) | ((keys == low) & (equals <= wanted))
+    place = (counts >> 16) + tl.minimum(equals, wanted) - 1
+    tl.store(out_ptr + place, tl.reshape(indices, [SIZE]), mask=best)
+    return (total >> 16) + tl.minimum(total & 0xFFFF, wanted)
 
 
 @triton.jit
-def _in_order(ids_ptr, values_ptr, found, K_PAD: tl.constexpr):
-    """The entries found, which lie in order of id, by value descending and then id; then -1, -inf."""
-    place = tl.arange(0, K_PAD)
-    valid = place < found
-    keys = order_key(tl.load(values_ptr + place, mask=valid, other=0.0))
-    keys = tl.where(valid, keys, -(1 << 31)).to(tl.int64)
-    ranked = tl.sort((keys << 32) | (K_PAD - 1 - place), descending=True)
-    place = K_PAD - 1 - (ranked & (K_PAD - 1)).to(tl.int32)
-    ids = tl.load(ids_ptr + place, mask=valid, other=-1)
-    return ids, tl.load(values_ptr + place, mask=valid, other=-float("inf"))
+def _order(keys, found, K_PAD: tl.constexpr):
+    """Where each place takes its entry from, so that keys descend; equal keys keep their order."""
+    entry = tl.arange(0, K_PAD)
+    keys = tl.where(entry < found, keys, -(1 << 31)).to(tl.int64)
+    ranked = tl.sort((keys << 32) | (K_PAD - 1 - entry), descending=True)
+    return K_PAD - 1 - (ranked & (K_PAD - 1)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["width", "inner", "outer_stride", "inner_stride"])
@@ -234,8 +287,8 @@ def group_maxima_kernel(
 def select_kernel(
     logits_ptr, banned_ptr, mask_ptr, keys_ptr, ids_ptr, values_ptr,
     width: tl.int32, k: tl.int32, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
-    STREAMED: tl.constexpr, GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, K_PAD: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr,
+    STREAMED: tl.constexpr, GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, CLAN: tl.constexpr,
+    K_PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(ids, values) of the k best of each row; a program per row."""
     row = tl.program_id(0).to(tl.int64)
@@ -254,7 +307,7 @@ def select_kernel(
         stop = width + 128 // logits_ptr.dtype.element_ty.primitive_bitwidth - 1
         stream_maxima(row_ptr, keys_ptr, width, 0, stop, GROUP, TILE, STAGES)
     ids, values = select_row(
-        row_ptr, keys_ptr, banned_ptr, ids_ptr, values_ptr, width, k, GROUP, GROUPS_PAD, K_PAD
+        row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k, GROUP, GROUPS_PAD, CLAN, K_PAD
     )
     tl.store(ids_ptr + entry, ids, mask=entry < k)
     tl.store(values_ptr + entry, values, mask=entry < k)
