@@ -113,7 +113,7 @@ def divergence(
                 _divergence.support_divergence_kernel[(count,)](
                     part, teacher[at], teacher_ids[at], banned, part_mask, *row_values, *outputs,
                     student_t, teacher_t, limit, k, *_row_strides(part),
-                    configs.k_pad(k), num_warps=configs.WARPS,
+                    *configs.entries(k), num_warps=configs.entry_warps(k),
                 )  # fmt: skip
                 continue
             keys, config, streamed = _stream(teacher[at], k, limit, part_mask)

@@ -74,6 +74,16 @@ def k_pad(k: int) -> int:
     return max(16, next_power_of_2(k))
 
 
+def entry_warps(k: int) -> int:
+    """Warps of a program that holds k entries and no more."""
+    return max(WARPS, k_pad(k) // 64)
+
+
+def entries(k: int) -> tuple[int, int]:
+    """(entries of a program, how many of them it compares at once with all: 8 a thread)."""
+    return k_pad(k), 8 * _THREADS * entry_warps(k) // k_pad(k)
+
+
 def keys_stride(width: int, group: int) -> int:
     """Keys from one row's group maxima to the next's; a multiple of 16, as the kernels know."""
     return -(-(width + 7) // (16 * group)) * 16

@@ -129,7 +129,7 @@ def support_divergence_kernel(
     temperatures_ptr, teacher_temperatures_ptr, loss_ptr, ids_ptr, grad_ptr,
     temperature: tl.float32, teacher_temperature: tl.float32, width: tl.int32, k: tl.int32,
     student_inner: tl.int64, student_outer_stride: tl.int64, student_inner_stride: tl.int64,
-    K_PAD: tl.constexpr,
+    K_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Divergence on a support that is given: contiguous (N, K) ids and values, in any order."""
     row = tl.program_id(0).to(tl.int64)
@@ -153,29 +153,31 @@ def support_divergence_kernel(
     )  # fmt: skip
     _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, False, K_PAD)
     tl.debug_barrier()
-    ids, grad = _merge_duplicates(ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD)
+    ids, grad = _merge_duplicates(
+        ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD, BLOCK
+    )
     tl.debug_barrier()
     _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
 
 
 @triton.jit
-def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr):
+def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the gradients of equal ids into the first of them; the others become absent.
 
     The sum is taken at 2^-11 of its size, where 1024 of the largest floats cannot overflow.
     """
-    BLOCK: tl.constexpr = 16
-    entry = tl.arange(0, K_PAD)
-    total = tl.zeros([K_PAD], tl.float32)
-    count = tl.zeros([K_PAD], tl.int32)
-    earlier = tl.zeros([K_PAD], tl.int32)
+    entry = tl.arange(0, K_PAD)[None, :]
+    total = tl.zeros([BLOCK, K_PAD], tl.float32)
+    same = tl.zeros([BLOCK, K_PAD], tl.int32)
+    earlier = tl.zeros([BLOCK, K_PAD], tl.int32)
     for block in range(0, k, BLOCK):
         other = block + tl.arange(0, BLOCK)
-        other_ids = tl.load(ids_ptr + other, mask=other < k, other=-1)
-        other_grad = tl.load(grad_ptr + other, mask=other < k, other=0.0)
-        same = ids[:, None] == other_ids[None, :]  # [K_PAD, BLOCK]
-        total += tl.sum(tl.where(same, other_grad[None, :] * 2.0**-11, 0.0), axis=1)
-        count += tl.sum(same.to(tl.int32), axis=1)
-        earlier += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), axis=1)
-    grad = tl.where(count > 1, _finite(total * 2.0**11), grad)
-    return tl.where(earlier > 0, -1, ids), grad
+        other_ids = tl.load(ids_ptr + other, mask=other < k, other=-1)[:, None]
+        other_grad = tl.load(grad_ptr + other, mask=other < k, other=0.0)[:, None]
+        equal = ids[None, :] == other_ids  # [BLOCK, K_PAD]
+        total += tl.where(equal, other_grad * 2.0**-11, 0.0)
+        same += equal.to(tl.int32)
+        earlier += (equal & (other[:, None] < entry)).to(tl.int32)
+    merged = _finite(tl.sum(total, axis=0) * 2.0**11)
+    grad = tl.where(tl.sum(same, axis=0) > 1, merged, grad)
+    return tl.where(tl.sum(earlier, axis=0) > 0, -1, ids), grad

@@ -13,7 +13,7 @@ and in ``divergence`` begin at its result.
 import triton
 import triton.language as tl
 
-from opd_kernels.backends.triton.rows import align_row, is_banned, order_key, row_start
+from opd_kernels.backends.triton.rows import align_row, order_key, row_start
 
 
 @triton.jit
@@ -33,7 +33,8 @@ def stream_maxima(row_ptr, keys_ptr, width, first, stop,
     for tile in tl.range(first, stop, TILE, num_stages=STAGES):
         at = tile + tl.arange(0, TILE)
         values = tl.load(start_ptr + at, mask=at // CHUNK < chunks, eviction_policy="evict_first")
-        keys = order_key(_chunk_maxima(values.to(tl.float32), TILE, CHUNK).to(DTYPE))
+        values = tl.reshape(values.to(tl.float32), [TILE // CHUNK, CHUNK])
+        keys = order_key(_chunk_maxima(values, TILE // CHUNK, CHUNK).to(DTYPE))
         keys = tl.max(tl.reshape(keys, [TILE // GROUP, GROUP // CHUNK]), axis=1)
         group = tile // GROUP + tl.arange(0, TILE // GROUP)
         tl.store(keys_ptr + group, keys.to(KEY), mask=group < groups)
@@ -46,13 +47,12 @@ def keys_row(keys_ptr, row, width, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _chunk_maxima(values, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    """Maxima of adjacent CHUNK elements, NaN if one is: halves against halves within a thread."""
-    values = tl.reshape(values, [TILE // CHUNK, CHUNK])
+def _chunk_maxima(values, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Maxima of the chunks [CHUNKS, CHUNK], NaN if one is: halves against halves in a thread."""
     if CHUNK == 8:
-        values = _halves_maximum(values, TILE // CHUNK, 8)
-    values = _halves_maximum(values, TILE // CHUNK, 4)
-    return tl.reshape(_halves_maximum(values, TILE // CHUNK, 2), [TILE // CHUNK])
+        values = _halves_maximum(values, CHUNKS, 8)
+    values = _halves_maximum(values, CHUNKS, 4)
+    return tl.reshape(_halves_maximum(values, CHUNKS, 2), [CHUNKS])
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
     list_ptr = ids_ptr
 
     tl.debug_barrier()
-    _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width, groups, GROUP, GROUPS_PAD)
+    _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width, GROUP, GROUPS_PAD)
     tl.debug_barrier()
 
     clan = tl.arange(0, CLANS)
@@ -99,19 +99,20 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
     listed = _store_best(keys, group, list_ptr, k, SOME_CLANS * CLAN, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
 
-    at, mask = _members(list_ptr, listed, SOME_GROUPS, GROUP)
-    keys = _chunk_keys(start_ptr, banned_ptr, at, skip, width, mask, SOME_GROUPS * GROUP)
-    chunk, _ = _members(list_ptr, listed, SOME_GROUPS, GROUP // CHUNK)
+    CHUNKS: tl.constexpr = SOME_GROUPS * (GROUP // CHUNK)
+    chunk, mask = _members(list_ptr, listed, SOME_GROUPS, GROUP // CHUNK)
+    excluded = _excluded(banned_ptr, chunk, mask, skip, width, CHUNK)
+    keys = _chunk_keys(start_ptr, tl.reshape(chunk, [CHUNKS]), tl.reshape(excluded, [CHUNKS]))
     tl.debug_barrier()
-    listed = _store_best(
-        keys, chunk, list_ptr, k, SOME_GROUPS * (GROUP // CHUNK), K_PAD, UNSELECTABLE
-    )
+    listed = _store_best(keys, chunk, list_ptr, k, CHUNKS, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
 
-    at, mask = _members(list_ptr, listed, SOME_CHUNKS, CHUNK)
-    keys = _element_keys(start_ptr, banned_ptr, at, skip, width, mask)
+    slot = tl.arange(0, SOME_CHUNKS)
+    chunk = tl.load(list_ptr + slot, mask=slot < listed, other=0)
+    excluded = _excluded(banned_ptr, chunk, slot < listed, skip, width, CHUNK)
+    keys, ids = _element_keys(start_ptr, chunk, excluded, skip)
     tl.debug_barrier()
-    found = _store_best(keys, at - skip, ids_ptr, k, SOME_CHUNKS * CHUNK, K_PAD, UNSELECTABLE)
+    found = _store_best(keys, ids, ids_ptr, k, SOME_CHUNKS * CHUNK, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
 
     entry = tl.arange(0, K_PAD)
@@ -139,88 +140,93 @@ def _group_keys(keys_ptr, group, mask, groups, CLAN: tl.constexpr, UNSELECTABLE:
 
 
 @triton.jit
-def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width, groups,
+def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
                  GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr):  # fmt: skip
     """Takes what cannot be selected out of the maxima: new keys for the groups that hold any of it.
 
-    Those are the groups at the row's ends and groups with banned ids: for a handful of banned ids a
-    block or two, for ids banned everywhere the row a second time.
+    Those are the groups at the row's ends, which streaming did not mask, and groups with banned ids:
+    for a handful of those a block or two, for ids banned everywhere the row a second time.
     """
     BLOCK: tl.constexpr = min(64, GROUPS_PAD)
-    if banned_ptr is None:
-        if skip + (skip + width) % GROUP != 0:
-            ends = tl.arange(0, 2) * (groups - 1)
-            _new_keys(start_ptr, keys_ptr, banned_ptr, ends, ends >= 0, skip, width, GROUP)
-    else:
-        group = tl.arange(0, GROUPS_PAD)
-        dirty = _may_hold_unselectable(banned_ptr, group, skip, width, GROUP)
-        block = tl.min(tl.where(dirty, group, GROUPS_PAD))
-        while block < GROUPS_PAD:
-            some = block + tl.arange(0, BLOCK)
-            again = _may_hold_unselectable(banned_ptr, some, skip, width, GROUP)
-            _new_keys(start_ptr, keys_ptr, banned_ptr, some, again, skip, width, GROUP)
-            block = tl.min(tl.where(dirty & (group >= block + BLOCK), group, GROUPS_PAD))
+    BLOCKS: tl.constexpr = GROUPS_PAD // BLOCK
+    block = tl.arange(0, BLOCKS)
+    last = (skip + width) // GROUP
+    dirty = (block == 0) & (skip > 0)
+    dirty = dirty | ((block == last // BLOCK) & (last * GROUP < skip + width))
+    if banned_ptr is not None:
+        # A block begins up to 7 ids before its words of the bitmap: it looks at one word more.
+        WORDS: tl.constexpr = BLOCK * GROUP // 64
+        word_ptr = banned_ptr.to(tl.pointer_type(tl.uint64))
+        words = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        banned = tl.load(word_ptr + words, mask=words * 64 < width, other=0) != 0
+        before = block * WORDS - 1
+        before = tl.load(word_ptr + before, mask=(before >= 0) & (before * 64 < width), other=0) != 0
+        dirty = dirty | before | (tl.max(banned.to(tl.int32), axis=1) > 0)
+    next_block = tl.min(tl.where(dirty, block, BLOCKS))
+    while next_block < BLOCKS:
+        _new_keys(start_ptr, keys_ptr, banned_ptr, next_block * BLOCK, skip, width, GROUP, BLOCK)
+        next_block = tl.min(tl.where(dirty & (block > next_block), block, BLOCKS))
 
 
 @triton.jit
-def _may_hold_unselectable(banned_ptr, group, skip, width, GROUP: tl.constexpr):
-    """Groups at the row's ends, and those with a banned id within a group's length before them.
-
-    A group begins up to 7 ids before a word of the bitmap, so that it looks at one word more.
-    """
-    BITS: tl.constexpr = min(GROUP, 64)
-    WORDS: tl.constexpr = GROUP // BITS
-    if BITS == 64:
-        words_ptr = banned_ptr.to(tl.pointer_type(tl.uint64))
-    elif BITS == 32:
-        words_ptr = banned_ptr.to(tl.pointer_type(tl.uint32))
-    else:
-        words_ptr = banned_ptr.to(tl.pointer_type(tl.uint16))
-    word = group[:, None] * WORDS - 1 + tl.arange(0, 2 * WORDS)[None, :]
-    inside = (word >= 0) & (word * BITS < width) & (word < (group[:, None] + 1) * WORDS)
-    banned = tl.load(words_ptr + word, mask=inside, other=0) != 0
-    first = group * GROUP
-    ends = (first < skip) | ((first < skip + width) & (first + GROUP > skip + width))
-    return ends | (tl.max(banned.to(tl.int32), axis=1) > 0)
+def _new_keys(start_ptr, keys_ptr, banned_ptr, first, skip, width,
+              GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """New keys for those of BLOCK groups that hold something to exclude."""
+    CHUNK: tl.constexpr = 128 // start_ptr.dtype.element_ty.primitive_bitwidth
+    CHUNKS: tl.constexpr = BLOCK * (GROUP // CHUNK)
+    group = first + tl.arange(0, BLOCK)
+    chunk = group[:, None] * (GROUP // CHUNK) + tl.arange(0, GROUP // CHUNK)[None, :]
+    excluded = _excluded(banned_ptr, chunk, True, skip, width, CHUNK)
+    dirty = (tl.max(excluded, axis=1) > 0) & (group * GROUP < skip + width)
+    excluded = tl.where(dirty[:, None], excluded, (1 << CHUNK) - 1)  # no others are loaded
+    keys = _chunk_keys(start_ptr, tl.reshape(chunk, [CHUNKS]), tl.reshape(excluded, [CHUNKS]))
+    keys = tl.max(tl.reshape(keys, [BLOCK, GROUP // CHUNK]), axis=1)
+    tl.store(keys_ptr + group, keys.to(keys_ptr.dtype.element_ty), mask=dirty)
 
 
 @triton.jit
-def _new_keys(start_ptr, keys_ptr, banned_ptr, group, mask, skip, width, GROUP: tl.constexpr):
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    keys = tl.max(_element_keys(start_ptr, banned_ptr, at, skip, width, mask[:, None]), axis=1)
-    tl.store(keys_ptr + group, keys.to(keys_ptr.dtype.element_ty), mask=mask)
+def _excluded(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
+    """A bit for each element of the chunks that cannot be selected; all of them outside the mask."""
+    ALL: tl.constexpr = (1 << CHUNK) - 1
+    first = chunk * CHUNK - skip  # id of a chunk's first element
+    before = tl.minimum(tl.maximum(-first, 0), CHUNK)
+    until = tl.minimum(tl.maximum(width - first, 0), CHUNK)
+    excluded = ((1 << before) - 1) | (ALL + 1 - (1 << until))
+    if banned_ptr is not None:
+        byte = first >> 3
+        low = tl.load(banned_ptr + byte, mask=mask & (byte >= 0) & (first < width), other=0)
+        high = tl.load(banned_ptr + byte + 1, mask=mask & (byte * 8 + 8 < width), other=0)
+        banned = (low.to(tl.int32) | (high.to(tl.int32) << 8)) >> (first & 7)
+        excluded = excluded | (banned & ALL)
+    return tl.where(mask, excluded, ALL)
 
 
 @triton.jit
-def _element_keys(start_ptr, banned_ptr, at, skip, width, mask):
-    """Keys of elements that are counted from the row's aligned start."""
-    values, selectable = _load_elements(start_ptr, banned_ptr, at, skip, width, mask)
-    UNSELECTABLE: tl.constexpr = -(1 << (start_ptr.dtype.element_ty.primitive_bitwidth - 1))
-    return tl.where(selectable, order_key(values), UNSELECTABLE)
-
-
-@triton.jit
-def _chunk_keys(start_ptr, banned_ptr, at, skip, width, mask, SIZE: tl.constexpr):
-    """The largest key in each chunk of elements [., .] in order; one value of each becomes a key."""
+def _chunk_keys(start_ptr, chunk, excluded):
+    """The largest key of each chunk; one value of it becomes a key."""
     DTYPE: tl.constexpr = start_ptr.dtype.element_ty
     CHUNK: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     UNSELECTABLE: tl.constexpr = -(1 << (DTYPE.primitive_bitwidth - 1))
-    values, selectable = _load_elements(start_ptr, banned_ptr, at, skip, width, mask)
-    values = tl.where(selectable, values.to(tl.float32), -float("inf"))
-    keys = order_key(_chunk_maxima(tl.reshape(values, [SIZE]), SIZE, CHUNK).to(DTYPE))
-    some = tl.max(tl.reshape(selectable.to(tl.int32), [SIZE // CHUNK, CHUNK]), axis=1)
-    return tl.where(some > 0, keys, UNSELECTABLE)
+    ALL: tl.constexpr = (1 << CHUNK) - 1
+    lane = tl.arange(0, CHUNK)[None, :]
+    at = chunk[:, None] * CHUNK + lane
+    values = tl.load(start_ptr + at, mask=(excluded != ALL)[:, None]).to(tl.float32)
+    values = tl.where((excluded[:, None] >> lane) & 1 != 0, -float("inf"), values)
+    keys = order_key(_chunk_maxima(values, chunk.shape[0], CHUNK).to(DTYPE))
+    return tl.where(excluded == ALL, UNSELECTABLE, keys)
 
 
 @triton.jit
-def _load_elements(start_ptr, banned_ptr, at, skip, width, mask):
-    """(values, which of them can be selected); whole chunks are loaded."""
+def _element_keys(start_ptr, chunk, excluded, skip):
+    """(keys, ids) of the chunks' elements."""
     CHUNK: tl.constexpr = 128 // start_ptr.dtype.element_ty.primitive_bitwidth
-    values = tl.load(start_ptr + at, mask=mask & (at // CHUNK < tl.cdiv(skip + width, CHUNK)))
-    selectable = mask & (at >= skip) & (at < skip + width)
-    if banned_ptr is not None:
-        selectable = selectable & ~is_banned(banned_ptr, at - skip, selectable)
-    return values, selectable
+    UNSELECTABLE: tl.constexpr = -(1 << (start_ptr.dtype.element_ty.primitive_bitwidth - 1))
+    ALL: tl.constexpr = (1 << CHUNK) - 1
+    lane = tl.arange(0, CHUNK)[None, :]
+    at = chunk[:, None] * CHUNK + lane
+    values = tl.load(start_ptr + at, mask=(excluded != ALL)[:, None])
+    keys = tl.where((excluded[:, None] >> lane) & 1 != 0, UNSELECTABLE, order_key(values))
+    return keys, at - skip
 
 
 @triton.jit
