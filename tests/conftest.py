@@ -1,12 +1,18 @@
-"""One suite for every backend: a test that takes ``backend`` runs on each that this machine has."""
+"""One suite for every backend: a test that takes ``backend`` runs on each that this machine has.
+
+Under ``TRITON_INTERPRET=1`` those tests alone run, on the Triton backend, with guard bands around
+everything that it allocates.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+from effort import INTERPRETED, examples
 from hypothesis import HealthCheck, settings
 
 from opd_kernels import backends
@@ -16,12 +22,15 @@ CPU = torch.device("cpu")
 
 settings.register_profile(
     "suite",
+    max_examples=examples(100),
     deadline=None,
     derandomize=False,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("suite")
+
+BACKENDS = ["triton"] if INTERPRETED else [name for name in backends.MODULES if name != "triton"]
 
 
 def pytest_configure() -> None:
@@ -36,12 +45,30 @@ def pytest_configure() -> None:
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
 
 
-@pytest.fixture(params=list(backends.MODULES))
-def backend(request: pytest.FixtureRequest) -> str:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if INTERPRETED:
+        import interpreter
+
+        interpreter.speed_up()
+        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend that serves float32 on the CPU."""
     name: str = request.param
     backends.resolve(name, CPU, (torch.float32,), 1)
-    return name
+    if not INTERPRETED:
+        yield name
+        return
+    import guards
+
+    with guards.around_allocations():
+        yield name
 
 
 @pytest.fixture(params=cpu.instruction_sets())

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 
 from opd_kernels import select_topk, topk_rkl
@@ -16,19 +17,19 @@ from opd_kernels.testing.inputs import CONTENTS
 
 
 @given(case=cases(float64=False))
-@settings(max_examples=6000)
+@settings(max_examples=examples(6000))
 def test_any_call_is_within_its_budget(backend: str, case: Case) -> None:
     check(case, backend)
 
 
 @given(case=cases())
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 def test_any_call_is_within_its_budget_on_the_default_backend(case: Case) -> None:
     check(case)
 
 
 @given(case=cases(float64=False))
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 def test_any_call_is_within_its_budget_on_every_instruction_set(
     instruction_set: str, case: Case
 ) -> None:
