@@ -24,9 +24,13 @@ class GuardedMemory:
     ) -> torch.Tensor:
         count = torch.Size(shape).numel()
         nbytes = count * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
         buffer = torch.full((nbytes + 2 * _BAND,), _PATTERN, dtype=torch.uint8, device=device)
         self.buffers.append((buffer, nbytes, f"{dtype} {tuple(shape)}"))
-        return buffer[_BAND : _BAND + nbytes].view(dtype).view(shape)
+        # A storage of its own and not a view: what an operator returns must be no view of anything.
+        inside = torch.frombuffer(buffer.numpy(), dtype=dtype, count=count, offset=_BAND)
+        return torch.empty(0, dtype=dtype).set_(inside.untyped_storage()).resize_(shape)
 
     def check(self) -> None:
         for buffer, nbytes, what in self.buffers:
