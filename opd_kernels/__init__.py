@@ -1,12 +1,14 @@
 """Fused kernels for top-K on-policy distillation.
 
 ``topk_rkl`` is the loss, ``select_topk`` the teacher's support by itself, ``TopK`` a support that
-was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath.
+was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath and
+``add_topk_grad_`` a way to add its gradient to another loss's.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from opd_kernels._autograd import TopKReverseKL, anchor_of
+from opd_kernels.gradient import add_topk_grad_
 from opd_kernels.losses import topk_rkl
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
@@ -17,4 +19,12 @@ try:
 except PackageNotFoundError:  # imported from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Stats", "TopK", "TopKReverseKL", "anchor_of", "select_topk", "topk_rkl"]
+__all__ = [
+    "Stats",
+    "TopK",
+    "TopKReverseKL",
+    "add_topk_grad_",
+    "anchor_of",
+    "select_topk",
+    "topk_rkl",
+]

@@ -10,17 +10,19 @@ from torch import Tensor
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
+# What TopKReverseKL.apply returns besides the loss, (..., K) each.
+ENTRY_DTYPES = {"ids": (torch.int32,), "entry_grad": (torch.float32, torch.float64)}
 REDUCTIONS = ("none", "sum", "mean")
 # Temperatures that float32 arithmetic can divide by.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
 
 
-def check_logits(logits: object, name: str) -> Tensor:
-    """A tensor of logits (..., V) that kernels can read without a copy."""
+def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
+    """A tensor of logits, or gradients of logits, (..., V) that kernels use without a copy."""
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"{name} is a {type(logits).__name__}, expected a tensor of logits (..., V)"
+            f"{name} is a {type(logits).__name__}, expected a tensor of {what} (..., V)"
         )
     check_dense(logits, name)
     if logits.dtype not in LOGIT_DTYPES:
@@ -29,7 +31,7 @@ def check_logits(logits: object, name: str) -> Tensor:
             "convert it with .float()"
         )
     if logits.ndim == 0:
-        raise ValueError(f"{name} is a scalar, expected logits (..., V)")
+        raise ValueError(f"{name} is a scalar, expected {what} (..., V)")
     if logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of 1 or more"
@@ -37,9 +39,77 @@ def check_logits(logits: object, name: str) -> Tensor:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
-            "call .contiguous() once where the logits are made"
+            f"call .contiguous() once where the {what} are made"
         )
     return logits
+
+
+def check_buffer(grad: object) -> Tensor:
+    """A tensor of gradients that may be added to: outside any graph, no two elements share it."""
+    grad = check_logits(grad, "grad", "gradients")
+    check_constant(grad, "grad")
+    if _overlaps(grad):
+        raise ValueError(
+            f"grad's elements overlap (shape {tuple(grad.shape)}, strides {grad.stride()}: "
+            "expanded or unfolded), expected memory of their own; call .contiguous() once where "
+            "the gradients are made"
+        )
+    return grad
+
+
+def check_constant(tensor: Tensor, name: str) -> None:
+    """Nothing that a graph expects a gradient for."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
+
+
+def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
+    """Ids or entry gradients (..., K) of the rows of ``grad``."""
+    source = f"pass the {name} that TopKReverseKL.apply returned"
+    if not isinstance(entries, Tensor):
+        raise TypeError(
+            f"{name} is a {type(entries).__name__}, expected a tensor (..., K); {source}"
+        )
+    check_dense(entries, name)
+    if entries.dtype not in ENTRY_DTYPES[name]:
+        allowed = " and ".join(str(dtype).removeprefix("torch.") for dtype in ENTRY_DTYPES[name])
+        raise TypeError(f"{name} has dtype {entries.dtype}, allowed is {allowed}; {source}")
+    if entries.ndim == 0 or entries.shape[:-1] != grad.shape[:-1] or entries.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(entries.shape)}, expected grad's leading shape "
+            f"{tuple(grad.shape[:-1])} and 1 or more entries per row; {source} for these rows"
+        )
+    check_constant(entries, name)
+    check_same_device(entries, grad.device, name, "grad is")
+    return entries
+
+
+def check_same_entries(ids: Tensor, entry_grad: Tensor) -> None:
+    """One gradient per id."""
+    if ids.shape != entry_grad.shape:
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)} and entry_grad {tuple(entry_grad.shape)}; both "
+            "must be (..., K), from one call of TopKReverseKL.apply"
+        )
+
+
+def check_upstream(upstream: object, grad: Tensor) -> Tensor:
+    """A constant floating factor per row of ``grad``."""
+    if not isinstance(upstream, Tensor):
+        raise TypeError(
+            f"upstream is a {type(upstream).__name__}, expected a tensor with one per row, or None "
+            "for ones"
+        )
+    if not upstream.dtype.is_floating_point:
+        raise TypeError(
+            f"upstream has dtype {upstream.dtype}, allowed are floating dtypes; convert it with "
+            ".float()"
+        )
+    check_dense(upstream, "upstream")
+    check_row_shape(upstream, grad.shape[:-1], "upstream", "grad's")
+    check_constant(upstream, "upstream")
+    check_same_device(upstream, grad.device, "upstream", "grad is")
+    return upstream
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
@@ -58,12 +128,12 @@ def check_same_rows(student: Tensor, teacher: Tensor, name: str) -> None:
         )
 
 
-def check_same_device(tensor: Tensor, device: torch.device, name: str) -> None:
+def check_same_device(
+    tensor: Tensor, device: torch.device, name: str, others: str = "the logits are"
+) -> None:
     """Everything lies on the student's device."""
     if tensor.device != device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, the logits are on {device}; move one of them"
-        )
+        raise ValueError(f"{name} is on {tensor.device}, {others} on {device}; move one of them")
 
 
 def check_int(value: object, name: str) -> None:
@@ -125,12 +195,13 @@ def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None
     check_same_device(weight, device, "weight")
 
 
-def check_row_shape(tensor: Tensor, rows: torch.Size, name: str) -> None:
+def check_row_shape(
+    tensor: Tensor, rows: torch.Size, name: str, whose: str = "the logits'"
+) -> None:
     """One element per row."""
     if tensor.shape != rows:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected the logits' leading shape "
-            f"{tuple(rows)}"
+            f"{name} has shape {tuple(tensor.shape)}, expected {whose} leading shape {tuple(rows)}"
         )
 
 
@@ -141,8 +212,7 @@ def check_temperature_tensor(
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {temperature.dtype}, expected a floating dtype")
     check_dense(temperature, name)
-    if temperature.requires_grad:
-        raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
+    check_constant(temperature, name)
     if temperature.ndim > 0:
         check_row_shape(temperature, rows, name)
     check_same_device(temperature, device, name)
@@ -201,17 +271,24 @@ def check_inplace(student: Tensor) -> None:
             f"inplace_grad=True would overwrite student_logits, which {what} a leaf of the graph; "
             "pass the output of a layer, or inplace_grad=False"
         )
-    if student.numel() == 0:
-        return
+    if _overlaps(student):
+        raise ValueError(
+            "inplace_grad=True needs elements of their own, but those of student_logits "
+            f"overlap (shape {tuple(student.shape)}, strides {student.stride()}: expanded or "
+            "unfolded); pass inplace_grad=False"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory."""
+    if tensor.numel() == 0:
+        return False
     extent = 1
-    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < extent:
-            raise ValueError(
-                "inplace_grad=True needs elements of their own, but those of student_logits "
-                f"overlap (shape {tuple(student.shape)}, strides {student.stride()}: expanded or "
-                "unfolded); pass inplace_grad=False"
-            )
+            return True
         extent += (size - 1) * stride
+    return False
 
 
 def as_banned_ids(banned_ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -27,6 +27,8 @@ _SCHEMAS = {
     " str backend) -> Tensor",
     "scatter_": "(Tensor(a!) out, Tensor entry_grad, Tensor ids, Tensor upstream, str backend)"
     " -> ()",
+    "scatter_add_": "(Tensor(a!) out, Tensor entry_grad, Tensor ids, Tensor upstream, str backend)"
+    " -> ()",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=_TAGS)
@@ -35,6 +37,7 @@ select = torch.ops.opd_kernels.select.default
 divergence = torch.ops.opd_kernels.divergence.default
 scatter = torch.ops.opd_kernels.scatter.default
 scatter_ = torch.ops.opd_kernels.scatter_.default
+scatter_add_ = torch.ops.opd_kernels.scatter_add_.default
 
 
 def _select(
@@ -104,8 +107,21 @@ def _scatter_fake(
 def _scatter_inplace(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
 ) -> None:
-    _scatter_backend(backend, ids, entry_grad, out.dtype).scatter_(out, entry_grad, ids, upstream)
-    # Kernels write through a pointer, which autograd does not see.
+    module = _scatter_backend(backend, ids, entry_grad, out.dtype)
+    module.scatter_(out, entry_grad, ids, upstream)
+    _tell_autograd(out)
+
+
+def _scatter_add(
+    out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
+) -> None:
+    module = _scatter_backend(backend, ids, entry_grad, out.dtype)
+    module.scatter_add_(out, entry_grad, ids, upstream)
+    _tell_autograd(out)
+
+
+def _tell_autograd(out: Tensor) -> None:
+    """Kernels write through a pointer, which autograd does not see."""
     torch.autograd.graph.increment_version(out)
 
 
@@ -120,6 +136,7 @@ for _name, _impl, _fake in (
     ("divergence", _divergence, _divergence_fake),
     ("scatter", _scatter, _scatter_fake),
     ("scatter_", _scatter_inplace, lambda *_: None),
+    ("scatter_add_", _scatter_add, lambda *_: None),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"opd_kernels::{_name}", _fake, lib=_LIBRARY)

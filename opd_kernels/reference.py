@@ -6,8 +6,9 @@ best allowed ids:
     p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
 
-Three primitives, the same in every backend: ``select``, ``divergence`` and ``scatter``. Shapes:
-student (..., V), teacher (..., V_t) or (..., K), ids int32 (..., K), everything per row (...).
+Three primitives, the same in every backend: ``select``, ``divergence`` and ``scatter``, the last
+also into memory that is there, over it or added to it. Shapes: student (..., V), teacher (..., V_t)
+or (..., K), ids int32 (..., K), everything per row (...).
 Arithmetic is float32, or float64 where an input is. Temporaries are as large as the logits: this
 module is for reading, for checking, for float64 and for K above what the kernels take.
 
@@ -114,6 +115,19 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
     values = torch.where(present, upstream[..., None] * entry_grad, 0).to(out.dtype)
     # Absent entries add 0 to id 0; present ids are unique, so nothing is rounded twice.
     out.zero_().scatter_add_(-1, ids.clamp(min=0).long(), values)
+
+
+def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, added to what the memory holds and rounded once; nothing else is touched.
+
+    Ids outside [0, V) are absent. Every other id is in its row once.
+    """
+    dtype = compute_dtype(out, entry_grad)
+    present = (ids >= 0) & (ids < out.shape[-1])
+    *rows, _ = present.nonzero(as_tuple=True)
+    at = (*rows, ids[present].long())
+    added = (upstream[..., None].to(dtype) * entry_grad)[present]
+    out[at] = (out[at].to(dtype) + added).to(out.dtype)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -57,6 +57,9 @@ class Backend(Protocol):
     def scatter_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
         """The dense gradient, into memory that is there."""
 
+    def scatter_add_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+        """The dense gradient, added to what is there."""
+
 
 def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> Backend:
     """The module for a request; one asked for by name is used or raises, it never falls back."""

@@ -120,18 +120,23 @@ def scatter(
     out = _fresh_zero_pages(shape, dtype)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-        _scatter(out, entry_grad, ids, upstream, clear=True)
+        _scatter(out, entry_grad, ids, upstream, "clear")
     else:
-        _scatter(out, entry_grad, ids, upstream, clear=False)
+        _scatter(out, entry_grad, ids, upstream, "assign")
     return out
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, into memory that is there already."""
-    _scatter(out, entry_grad, ids, upstream, clear=True)
+    _scatter(out, entry_grad, ids, upstream, "clear")
 
 
-def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, clear: bool) -> None:
+def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, added to what the memory holds."""
+    _scatter(out, entry_grad, ids, upstream, "add")
+
+
+def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
     ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
     upstream = upstream.to(torch.float32).contiguous()
     rows = upstream.numel()
@@ -144,7 +149,7 @@ def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, cle
         entry_grad=entry_grad.data_ptr(),
         upstream=upstream.data_ptr(),
         k=ids.shape[-1],
-        clear=clear,
+        mode=mode,
     )
 
 

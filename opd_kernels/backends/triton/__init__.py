@@ -143,7 +143,7 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
     for part, entries in _gradient_parts(out, entry_grad, ids, upstream):
         _scatter.scatter_kernel[(part.shape[:-1].numel(), pieces)](
             part, *entries, width, k, *_row_strides(part),
-            configs.PIECE_BYTES // out.element_size(), configs.CLEAR_BYTES // out.element_size(),
+            configs.PIECE_BYTES // out.element_size(), configs.tile(out.element_size()),
             configs.k_pad(k), num_warps=configs.WARPS,
         )  # fmt: skip
 
@@ -182,11 +182,12 @@ def _stream(
     config = configs.selection(k, limit, itemsize, _aligned(logits))
     dtype = torch.int32 if itemsize == 4 else torch.int16
     keys = _empty((rows, configs.keys_stride(limit, config.group)), dtype, logits.device)
-    pieces = configs.pieces(rows, -(-limit // config.tile), _multiprocessors(logits.device))
+    tile = configs.tile(itemsize)
+    pieces = configs.pieces(rows, -(-limit // tile), _multiprocessors(logits.device))
     if pieces > 1:
         _select.group_maxima_kernel[(rows, pieces)](
-            logits, mask, keys, limit, *_row_strides(logits), config.group, config.tile,
-            configs.STAGES, num_warps=configs.WARPS,
+            logits, mask, keys, limit, *_row_strides(logits), config.group, tile, configs.STAGES,
+            num_warps=configs.WARPS,
         )  # fmt: skip
     return keys, config, pieces > 1
 

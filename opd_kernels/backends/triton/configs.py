@@ -19,13 +19,14 @@ _MAX_WARPS = 32
 _CLANS = 512
 # Group numbers are counted in 16 bits.
 _MAX_GROUPS = 32768
-# The streaming loop: bytes of a tile, and tiles in flight, in shared memory.
-TILE_BYTES = 8192
+# The streaming loop: bytes that a warp loads at once, four times 16 a thread, and Triton's pipeline
+# stages, of which all but one are loads in flight.
+_WARP_BYTES = 2048
 STAGES = 3
-# The gradient: bytes of a row that one program clears, and a store instruction of all its threads.
-PIECE_BYTES = 65536
-CLEAR_BYTES = 8192
+# Warps of a program whose work does not grow with k.
 WARPS = 4
+# The gradient: bytes of a row that one program clears.
+PIECE_BYTES = 65536
 # A row is split over programs where there are fewer than this many rows for a multiprocessor.
 SPLIT_BELOW_ROWS = 2
 PROGRAMS_WHEN_SPLIT = 8
@@ -59,7 +60,12 @@ def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
         clan *= 2
     keys = max(groups_pad, min(k_pad(k), groups_pad) * group)
     warps = min(max(keys // (_KEYS_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
-    return Selection(k_pad(k), group, groups_pad, clan, TILE_BYTES // itemsize, warps)
+    return Selection(k_pad(k), group, groups_pad, clan, tile(itemsize, warps), warps)
+
+
+def tile(itemsize: int, warps: int = WARPS) -> int:
+    """Elements of a row that a program loads or stores at once."""
+    return warps * _WARP_BYTES // itemsize
 
 
 def pieces(rows: int, tiles: int, multiprocessors: int) -> int:
