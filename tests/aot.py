@@ -33,6 +33,7 @@ class Kernel:
     stack: int
     local: int
     shared: int
+    ttir: str
     sass: tuple[tuple[int, str, str], ...]
 
     def opcodes(self, *prefixes: str) -> list[str]:
@@ -116,6 +117,7 @@ def _inspect(kernel: Any) -> Kernel:
         found["STACK"],
         found["LOCAL"],
         max(found["SHARED"], kernel.metadata.shared),
+        kernel.asm["ttir"],
         tuple((int(address, 16), opcode, operands) for address, opcode, operands in sass),
     )
 
@@ -124,3 +126,75 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(
         [TOOLS / tool, *arguments], check=True, capture_output=True, text=True
     ).stdout
+
+
+def unordered_accesses(ttir: str) -> list[str]:
+    """Accesses of a program to the same memory that no barrier orders, of which one is a store.
+
+    Threads of a program run apart between barriers, and which thread holds which element is the
+    compiler's choice: a load after a store, a store after a load, or a store after another one of
+    something else needs a barrier between. Memory is told apart by the kernel's pointer argument.
+    """
+    head, _, body = ttir.partition("attributes {noinline = false} {\n")
+    walker = _Walker(re.findall(r"(%\w+): !tt\.ptr", head))
+    walker.walk([re.sub(r" loc\(.*", "", line).strip() for line in body.splitlines()])
+    return walker.found
+
+
+class _Walker:
+    """Follows a kernel's text; ``roots`` maps a value to the pointer arguments that it comes from."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.roots = {argument: {argument} for argument in arguments}
+        self.constants: dict[str, str] = {}  # stores of one constant may come in any order
+        self.loaded: set[str] = set()
+        self.stored: dict[str, tuple[str, str]] = {}  # by which line, and what
+        self.found: list[str] = []
+
+    def walk(self, lines: list[str]) -> None:
+        at = 0
+        while at < len(lines):
+            self._step(lines[at])
+            if re.search(r"= scf\.(for|while)|^scf\.(for|while)", lines[at]):
+                end = _end_of_block(lines, at)
+                self.walk(lines[at + 1 : end])  # once more, for what an iteration leaves the next
+            at += 1
+
+    def _step(self, line: str) -> None:
+        if "barrier" in line:
+            self.loaded.clear()
+            self.stored.clear()
+            return
+        if operation := re.search(r"tt\.load (%\w+)", line):
+            for root in self.roots.get(operation[1], ()):
+                if root in self.stored:
+                    self.found.append(f"load after store of {root}: {line}")
+                self.loaded.add(root)
+            return
+        if operation := re.search(r"tt\.store (%\w+), (%\w+)", line):
+            value = self.constants.get(operation[2], operation[2])
+            for root in self.roots.get(operation[1], ()):
+                before = self.stored.get(root, (line, value))
+                if root in self.loaded:
+                    self.found.append(f"store after load of {root}: {line}")
+                if before[0] != line and before[1] != value:
+                    self.found.append(f"store after another of {root}: {line}")
+                self.stored[root] = (line, value)
+            return
+        if constant := re.match(r"(%\w+) = arith.constant ([^:]+)", line):
+            self.constants[constant[1]] = constant[2]
+        if assignment := re.match(r"(%\w+)(?::\d+)? = ([\w.]+)(.*)", line):
+            operands = re.findall(r"%\w+", assignment[3])
+            if assignment[2] == "tt.addptr":
+                operands = operands[:1]
+            self.roots[assignment[1]] = {r for o in operands for r in self.roots.get(o, ())}
+
+
+def _end_of_block(lines: list[str], start: int) -> int:
+    """The line on which the block that opens on ``start`` ends, with its ``do`` part if it has one."""
+    depth = 0
+    for at in range(start, len(lines)):
+        depth += lines[at].count("{") - lines[at].count("}")
+        if depth == 0:
+            return at
+    return len(lines)

@@ -1,0 +1,154 @@
+"""The Triton kernels compiled for GPUs that are not here: registers, spills, widths of loads.
+
+A slice of the configurations runs by default; ``OPD_KERNELS_AOT=all`` (``make test-aot``) runs all
+that the table in ``configs`` can give for real vocabularies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from aot import Kernel, compile_call, unordered_accesses
+
+from opd_kernels.backends import triton as backend
+from opd_kernels.backends.triton import configs
+
+ALL = os.environ.get("OPD_KERNELS_AOT") == "all"
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARIES = (32768, 128256, 151936, 151669, 262144)
+TIERS = (16, 32, 64, 128, 256, 512, 1024)
+EVERY = tuple(itertools.product(ARCHITECTURES, DTYPES, TIERS, VOCABULARIES, (False, True)))
+# Each architecture, dtype, tier and vocabulary at least once, and the headline on all of them.
+SLICE = (
+    *((architecture, "bf16", 64, 151936, False) for architecture in ARCHITECTURES),
+    (90, "bf16", 32, 151936, False),
+    (90, "bf16", 128, 151669, True),
+    (90, "fp16", 64, 128256, False),
+    (90, "fp32", 64, 151669, False),
+    (80, "fp32", 1024, 32768, False),
+    (100, "fp16", 256, 262144, True),
+    (120, "bf16", 512, 151669, False),
+    (90, "bf16", 1024, 151936, False),
+    (120, "bf16", 16, 262144, True),
+)
+ROWS = 8192
+# Bytes in flight that cover the latency of HBM at full bandwidth, for each multiprocessor.
+BYTES_IN_FLIGHT = 32 * 1024
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an H100."""
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 132)
+
+
+def check_resources(kernel: Kernel) -> None:
+    what = f"{kernel.name}: {kernel.registers} registers, {kernel.shared} bytes shared"
+    assert kernel.local == 0, what
+    assert kernel.stack == 0, what
+    assert not kernel.opcodes("LDL", "STL"), what
+    assert kernel.shared <= 99 * 1024, what  # what a block of every architecture can have
+
+
+def check_streaming(kernel: Kernel, itemsize: int) -> None:
+    """The loop over the row loads 16 bytes at a time and nothing else, with enough in flight."""
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
+    assert loads
+    assert all(op.endswith(".128") for op in loads), loads
+    in_flight = (configs.STAGES - 1) * configs.tile(itemsize, kernel.warps) * itemsize
+    assert kernel.resident_programs() * in_flight >= BYTES_IN_FLIGHT, (
+        f"{kernel.name}: {kernel.resident_programs()} programs of {kernel.registers} registers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "k", "vocab", "banned"), EVERY if ALL else SLICE
+)
+def test_fused_kernel_has_no_spills_and_streams_by_16_bytes(
+    architecture: int, dtype: str, k: int, vocab: int, banned: bool
+) -> None:
+    logits = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
+    (kernel,) = compile_call(
+        lambda: backend.divergence(logits, logits, None, k, vocab, bitmap, None, 1.0, 1.0),
+        architecture,
+    )
+    assert kernel.name == "logits_divergence_kernel"
+    check_resources(kernel)
+    check_streaming(kernel, logits.element_size())
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64,))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else (90,))
+def test_selection_masks_temperatures_and_few_rows(architecture: int, dtype: str, k: int) -> None:
+    rows, vocab = 64, 151669
+    logits = meta(rows, vocab, dtype=DTYPES[dtype])
+    mask, temperature = meta(rows, dtype=torch.bool), meta(rows)
+    kernels = compile_call(lambda: backend.select(logits, k, vocab, None, mask), architecture)
+    assert [kernel.name for kernel in kernels] == ["group_maxima_kernel", "select_kernel"]
+    check_streaming(kernels[0], logits.element_size())
+    kernels += compile_call(
+        lambda: backend.divergence(
+            logits, logits, None, k, vocab, None, mask, temperature, temperature
+        ),
+        architecture,
+    )
+    for kernel in kernels:
+        check_resources(kernel)
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64, 1024))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else (90,))
+def test_given_support_and_gradient(architecture: int, dtype: str, k: int) -> None:
+    vocab = 151669
+    student = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    values, upstream = meta(ROWS, k), meta(ROWS)
+    for ids in (meta(ROWS, k, dtype=torch.int32), meta(ROWS, k, dtype=torch.int64)):
+        (kernel,) = compile_call(
+            lambda ids=ids: backend.divergence(
+                student, values, ids, k, vocab, None, None, 1.0, 1.0
+            ),
+            architecture,
+        )
+        check_resources(kernel)
+    ids = meta(ROWS, k, dtype=torch.int32)
+    (clear,) = compile_call(
+        lambda: backend.scatter(values, ids, upstream, vocab, student.dtype), architecture
+    )
+    check_resources(clear)
+    (loop,) = (loop for loop in clear.loops() if any(op.startswith("STG") for op in loop))
+    stores = [op for op in loop if op.startswith("STG")]
+    assert stores
+    assert all(op.endswith(".128") for op in stores), stores
+    (add,) = compile_call(
+        lambda: backend.scatter_add_(student, values, ids, upstream), architecture
+    )
+    check_resources(add)
+
+
+@pytest.mark.parametrize("banned", [False, True])
+def test_barriers_stand_between_stores_and_loads_of_the_same_memory(banned: bool) -> None:
+    vocab, k = 151669, 64
+    logits = meta(ROWS, vocab, dtype=torch.bfloat16)
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
+    ids, values, upstream = meta(ROWS, k, dtype=torch.int32), meta(ROWS, k), meta(ROWS)
+    calls = (
+        lambda: backend.divergence(logits, logits, None, k, vocab, bitmap, None, 1.0, 1.0),
+        lambda: backend.divergence(logits, values, ids, k, vocab, bitmap, None, 1.0, 1.0),
+        lambda: backend.select(logits, k, vocab, bitmap, None),
+        lambda: backend.scatter(values, ids, upstream, vocab, torch.bfloat16),
+    )
+    for call in calls:
+        (kernel,) = compile_call(call, 90)
+        assert unordered_accesses(kernel.ttir) == [], kernel.name
