@@ -1,11 +1,16 @@
 # One command each; every target works on a fresh clone.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# The Triton that this torch comes with on a GPU machine, and the oldest that is supported.
+TRITON ?= 3.7.1
+OLDEST_TRITON := 3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
+OLDEST := build/triton-$(OLDEST_TRITON)
+AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke test lint fuzz sanitize bench clean
+.PHONY: demo smoke test test-triton test-aot $(AOT) test-gpu lint fuzz sanitize bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -14,10 +19,31 @@ demo: $(VENV)/.demo
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
 
-test: $(VENV)/.test sanitize
+test: $(VENV)/.test sanitize test-triton
 	$(BIN)/pytest
 	$(BIN)/python -m opd_kernels.fuzz --backend cpu --minutes 0.5
 	$(BIN)/python -m opd_kernels.fuzz --backend reference --minutes 0.25
+
+# The suite on the Triton kernels, in the interpreter; part of it, and some kernels compiled, on the
+# oldest Triton as well.
+test-triton: $(VENV)/.test $(OLDEST)/.installed
+	TRITON_INTERPRET=1 $(BIN)/pytest
+	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_semantics.py
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_aot.py -k "headline or barriers"
+
+# Every configuration of the Triton kernels compiled for GPUs that need not be here: half an hour on
+# two cores with `make -j2 test-aot`; Triton keeps what it has compiled by its source.
+test-aot: $(AOT)
+$(AOT): test-aot-%: $(VENV)/.test
+	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/test_aot.py
+
+# On a machine with a GPU, in the environment that is there: needs torch, triton, pytest, hypothesis,
+# pybind11 and ninja, and no network.
+test-gpu:
+	$(PYTHON) tests/run_gpu.py
+
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,7 +74,12 @@ clean:
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "torch==$(TORCH)"
+	$(BIN)/pip install -q "torch==$(TORCH)" "triton==$(TRITON)"
+	touch $@
+
+# Its interpreter does not run on newer versions of numpy.
+$(OLDEST)/.installed: | $(VENV)/.torch
+	$(BIN)/pip install -q --upgrade --target $(OLDEST) "triton==$(OLDEST_TRITON)" "numpy<2.4"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)

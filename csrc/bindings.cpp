@@ -36,6 +36,13 @@ DType dtype_of(const std::string& name) {
   return found->second;
 }
 
+cpu::ScatterMode scatter_mode(const std::string& name) {
+  if (name == "assign") return cpu::ScatterMode::kAssign;
+  if (name == "clear") return cpu::ScatterMode::kClear;
+  if (name == "add") return cpu::ScatterMode::kAdd;
+  throw std::invalid_argument("scatter has no mode '" + name + "'");
+}
+
 void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -122,13 +129,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "scatter",
       [](int threads, const Rows& out, uintptr_t ids, uintptr_t entry_grad, uintptr_t upstream,
-         int k, bool clear) {
+         int k, const std::string& mode) {
         const cpu::ScatterArgs args{
             out, pointer<const int32_t>(ids), pointer<const float>(entry_grad),
-            pointer<const float>(upstream), k, clear};
+            pointer<const float>(upstream), k, scatter_mode(mode)};
         py::gil_scoped_release release;
         cpu::scatter(args, threads);
       },
       py::kw_only(), py::arg("threads"), py::arg("out"), py::arg("ids"), py::arg("entry_grad"),
-      py::arg("upstream"), py::arg("k"), py::arg("clear"));
+      py::arg("upstream"), py::arg("k"), py::arg("mode"));
 }

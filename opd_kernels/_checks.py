@@ -48,7 +48,8 @@ def check_buffer(grad: object) -> Tensor:
     """A tensor of gradients that may be added to: outside any graph, no two elements share it."""
     grad = check_logits(grad, "grad", "gradients")
     check_constant(grad, "grad")
-    if _overlaps(grad):
+    # A compiler cannot order strides that it only knows by name, and refuses overlaps by itself.
+    if not torch.compiler.is_compiling() and _overlaps(grad):
         raise ValueError(
             f"grad's elements overlap (shape {tuple(grad.shape)}, strides {grad.stride()}: "
             "expanded or unfolded), expected memory of their own; call .contiguous() once where "

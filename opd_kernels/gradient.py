@@ -34,11 +34,11 @@ def add_topk_grad_(
     strides, last stride 1; ``ids`` int32 and ``entry_grad`` float32 or float64, both (..., K);
     ``upstream`` floating, one per row (...), or None for ones. The sum is computed in float32
     (float64 where ``grad`` or ``entry_grad`` is) and rounded once to the dtype of ``grad``.
-    Returns ``grad``.
+    ``backend`` is as for ``topk_rkl``. Returns ``grad``.
 
     Entries whose id is -1 or outside [0, V) are absent: they change nothing, be their factor NaN.
-    A row's other ids must differ from each other, as those of ``TopKReverseKL.apply`` and
-    ``select_topk`` do; of an id that is repeated in a row, any part of the gradients may be lost.
+    A row's other ids must differ from each other, as those of ``TopKReverseKL.apply`` do; of an id
+    that is repeated in a row, any part of the gradients may be lost.
 
     Gradients: none, and no argument may require one; so no second derivative. Autograd knows that
     ``grad`` has changed. Memory: nothing, at most copies of (..., K).

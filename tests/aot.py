@@ -142,7 +142,7 @@ def unordered_accesses(ttir: str) -> list[str]:
 
 
 class _Walker:
-    """Follows a kernel's text; ``roots`` maps a value to the pointer arguments that it comes from."""
+    """Follows a kernel's text; ``roots`` says from which pointer arguments a value comes."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.roots = {argument: {argument} for argument in arguments}
@@ -191,7 +191,7 @@ class _Walker:
 
 
 def _end_of_block(lines: list[str], start: int) -> int:
-    """The line on which the block that opens on ``start`` ends, with its ``do`` part if it has one."""
+    """The line on which the block that opens on ``start`` ends, its ``do`` part included."""
     depth = 0
     for at in range(start, len(lines)):
         depth += lines[at].count("{") - lines[at].count("}")

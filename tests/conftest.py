@@ -45,9 +45,7 @@ def pytest_configure() -> None:
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
 
 
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
         import interpreter
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from opd_kernels import TopK, TopKReverseKL, backends, select_topk, topk_rkl
+from opd_kernels import TopK, TopKReverseKL, add_topk_grad_, backends, select_topk, topk_rkl
 from opd_kernels.backends import cpu
 
 S, T = torch.randn(4, 50), torch.randn(4, 50)
 SUPPORT = TopK(torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3))
+IDS, ENTRIES = SUPPORT.ids, SUPPORT.logits
 
 # name: (call, error, fragments of the message: the given, the allowed or the remedy)
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
@@ -194,6 +195,107 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: select_topk(torch.randn(1, 2000), 1025, backend="cpu"),
         ValueError,
         ["1025", "1024"],
+    ),
+    "adding to a list": (lambda: add_topk_grad_([1.0], IDS, ENTRIES), TypeError, ["list", "grad"]),
+    "adding to integers": (
+        lambda: add_topk_grad_(S.long(), IDS, ENTRIES),
+        TypeError,
+        ["grad", "int64", "float32"],
+    ),
+    "adding across the rows": (
+        lambda: add_topk_grad_(torch.zeros(50, 4).T, IDS, ENTRIES),
+        ValueError,
+        ["grad", "stride 4", "gradients are made"],
+    ),
+    "adding to rows that overlap": (
+        lambda: add_topk_grad_(torch.zeros(1, 50).expand(4, 50), IDS, ENTRIES),
+        ValueError,
+        ["overlap", "(0, 1)", "contiguous()"],
+    ),
+    "adding to what requires grad": (
+        lambda: add_topk_grad_(S.clone().requires_grad_(), IDS, ENTRIES),
+        ValueError,
+        ["grad requires grad", "grad.detach()"],
+    ),
+    "ids not a tensor": (
+        lambda: add_topk_grad_(S, [[1]], ENTRIES),
+        TypeError,
+        ["ids", "list", "TopKReverseKL.apply"],
+    ),
+    "ids of 64 bits": (
+        lambda: add_topk_grad_(S, IDS.long(), ENTRIES),
+        TypeError,
+        ["ids", "int64", "allowed is int32", "TopKReverseKL.apply"],
+    ),
+    "entry_grad of 16 bits": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES.half()),
+        TypeError,
+        ["entry_grad", "float16", "float32 and float64"],
+    ),
+    "entries of other rows": (
+        lambda: add_topk_grad_(S, IDS[:3], ENTRIES),
+        ValueError,
+        ["ids", "(3, 3)", "(4,)", "these rows"],
+    ),
+    "entries of no rows": (
+        lambda: add_topk_grad_(S[0], IDS[0, 0], ENTRIES[0]),
+        ValueError,
+        ["ids", "()", "1 or more"],
+    ),
+    "no entries": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES[:, :0]),
+        ValueError,
+        ["entry_grad", "(4, 0)", "1 or more"],
+    ),
+    "entries of two calls": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES[:, :2]),
+        ValueError,
+        ["(4, 3)", "(4, 2)", "one call"],
+    ),
+    "entries' device": (
+        lambda: add_topk_grad_(S, IDS.to("meta"), ENTRIES),
+        ValueError,
+        ["ids is on meta", "grad is on cpu", "move"],
+    ),
+    "entries with gradient": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES.clone().requires_grad_()),
+        ValueError,
+        ["entry_grad.detach()"],
+    ),
+    "upstream a number": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, 0.5),
+        TypeError,
+        ["upstream", "float", "one per row"],
+    ),
+    "upstream integer": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, torch.ones(4).int()),
+        TypeError,
+        ["upstream", "int32", "float()"],
+    ),
+    "upstream shape": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, torch.ones(())),
+        ValueError,
+        ["upstream", "()", "grad's leading shape (4,)"],
+    ),
+    "upstream with gradient": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, torch.ones(4, requires_grad=True)),
+        ValueError,
+        ["upstream.detach()"],
+    ),
+    "upstream's device": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, torch.ones(4, device="meta")),
+        ValueError,
+        ["upstream is on meta", "grad is on cpu"],
+    ),
+    "adding in float64 on the native backend": (
+        lambda: add_topk_grad_(S.double(), IDS, ENTRIES, backend="cpu"),
+        ValueError,
+        ["float64", "reference"],
+    ),
+    "adding on a backend that is not a name": (
+        lambda: add_topk_grad_(S, IDS, ENTRIES, backend=3),
+        TypeError,
+        ["int", "name or None"],
     ),
 }
 

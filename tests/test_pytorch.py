@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from opd_kernels import TopK, TopKReverseKL, select_topk, topk_rkl
+from opd_kernels import TopK, TopKReverseKL, add_topk_grad_, select_topk, topk_rkl
 
 ops = torch.ops.opd_kernels
 N, V, K = 6, 300, 8
@@ -57,6 +57,7 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
         ),
         "scatter": (entry_grad, ids, loss, V, torch.bfloat16, "cpu"),
         "scatter_": (logits(2, 3, V), entry_grad, ids, loss, "cpu"),
+        "scatter_add_": (logits(2, 3, V), entry_grad, ids, loss, "cpu"),
     }  # fmt: skip
 
 
@@ -148,6 +149,24 @@ def test_stats_and_selection_compile_whole() -> None:
     loss, stats = topk_rkl(z, support, return_stats=True)
     for ours, expected in zip(compiled(z, teacher), (loss, *stats), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_adding_to_a_gradient_compiles_whole(backend: str, dynamic: bool | None) -> None:
+    @functools.partial(torch.compile, fullgraph=True, dynamic=dynamic)
+    def compiled(
+        z: torch.Tensor, ids: torch.Tensor, entry_grad: torch.Tensor, upstream: torch.Tensor
+    ) -> torch.Tensor:
+        return add_topk_grad_(z.softmax(-1), ids, entry_grad, upstream, backend=backend) * 2
+
+    for n, v in ((6, 300), (7, 310), (9, 333)):
+        z, upstream = logits(n, v), torch.rand(n)
+        _, ids, entry_grad = ops.divergence(
+            z, logits(n, v, seed=1), None, K, v, None, None, 1.0, None, 1.0, None, backend
+        )
+        expected = z.softmax(-1)
+        add_topk_grad_(expected, ids, entry_grad, upstream, backend=backend)
+        torch.testing.assert_close(compiled(z, ids, entry_grad, upstream), expected * 2)
 
 
 def test_a_compiled_k_of_one_does_not_warn() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_kernels import TopK, select_topk, topk_rkl
+from opd_kernels import TopK, add_topk_grad_, select_topk, topk_rkl
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 
 INF, NAN = torch.inf, torch.nan
@@ -37,6 +37,21 @@ def entries(
         student, anchor_of(student), teacher, None, None, None, None, None, 1.0, 1.0, k, limit,
         False, backend,
     )  # fmt: skip
+
+
+def random_entries(
+    *rows: int, k: int, vocab: int, present: float = 0.7
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, entry gradients): ids that differ within a row, a part of them absent."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.rand(*rows, vocab, generator=generator).argsort(-1)[..., :k]
+    ids[torch.rand(ids.shape, generator=generator) >= present] = -1
+    return ids.to(torch.int32), logits(*rows, k, seed=3)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``torch.equal`` distinguishes -0 from +0 and NaN from NaN by."""
+    return tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 # Selection
@@ -411,3 +426,116 @@ def test_no_gradient_is_computed_for_the_teacher(backend: str) -> None:
     support = TopK(torch.zeros(3, 2, dtype=torch.int32), torch.rand(3, 2, requires_grad=True))
     topk_rkl(student, support, backend=backend).backward()
     assert support.logits.grad is None
+
+
+# Adding to a gradient
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "one_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adding_is_a_sum_in_float32_rounded_once(
+    backend: str, dtype: torch.dtype, layout: str
+) -> None:
+    base = logits(4, 3, 307, dtype=dtype)
+    grad = {"plain": base[0], "strided": base[:2, :, 3:-4].transpose(0, 1), "one_row": base[1, 1]}[
+        layout
+    ]
+    ids, entry_grad = random_entries(*grad.shape[:-1], k=100, vocab=grad.shape[-1])
+    upstream = logits(*grad.shape[:-1], 1, seed=4)[..., 0]
+    before, base_before = grad.clone(), base.clone()
+
+    def expected(product_dtype: torch.dtype) -> torch.Tensor:
+        product = (upstream[..., None] * entry_grad).to(product_dtype).float()
+        present = torch.where(ids >= 0, product, 0)
+        dense = torch.zeros(grad.shape).scatter_add(-1, ids.clamp(min=0).long(), present)
+        return (before.float() + dense).to(dtype)
+
+    assert add_topk_grad_(grad, ids, entry_grad, upstream, backend=backend) is grad
+    assert torch.equal(grad, expected(torch.float32))
+    if dtype != torch.float32:
+        assert not torch.equal(grad, expected(dtype)), "these values do not show a second rounding"
+    grad.copy_(before)
+    assert torch.equal(bits(base), bits(base_before)), "something beside the rows was written"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adding_rounds_ties_to_even_and_only_ties(backend: str, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    half = eps / 2
+    grad = torch.tensor([[1, 1 + eps, 1, -1, 7, 1]], dtype=dtype)
+    added = torch.tensor([[half, half, half * (1 + half), -half * (1 + half), half * half]])
+    ids = torch.tensor([[0, 1, 2, 3, 5]], dtype=torch.int32)
+    add_topk_grad_(grad, ids, added, backend=backend)
+    assert grad.tolist() == [[1, 1 + 2 * eps, 1 + eps, -1 - eps, 7, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_absent_entries_leave_a_gradient_bitwise_alone(backend: str, dtype: torch.dtype) -> None:
+    # Row 0 has a present id and no NaN; row 1 only absent ones; row 2 a present one and a NaN.
+    grad = torch.tensor([-0.0, NAN, -NAN, INF, -INF, 1e-7, 3.0]).to(dtype).repeat(3, 1)
+    ids = torch.tensor([[-1, 6, -1], [-1, -1, -9], [6, -1, -1]], dtype=torch.int32)
+    entry_grad = torch.tensor([[NAN, 2.0, INF], [NAN, 1.0, -INF], [1.0, 1.0, 1.0]])
+    expected = grad.clone()
+    expected[0, 6], expected[2, 6] = 4.0, NAN
+    add_topk_grad_(grad, ids, entry_grad, torch.tensor([0.5, NAN, NAN]), backend=backend)
+    assert torch.equal(bits(grad[:2]), bits(expected[:2]))
+    assert torch.equal(bits(grad[2, :6]), bits(expected[2, :6]))
+    assert grad[2, 6].isnan()
+
+
+def test_adding_ignores_ids_outside_the_vocabulary(backend: str) -> None:
+    base = logits(2, 20)
+    ids = torch.tensor([[3, 10, 12], [-5, 19, 9]], dtype=torch.int32)
+    expected = base.clone()
+    expected[0, 3] += 1
+    expected[1, 9] += 1
+    add_topk_grad_(base[:, :10], ids, torch.ones(2, 3), backend=backend)
+    assert torch.equal(base, expected)
+
+
+def test_adding_without_upstream_is_with_ones_and_no_rows_are_no_error(backend: str) -> None:
+    ids, entry_grad = random_entries(3, k=5, vocab=40)
+    plain, ones = logits(3, 40), logits(3, 40)
+    add_topk_grad_(plain, ids, entry_grad, backend=backend)
+    add_topk_grad_(ones, ids, entry_grad, torch.ones(3, dtype=torch.float64), backend=backend)
+    assert torch.equal(plain, ones)
+    assert not torch.equal(plain, logits(3, 40))
+    add_topk_grad_(plain[:0], ids[:0], entry_grad[:0], backend=backend)
+
+
+def test_adding_is_in_float64_where_an_input_is() -> None:
+    ids, upstream = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 2.0).double()
+    # Half a unit of float32 at 1, and a part of it that float32 cannot hold beside it.
+    entry_grad = torch.full((1, 1), 2.0**-25).double() * (1 + 2.0**-26)
+    one = torch.ones(1, 1)
+    assert add_topk_grad_(one.double(), ids, entry_grad.float(), upstream) == 1 + 2.0**-24
+    assert add_topk_grad_(one.clone(), ids, entry_grad, upstream) == 1 + 2.0**-23
+    assert add_topk_grad_(one.clone(), ids, entry_grad.float(), upstream) == 1
+
+
+def test_a_consumer_that_needs_the_gradient_before_the_addition_gets_an_error(
+    backend: str,
+) -> None:
+    ids, entry_grad = random_entries(3, k=5, vocab=40)
+    factor, grad = torch.ones(3, 40, requires_grad=True), logits(3, 40)
+    consumer, version = (factor * grad).sum(), grad._version
+    add_topk_grad_(grad, ids, entry_grad, backend=backend)
+    assert grad._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        consumer.backward()
+
+
+@pytest.mark.parametrize("k", [1, 50])
+def test_adding_gives_the_gradient_that_autograd_adds(backend: str, k: int) -> None:
+    student, teacher = logits(4, 50).requires_grad_(), logits(4, 50, seed=1)
+    mask = torch.tensor([True, False, True, True])
+    (
+        student.logsumexp(-1).sum() + topk_rkl(student, teacher, k, mask=mask, backend=backend)
+    ).backward()
+    grad = student.detach().softmax(-1)
+    z = student.detach()
+    _, ids, entry_grad = TopKReverseKL.apply(
+        z, anchor_of(z), teacher, None, mask, None, None, None, 1.0, 1.0, k, 50, False, backend
+    )
+    add_topk_grad_(grad, ids, entry_grad, mask / mask.sum(), backend=backend)
+    torch.testing.assert_close(grad, student.grad)

@@ -51,13 +51,20 @@ struct DivergenceArgs {
   float* entry_grad;  // (N, K)
 };
 
+// What scatter does with the memory that it is given.
+enum class ScatterMode {
+  kAssign,  // zeros already: writes the entries
+  kClear,   // anything: writes the zeros, too
+  kAdd,     // a gradient: adds the entries
+};
+
 struct ScatterArgs {
   Rows out;                 // (N, V), any strides
   const int32_t* ids;       // (N, K)
   const float* entry_grad;  // (N, K)
   const float* upstream;    // (N)
   int k;
-  bool clear;  // write the zeros too; false where the memory is zero already
+  ScatterMode mode;
 };
 
 void select(const SelectArgs& args, const RowSelectors& selectors, int threads);

@@ -1,7 +1,8 @@
-// The dense gradient: zeros, and upstream * entry gradient at the support, rounded once.
+// The dense gradient: zeros, and upstream * entry gradient at the support, rounded once; or the
+// latter added to a gradient that is there.
 //
 // Bytes: each row written once. Where the caller hands over memory that is zero already (fresh pages
-// from the system are), only the pages of the K entries are touched.
+// from the system are) or is to be added to, only the K entries are touched.
 
 #include <cstring>
 
@@ -35,31 +36,31 @@ void stream_zeros(char* at, size_t bytes) {
 }
 
 template <class Format>
-void write_entries(char* row, int64_t width, const int32_t* ids, const float* grad, float upstream,
-                   int k) {
-  auto* out = reinterpret_cast<typename Format::Bits*>(row);
-  for (int i = 0; i < k; ++i)
-    if (ids[i] >= 0 && ids[i] < width) out[ids[i]] = Format::round(upstream * grad[i]);
+void write_entries(const ScatterArgs& args, int64_t row) {
+  auto* out = reinterpret_cast<typename Format::Bits*>(args.out.row(row));
+  const int32_t* ids = args.ids + row * args.k;
+  const float* grad = args.entry_grad + row * args.k;
+  const float upstream = args.upstream[row];
+  for (int i = 0; i < args.k; ++i) {
+    if (ids[i] < 0 || ids[i] >= args.out.width) continue;
+    float value = upstream * grad[i];
+    if (args.mode == ScatterMode::kAdd) value += Format::widen(out[ids[i]]);
+    out[ids[i]] = Format::round(value);
+  }
 }
 
 }  // namespace
 
 void scatter(const ScatterArgs& args, int threads) {
-  const int k = args.k;
+  const bool clear = args.mode == ScatterMode::kClear;
   const size_t row_bytes = args.out.width * element_size(args.out.dtype);
-  for_each_row(args.out.count, args.clear ? args.out.width : k, threads, 0,
+  for_each_row(args.out.count, clear ? args.out.width : args.k, threads, 0,
                [&](int64_t row, void*) {
-                 char* out = args.out.row(row);
-                 const int32_t* ids = args.ids + row * k;
-                 const float* grad = args.entry_grad + row * k;
-                 const float upstream = args.upstream[row];
-                 if (args.clear) stream_zeros(out, row_bytes);
+                 if (clear) stream_zeros(args.out.row(row), row_bytes);
                  switch (args.out.dtype) {
-                   case DType::kFloat32:
-                     return write_entries<Float32>(out, args.out.width, ids, grad, upstream, k);
-                   case DType::kFloat16:
-                     return write_entries<Float16>(out, args.out.width, ids, grad, upstream, k);
-                   default: return write_entries<BFloat16>(out, args.out.width, ids, grad, upstream, k);
+                   case DType::kFloat32: return write_entries<Float32>(args, row);
+                   case DType::kFloat16: return write_entries<Float16>(args, row);
+                   default: return write_entries<BFloat16>(args, row);
                  }
                });
 }

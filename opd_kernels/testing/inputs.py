@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from opd_kernels.support import TopK
 
@@ -97,13 +98,32 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         _poison_masked_rows(teacher, options["mask"])
     _poison_masked_rows(student, options["mask"])
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, (Tensor, TopK)) else value
-
     if torch.device(device).type == "cpu":
         return Inputs(student, teacher, case.k, options, upstream)
-    options = {name: move(value) for name, value in options.items()}
-    return Inputs(move(student), move(teacher), case.k, options, move(upstream))
+    student, teacher, options, upstream = copied_to(device, (student, teacher, options, upstream))
+    return Inputs(student, teacher, case.k, options, upstream)
+
+
+def copied_to(device: torch.device | str, tree: Any) -> Any:
+    """The tree with each tensor copied to a device, strides and storage offset as they are.
+
+    ``Tensor.to`` makes sliced, transposed and expanded tensors dense; here the whole storage is
+    copied and viewed again. Allocations begin on multiples of 16 bytes on every device, so that
+    rows are misaligned by as much as they were. The copies have no graph and are no views.
+    """
+    return pytree.tree_map_only(Tensor, lambda tensor: _copied_to(device, tensor), tree)
+
+
+def _copied_to(device: torch.device | str, tensor: Tensor) -> Tensor:
+    memory = storage_bytes(tensor).to(device, copy=True).untyped_storage()
+    copy = torch.empty(0, dtype=tensor.dtype, device=device)
+    return copy.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's whole storage, in place."""
+    bare = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return bare.set_(tensor.untyped_storage())
 
 
 def _logits(case: Case, side: str, generator: torch.Generator) -> Tensor:

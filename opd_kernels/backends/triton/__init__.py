@@ -71,7 +71,7 @@ def select(
             _select.select_kernel[(part.shape[:-1].numel(),)](
                 part, banned, part_mask, keys, ids[at], values[at], limit, k, *_row_strides(part),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
-                configs.STAGES, num_warps=config.warps,
+                configs.STAGES, **_options(config.warps),
             )  # fmt: skip
     return ids, values
 
@@ -113,7 +113,7 @@ def divergence(
                 _divergence.support_divergence_kernel[(count,)](
                     part, teacher[at], teacher_ids[at], banned, part_mask, *row_values, *outputs,
                     student_t, teacher_t, limit, k, *_row_strides(part),
-                    *configs.entries(k), num_warps=configs.entry_warps(k),
+                    *configs.entries(k), **_options(configs.entry_warps(k)),
                 )  # fmt: skip
                 continue
             keys, config, streamed = _stream(teacher[at], k, limit, part_mask)
@@ -121,7 +121,7 @@ def divergence(
                 part, teacher[at], banned, part_mask, *row_values, keys, *outputs,
                 student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(teacher[at]),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
-                configs.STAGES, num_warps=config.warps,
+                configs.STAGES, **_options(config.warps),
             )  # fmt: skip
     return loss, ids, grad
 
@@ -144,17 +144,18 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
         _scatter.scatter_kernel[(part.shape[:-1].numel(), pieces)](
             part, *entries, width, k, *_row_strides(part),
             configs.PIECE_BYTES // out.element_size(), configs.tile(out.element_size()),
-            configs.k_pad(k), num_warps=configs.WARPS,
+            configs.k_pad(k), **_options(configs.WARPS),
         )  # fmt: skip
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, added to what the memory holds."""
-    k = ids.shape[-1]
+    width, k = out.shape[-1], ids.shape[-1]
     for part, entries in _gradient_parts(out, entry_grad, ids, upstream):
         _scatter.add_kernel[(part.shape[:-1].numel(),)](
-            part, *entries, k, *_row_strides(part), configs.k_pad(k), num_warps=configs.WARPS
-        )
+            part, *entries, width, k, *_row_strides(part), configs.k_pad(k),
+            **_options(configs.WARPS),
+        )  # fmt: skip
 
 
 def _gradient_parts(
@@ -187,9 +188,14 @@ def _stream(
     if pieces > 1:
         _select.group_maxima_kernel[(rows, pieces)](
             logits, mask, keys, limit, *_row_strides(logits), config.group, tile, configs.STAGES,
-            num_warps=configs.WARPS,
+            **_options(configs.WARPS),
         )  # fmt: skip
     return keys, config, pieces > 1
+
+
+def _options(warps: int) -> dict[str, Any]:
+    """Launch options; products and sums are rounded apart, so that every GPU gives the same bits."""
+    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
-"""Tile sizes, in one table: what a selection kernel is compiled for, given k and a row.
+"""Tile sizes, in one place: what a kernel is compiled for, given k and a row.
 
 A row is cut into groups. Small groups mean more group maxima to search, large ones more elements to
-read a second time (k groups of them); the table keeps both near what one program holds in registers,
-32 keys a thread, and the second read near 3 % of the row for k up to 64 and 10 % at 1024.
+read a second time (k groups of them). The table keeps the second read near 3 % of a row of 150 000
+for k up to 64 and 10 % at 1024; warps are added until a thread holds 32 elements or maxima.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 K_MAX = 1024
 # (largest k, elements of a group).
 _GROUPS = ((64, 64), (256, 32), (K_MAX, 16))
-_KEYS_PER_THREAD = 32
+_PER_THREAD = 32
 _THREADS = 32  # of a warp; AMD's 64 halve the keys that a thread holds
 _MAX_WARPS = 32
 # Groups make up clans until there are as many members of k clans as clans, or this few clans.
@@ -59,7 +59,7 @@ def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
     while groups_pad // clan > max(k_pad(k) * clan, _CLANS):
         clan *= 2
     keys = max(groups_pad, min(k_pad(k), groups_pad) * group)
-    warps = min(max(keys // (_KEYS_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
+    warps = min(max(keys // (_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
     return Selection(k_pad(k), group, groups_pad, clan, tile(itemsize, warps), warps)
 
 

@@ -23,8 +23,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temperature):
     """(loss, entry gradients, whether the row is NaN) of a row on its present entries.
 
-    NaN or +inf at an entry that takes part makes the row NaN; the caller writes that. With no entry,
-    or no student value above -inf, loss and gradients are 0.
+    NaN or +inf at an entry that takes part makes the row NaN, which the caller writes. Without an
+    entry, or a student value above -inf, loss and gradients are 0.
     """
     NEVER: tl.constexpr = -float("inf")
     t = tl.where(present, values, NEVER)
@@ -99,16 +99,15 @@ def logits_divergence_kernel(
             _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
             return
     teacher_ptr += row_start(row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
-    student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
     keys_ptr = keys_row(keys_ptr, row, width, GROUP)
     if not STREAMED:
-        stop = width + 128 // teacher_ptr.dtype.element_ty.primitive_bitwidth - 1
-        stream_maxima(teacher_ptr, keys_ptr, width, 0, stop, GROUP, TILE, STAGES)
+        stream_maxima(teacher_ptr, keys_ptr, width, 0, 1, GROUP, TILE, STAGES)
     ids, values = select_row(
         teacher_ptr, keys_ptr, banned_ptr, ids_ptr + row * k, width, k,
         GROUP, GROUPS_PAD, CLAN, K_PAD,
     )  # fmt: skip
     present = (ids >= 0) & (values != -float("inf"))
+    student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
     loss, grad, poisoned = _row_divergence(
         student_ptr, ids, values, present,
         _row_temperature(temperature, temperatures_ptr, row),
@@ -153,9 +152,7 @@ def support_divergence_kernel(
     )  # fmt: skip
     _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, False, K_PAD)
     tl.debug_barrier()
-    ids, grad = _merge_duplicates(
-        ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD, BLOCK
-    )
+    ids, grad = _merge_duplicates(ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD, BLOCK)
     tl.debug_barrier()
     _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
 

@@ -51,10 +51,10 @@ def _clear(start_ptr, skip, first, stop, TILE: tl.constexpr):
     tl.store(start_ptr + at, tl.zeros([CHUNK], DTYPE), mask=(at >= skip) & (at < stop))
 
 
-@triton.jit(do_not_specialize=["k", "inner", "outer_stride", "inner_stride"])
+@triton.jit(do_not_specialize=["width", "k", "inner", "outer_stride", "inner_stride"])
 def add_kernel(
     out_ptr, ids_ptr, grad_ptr, upstream_ptr,
-    k: tl.int32, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
+    width: tl.int32, k: tl.int32, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
     K_PAD: tl.constexpr,
 ):  # fmt: skip
     """out += upstream * entry gradient at the ids; each id is in a row once."""
@@ -62,7 +62,7 @@ def add_kernel(
     out_ptr += row_start(row, inner, outer_stride, inner_stride)
     entry = tl.arange(0, K_PAD)
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
-    here = ids >= 0
+    here = (ids >= 0) & (ids < width)
     grad = tl.load(grad_ptr + row * k + entry, mask=here, other=0.0)
     before = tl.load(out_ptr + ids, mask=here, other=0.0).to(tl.float32)
     _store_rounded(out_ptr + ids, before + tl.load(upstream_ptr + row) * grad, here)

@@ -17,9 +17,9 @@ from opd_kernels.backends.triton.rows import align_row, order_key, row_start
 
 
 @triton.jit
-def stream_maxima(row_ptr, keys_ptr, width, first, stop,
+def stream_maxima(row_ptr, keys_ptr, width, piece, pieces,
                   GROUP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """The largest key of each group of elements [first, stop) of the row, its ends not masked.
+    """The largest key of each group in one of the row's pieces, the row's ends not masked.
 
     The loop holds raw values: their NaN-propagating maximum compiles to packed instructions, and
     only one value in a chunk of 16 bytes is turned into a key.
@@ -30,9 +30,12 @@ def stream_maxima(row_ptr, keys_ptr, width, first, stop,
     start_ptr, skip = align_row(row_ptr)
     chunks = tl.cdiv(skip + width, CHUNK)
     groups = tl.cdiv(skip + width, GROUP)
-    for tile in tl.range(first, stop, TILE, num_stages=STAGES):
+    tiles = tl.cdiv(skip + width, TILE)
+    first = tl.cdiv(tiles, pieces) * piece
+    last = tl.minimum(first + tl.cdiv(tiles, pieces), tiles)
+    for tile in tl.range(first * TILE, last * TILE, TILE, num_stages=STAGES):
         at = tile + tl.arange(0, TILE)
-        values = tl.load(start_ptr + at, mask=at // CHUNK < chunks, eviction_policy="evict_first")
+        values = tl.load(start_ptr + at, mask=at // CHUNK < chunks)
         values = tl.reshape(values.to(tl.float32), [TILE // CHUNK, CHUNK])
         keys = order_key(_chunk_maxima(values, TILE // CHUNK, CHUNK).to(DTYPE))
         keys = tl.max(tl.reshape(keys, [TILE // GROUP, GROUP // CHUNK]), axis=1)
@@ -142,10 +145,10 @@ def _group_keys(keys_ptr, group, mask, groups, CLAN: tl.constexpr, UNSELECTABLE:
 @triton.jit
 def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
                  GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr):  # fmt: skip
-    """Takes what cannot be selected out of the maxima: new keys for the groups that hold any of it.
+    """New keys for the groups that hold elements which cannot be selected.
 
-    Those are the groups at the row's ends, which streaming did not mask, and groups with banned ids:
-    for a handful of those a block or two, for ids banned everywhere the row a second time.
+    Those are the groups at the row's ends, which streaming did not mask, and groups with banned
+    ids: for a handful of those a block or two, for ids banned everywhere the row a second time.
     """
     BLOCK: tl.constexpr = min(64, GROUPS_PAD)
     BLOCKS: tl.constexpr = GROUPS_PAD // BLOCK
@@ -160,8 +163,9 @@ def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
         words = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         banned = tl.load(word_ptr + words, mask=words * 64 < width, other=0) != 0
         before = block * WORDS - 1
-        before = tl.load(word_ptr + before, mask=(before >= 0) & (before * 64 < width), other=0) != 0
-        dirty = dirty | before | (tl.max(banned.to(tl.int32), axis=1) > 0)
+        inside = (before >= 0) & (before * 64 < width)
+        dirty = dirty | (tl.load(word_ptr + before, mask=inside, other=0) != 0)
+        dirty = dirty | (tl.max(banned.to(tl.int32), axis=1) > 0)
     next_block = tl.min(tl.where(dirty, block, BLOCKS))
     while next_block < BLOCKS:
         _new_keys(start_ptr, keys_ptr, banned_ptr, next_block * BLOCK, skip, width, GROUP, BLOCK)
@@ -186,7 +190,7 @@ def _new_keys(start_ptr, keys_ptr, banned_ptr, first, skip, width,
 
 @triton.jit
 def _excluded(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
-    """A bit for each element of the chunks that cannot be selected; all of them outside the mask."""
+    """A bit for each element of a chunk that cannot be selected; outside the mask all of them."""
     ALL: tl.constexpr = (1 << CHUNK) - 1
     first = chunk * CHUNK - skip  # id of a chunk's first element
     before = tl.minimum(tl.maximum(-first, 0), CHUNK)
@@ -280,16 +284,12 @@ def group_maxima_kernel(
         if tl.load(mask_ptr + row) == 0:
             return
     row_ptr = logits_ptr + row_start(row, inner, outer_stride, inner_stride)
-    tiles = tl.cdiv(width + 128 // logits_ptr.dtype.element_ty.primitive_bitwidth - 1, TILE)
-    piece = tl.cdiv(tiles, tl.num_programs(1)) * TILE
-    first = tl.program_id(1) * piece
-    stop = tl.minimum(first + piece, tiles * TILE)
-    stream_maxima(row_ptr, keys_row(keys_ptr, row, width, GROUP), width, first, stop, GROUP, TILE, STAGES)
+    keys_ptr = keys_row(keys_ptr, row, width, GROUP)
+    piece, pieces = tl.program_id(1), tl.num_programs(1)
+    stream_maxima(row_ptr, keys_ptr, width, piece, pieces, GROUP, TILE, STAGES)
 
 
-@triton.jit(
-    do_not_specialize=["width", "k", "inner", "outer_stride", "inner_stride"]
-)
+@triton.jit(do_not_specialize=["width", "k", "inner", "outer_stride", "inner_stride"])
 def select_kernel(
     logits_ptr, banned_ptr, mask_ptr, keys_ptr, ids_ptr, values_ptr,
     width: tl.int32, k: tl.int32, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
@@ -310,8 +310,7 @@ def select_kernel(
     row_ptr = logits_ptr + row_start(row, inner, outer_stride, inner_stride)
     keys_ptr = keys_row(keys_ptr, row, width, GROUP)
     if not STREAMED:
-        stop = width + 128 // logits_ptr.dtype.element_ty.primitive_bitwidth - 1
-        stream_maxima(row_ptr, keys_ptr, width, 0, stop, GROUP, TILE, STAGES)
+        stream_maxima(row_ptr, keys_ptr, width, 0, 1, GROUP, TILE, STAGES)
     ids, values = select_row(
         row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k, GROUP, GROUPS_PAD, CLAN, K_PAD
     )
