@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peers import as_output, careful_eager, naive_eager
 
 import opd_kernels
 from opd_kernels import select_topk, topk_rkl
@@ -30,24 +31,6 @@ from opd_kernels.backends import cpu
 
 SETS = 3
 Run = Callable[[int], object]
-
-
-def careful_eager(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
-    """What a good trainer does: top-k first, then only K entries in float32."""
-    values, ids = teacher.topk(k, dim=-1)
-    log_p = student.gather(-1, ids).float().log_softmax(-1)
-    log_q = values.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def naive_eager(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
-    """What trainers ship: float32 copies and full log-softmaxes, then renormalisation."""
-    student_logp, teacher_logp = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    values, ids = teacher_logp.topk(k, dim=-1)
-    log_p = student_logp.gather(-1, ids)
-    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-    log_q = values - values.logsumexp(-1, keepdim=True)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def contents(rows: int, vocab: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -85,19 +68,9 @@ def forward_backward(
 def inplace(students: list, teachers: list, k: int) -> Run:
     """The gradient in the logits' own memory; their values are gone afterwards, only time
     counts."""
-    leaf = torch.zeros((), requires_grad=True)
-
-    class Logits(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, leaf: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            return logits.view_as(logits)
-
-        @staticmethod
-        def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return torch.zeros(()), None
 
     def run(i: int) -> None:
-        student = Logits.apply(leaf, students[i % SETS].detach())
+        student = as_output(students[i % SETS])
         topk_rkl(student, teachers[i % SETS], k, inplace_grad=True).backward()
 
     return run

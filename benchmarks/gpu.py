@@ -1,0 +1,731 @@
+"""GPU benchmark of ``topk_rkl`` with its yardsticks in the same run.
+
+    python benchmarks/gpu.py [--quick] [--minutes 7] [--output benchmarks/results]
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke --device cpu    # its path, on tiny shapes
+
+Yardsticks: a pure read of the teacher's bytes (the fastest of several kernels and ``torch.amax``:
+the read ceiling), memset of the gradient's, a device copy. Then every GPU backend; careful and
+naive eager, also through ``torch.compile``; unusual rows beside random ones; and sweeps around the
+headline shape. What is compared is timed in turn, round by round, by events, with the L2 cache full
+of something else and the launches queued ahead; medians. A backend is timed only after its loss and
+gradient at that shape agreed with float64 on 64 rows.
+
+The result file is rewritten after each task, and tasks come in order of importance: what
+``--minutes`` leaves out is listed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from peers import as_output, careful_eager, check, check_selection, naive_eager
+from torch import Tensor
+
+import opd_kernels
+from opd_kernels import backends, select_topk, topk_rkl
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+T = TypeVar("T")
+Name = tuple[str, str]  # backend and measure
+Run = Callable[[], Callable[[], object]]  # prepares, and returns what is timed
+Runs = dict[Name, Run]
+Times = dict[Name, list[float]]
+
+# Of a pure read: (words of a tile, warps, programs per multiprocessor; 0 is a program per tile).
+READ_CONFIGS = ((4096, 4, 0), (8192, 8, 0), (4096, 4, 8), (4096, 4, 16), (8192, 8, 4), (8192, 8, 8))
+# Bytes moved by each measure: (tensors of the logits' size, bytes per entry of the support), a
+# gathered entry counting as a sector of 32; and the yardsticks that it is compared with.
+MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "read": (1, 0, ()),
+    "memset": (1, 0, ()),
+    "copy": (2, 0, ()),
+    "forward": (1, 40, ("read",)),
+    "backward": (1, 8, ("memset",)),
+    "forward + backward": (2, 48, ("read", "memset")),
+    "in place": (2, 48, ("read", "memset")),
+    "select_topk": (1, 8, ("read",)),
+    "forward, TopK teacher": (0, 48, ()),
+}
+PEERS = {"careful eager": careful_eager, "naive eager": naive_eager}
+GOALS = {"careful eager": 5.0, "naive eager": 15.0}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A shape to measure at."""
+
+    rows: int
+    vocab: int
+    k: int
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of both sides' logits."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the teacher, or of the gradient."""
+        return self.rows * self.vocab * self.torch_dtype.itemsize
+
+    def __str__(self) -> str:  # noqa: D105
+        return f"{self.rows} x {self.vocab} {self.dtype} K={self.k}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: the headline shape for each of ``ks``, and around the first one the rest."""
+
+    rows: int
+    vocab: int
+    ks: tuple[int, ...]
+    sweeps: dict[str, tuple[Any, ...]]
+    unusual: slice
+    warmups: int
+    rounds: int
+    compiler: str
+
+
+FULL = Plan(
+    rows=8192,
+    vocab=151936,
+    ks=(64, 32, 128),
+    sweeps={
+        "dtype": ("float16", "float32"),
+        "k": (256, 8, 1024),
+        "rows": (64, 256, 1024, 512, 32768),
+        "vocab": (128256, 151669, 32768, 262144),
+    },
+    unusual=slice(None),
+    warmups=3,
+    rounds=30,
+    compiler="inductor",
+)
+SMOKE = Plan(
+    rows=2,
+    vocab=1000,
+    ks=(8,),
+    sweeps={"vocab": (999,)},
+    unusual=slice(-2, None),
+    warmups=1,
+    rounds=2,
+    compiler="eager",
+)
+
+if triton is not None:
+
+    @triton.jit
+    def read_kernel(words_ptr, out_ptr, size, TILE: tl.constexpr):  # noqa: N803
+        """Reads 32-bit words 16 bytes at a time and keeps each program's maximum."""
+        program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+        offsets = tl.arange(0, TILE)
+        best = tl.full([TILE], -(1 << 31), tl.int32)
+        for start in range(program * TILE, size, programs * TILE):
+            inside = start + offsets < size
+            words = tl.load(words_ptr + start + offsets, mask=inside, other=-(1 << 31))
+            best = tl.maximum(best, words)
+        tl.store(out_ptr + program, tl.max(best, 0))
+
+
+class Clock:
+    """Times runs on a device, in turn."""
+
+    def __init__(self, device: torch.device, plan: Plan) -> None:  # noqa: D107
+        self.device, self.plan = device, plan
+        # Larger than any L2 cache; read and not written, which would leave lines to write back.
+        self.other = torch.zeros(2**26, device=device) if device.type == "cuda" else None
+
+    def once(self, run: Run) -> float:
+        """Milliseconds on the device, of one call with cold caches."""
+        timed = run()
+        if self.other is None:
+            begin = time.perf_counter()
+            timed()
+            return (time.perf_counter() - begin) * 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(8):  # most of a millisecond, in which the launches below get queued
+            self.other.sum()
+        start.record()
+        timed()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def measure(self, runs: Runs) -> tuple[Times, dict[Name, str]]:
+        """(times of each run that works, why the others do not)."""
+        failed: dict[Name, str] = {}
+        for name, run in runs.items():
+            _, reason = self.attempt(
+                lambda run=run: [self.once(run) for _ in range(self.plan.warmups)]
+            )
+            if reason is not None:
+                failed[name] = reason
+        times: Times = {name: [] for name in runs if name not in failed}
+        for _ in range(self.plan.rounds):
+            for name, values in times.items():
+                values.append(self.once(runs[name]))
+        return times, failed
+
+    def attempt(self, call: Callable[[], T]) -> tuple[T | None, str | None]:
+        """(what it returned, None) or (None, why it failed); raises where the device is lost."""
+        try:
+            return call(), None
+        except Exception as error:  # whatever it is, other measurements go on
+            reason = f"{type(error).__name__}: {error}"[:400]
+        print(f"        {reason}", flush=True)
+        self.synchronize()
+        self.release_memory()
+        return None, reason
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        """Gives back what nothing holds, so that another shape finds it in one piece."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def peak_memory(self, run: Run) -> int | None:
+        """Bytes that a call allocates at its peak."""
+        if self.device.type != "cuda":
+            return None
+        timed = run()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        timed()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def launches(self, run: Run) -> list[str] | None:
+        """Kernels, copies and memsets of a call by name, in the second of two profiles."""
+        for _ in range(2):
+            timed = run()
+            self.synchronize()
+            with torch.profiler.profile() as profiler:
+                timed()
+                self.synchronize()
+        names = [
+            event.name
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+        ]
+        return names or None
+
+
+def spread(times: list[float]) -> dict[str, Any]:
+    """Median, 10 % and 90 % quantiles, in milliseconds."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return {"ms": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
+
+
+class Result:
+    """The result file and what goes into it."""
+
+    def __init__(self, path: Path, head: dict[str, object]) -> None:  # noqa: D107
+        self.path, self.head = path, head
+        self.rows: list[dict[str, Any]] = []
+        self.goals: list[dict[str, Any]] = []
+        self.not_reached: list[str] = []
+
+    def add(self, part: str, point: Point, measure: str, **more: object) -> None:
+        """A row of the table."""
+        self.rows.append({"part": part, "measure": measure, **asdict(point), **more})
+
+    def goal(self, what: str, value: float, *, least: float = 0, most: float = torch.inf) -> None:
+        """A figure beside what it should be."""
+        goal = f"at least {least:g}" if least else f"at most {most:g}"
+        met = least <= value <= most
+        self.goals.append({"what": what, "value": value, "goal": goal, "met": met})
+
+    def write(self) -> None:
+        """Replaces the file in one step."""
+        content = {
+            **self.head,
+            "goals": self.goals,
+            "not_reached": self.not_reached,
+            "rows": self.rows,
+        }
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def random_logits(point: Point, device: torch.device, scale: float = 3.0) -> Tensor:
+    shape = (point.rows, point.vocab)
+    return torch.randn(shape, dtype=point.torch_dtype, device=device).mul_(scale)
+
+
+def unusual_rows(
+    point: Point, device: torch.device
+) -> dict[str, tuple[Callable[[], Tensor], dict[str, Tensor]]]:
+    """Teachers and options that must cost no more than random rows without options."""
+    shape, dtype, vocab = (point.rows, point.vocab), point.torch_dtype, point.vocab
+    random = functools.partial(random_logits, point, device)
+    ids = torch.arange(vocab, device=device)
+    ramp = torch.linspace(-10, 10, vocab, device=device).to(dtype)
+    cluster = ((ids * 40 // vocab == 3) * 8.0).to(dtype)
+    ruled_out = torch.rand(vocab, device=device) < 0.5
+    every_other = torch.arange(point.rows, device=device) % 2 == 0
+    return {
+        "all equal": (lambda: torch.zeros(shape, dtype=dtype, device=device), {}),
+        "ascending": (lambda: ramp.expand(shape).contiguous(), {}),
+        "descending": (lambda: ramp.flip(0).expand(shape).contiguous(), {}),
+        "clustered": (lambda: random(0.1).add_(cluster), {}),
+        "tie-heavy": (lambda: random().round_(), {}),
+        "half -inf": (lambda: random().masked_fill_(ruled_out, -torch.inf), {}),
+        "20 banned ids": (random, {"banned_ids": ids[-20:]}),
+        "half of the rows masked": (random, {"mask": every_other}),
+    }
+
+
+def forward_backward(loss: Callable[[], Tensor], student: Tensor) -> Run:
+    def prepare() -> Callable[[], None]:
+        student.grad = None
+        return lambda: loss().backward()
+
+    return prepare
+
+
+def ours(
+    student: Tensor, teacher: Tensor, k: int, backend: str, **options: Tensor
+) -> tuple[Runs, dict[str, float]]:
+    """The loss, its gradient and both, and the errors that were found in them."""
+    errors = check(student, teacher, k, backend, **options)
+    loss = functools.partial(topk_rkl, student, teacher, k, backend=backend, **options)
+
+    def backward() -> Callable[[], None]:
+        student.grad = None
+        return loss().backward
+
+    return {
+        (backend, "forward"): lambda: loss,
+        (backend, "backward"): backward,
+        (backend, "forward + backward"): forward_backward(loss, student),
+    }, errors
+
+
+def other_calls(
+    student: Tensor, teacher: Tensor, k: int, backend: str
+) -> tuple[Runs, dict[str, float]]:
+    """Selection, the loss of a given support, the gradient in place; and errors of the last."""
+    support = select_topk(teacher, k, backend=backend)
+    check_selection(teacher, support)
+    errors = check(student, teacher, k, backend, inplace=True)
+    consumed = student.detach().clone()
+
+    def in_place() -> Callable[[], None]:
+        logits = as_output(consumed)
+        return lambda: topk_rkl(logits, teacher, k, inplace_grad=True, backend=backend).backward()
+
+    select = functools.partial(select_topk, teacher, k, backend=backend)
+    given = functools.partial(topk_rkl, student, support, backend=backend)
+    return {
+        (backend, "select_topk"): lambda: select,
+        (backend, "forward, TopK teacher"): lambda: given,
+        (backend, "in place"): in_place,
+    }, errors
+
+
+def check_peer(loss: Callable[..., Tensor], teacher: Tensor, k: int, backend: str) -> float:
+    """Relative difference between a peer's loss and ours; raises if it is too large.
+
+    The student is a function of the teacher's value: ``torch.topk`` breaks ties as it likes.
+    """
+    student = (teacher * 0.5).requires_grad_()
+    theirs = loss(student, teacher, k).item()
+    mine = topk_rkl(student, teacher, k, backend=backend).item()
+    error = abs(theirs - mine) / abs(mine)
+    if not error <= 1e-3:
+        raise AssertionError(f"the peer's loss is {theirs}, ours {mine}")
+    return error
+
+
+def reads(logits: Tensor) -> Runs:
+    """Ways to read every byte once, as 32-bit words; each returns maxima of parts of them."""
+    flat = logits.flatten()
+    words = flat[: flat.numel() // 64 * 64].view(torch.int32)
+    runs: Runs = {("torch", "amax"): lambda: words.amax}
+    if triton is None:
+        return runs
+    cuda = words.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(words.device).multi_processor_count if cuda else 1
+    for tile, warps, programs in READ_CONFIGS:
+        tiles = -(-words.numel() // tile)
+        grid = min(tiles, programs * processors or tiles)
+
+        def read(tile: int = tile, warps: int = warps, grid: int = grid) -> Tensor:
+            out = torch.empty(grid, dtype=torch.int32, device=words.device)
+            read_kernel[(grid,)](words, out, words.numel(), tile, num_warps=warps)
+            return out
+
+        name = f"tile {tile}, {warps} warps, {programs or 'all'} programs"
+        runs["triton", name] = lambda read=read: read
+    return runs
+
+
+class Bench:
+    """Measures at points of a plan and records rows."""
+
+    def __init__(self, device: torch.device, plan: Plan, result: Result) -> None:  # noqa: D107
+        self.device, self.plan, self.result = device, plan, result
+        self.clock = Clock(device, plan)
+
+    def backends(self, point: Point) -> list[str]:
+        """GPU backends that serve a point."""
+        names = [name for name in backends.MODULES if name not in ("cpu", "reference")]
+        what = self.device, (point.torch_dtype,), point.k
+        return [name for name in names if backends.load(name).refusal(*what) is None]
+
+    def inputs(self, point: Point, tensors: int = 5) -> tuple[Tensor, Tensor]:
+        """(student, teacher), if as many tensors of their size fit in memory."""
+        if self.device.type == "cuda":
+            free, need = torch.cuda.mem_get_info(self.device)[0], tensors * point.nbytes + 2**31
+            if need > free:
+                raise MemoryError(f"skipped: {need / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
+        student = random_logits(point, self.device).requires_grad_()
+        return student, random_logits(point, self.device)
+
+    def fastest_read(self, teacher: Tensor) -> tuple[Run, dict[str, float]]:
+        """(the way of reading that takes least time, milliseconds of all)."""
+        runs = reads(teacher)
+        times, _ = self.clock.measure(runs)
+        found = {name: int(runs[name]()().max()) for name in times}
+        right = [name for name in times if found[name] == found["torch", "amax"]]
+        ms = {name: statistics.median(times[name]) for name in right}
+        return runs[min(ms, key=ms.__getitem__)], {" ".join(name): ms[name] for name in right}
+
+    def measure_point(self, part: str, point: Point) -> None:
+        """Yardsticks and every backend, in turn."""
+        student, teacher = self.inputs(point)
+        buffer = torch.empty_like(teacher)
+        read, candidates = self.fastest_read(teacher)
+        copy = functools.partial(buffer.copy_, teacher)
+        runs: Runs = {
+            ("torch", "read"): read,
+            ("torch", "memset"): lambda: buffer.zero_,
+            ("torch", "copy"): lambda: copy,
+        }
+        notes: dict[Name, dict[str, Any]] = {("torch", "read"): {"candidates": candidates}}
+        for backend in self.backends(point):
+            for build in (ours, other_calls) if part == "headline" else (ours,):
+                built, reason = self.clock.attempt(
+                    functools.partial(build, student, teacher, point.k, backend)
+                )
+                if built is None:
+                    self.result.add(part, point, "check", backend=backend, error=reason)
+                else:
+                    runs |= built[0]
+                    notes |= {name: {"checked": built[1]} for name in built[0]}
+        self.record_point(part, point, runs, notes)
+
+    def record_point(
+        self, part: str, point: Point, runs: Runs, notes: dict[Name, dict[str, Any]]
+    ) -> None:
+        """Times beside the bytes that have to move and beside the yardsticks."""
+        times, failed = self.clock.measure(runs)
+        for (backend, measure), reason in failed.items():
+            self.result.add(part, point, measure, backend=backend, error=reason)
+        for (backend, measure), values in times.items():
+            tensors, per_entry, yardsticks = MODELS[measure]
+            row = spread(values) | notes.get((backend, measure), {})
+            row["bytes"] = tensors * point.nbytes + per_entry * point.rows * point.k
+            row["gb_s"] = row["bytes"] / row["ms"] / 1e6
+            if yardsticks:
+                least = sum(statistics.median(times["torch", name]) for name in yardsticks)
+                row[f"percent_of_{'_and_'.join(yardsticks)}"] = 100 * least / row["ms"]
+            row["peak_bytes"] = self.clock.peak_memory(runs[backend, measure])
+            self.result.add(part, point, measure, backend=backend, **row)
+            if part == "headline":
+                self.headline_goals(f"{backend}, K={point.k}: {measure}", point, measure, row)
+
+    def headline_goals(self, what: str, point: Point, measure: str, row: dict[str, Any]) -> None:
+        """Bandwidth and memory beside their goals."""
+        if measure == "forward":
+            self.result.goal(f"{what}, % of the read ceiling", row["percent_of_read"], least=80)
+            if row["peak_bytes"] is not None:
+                most = 12 * point.rows * point.k + 0.05 * point.nbytes
+                self.result.goal(f"{what}, extra MB", row["peak_bytes"] / 1e6, most=most / 1e6)
+        if measure == "forward + backward":
+            percent = row["percent_of_read_and_memset"]
+            self.result.goal(f"{what}, % of read + memset", percent, least=80)
+
+    def measure_unusual(self, point: Point, content: str) -> None:
+        """Unusual rows beside random ones, in turn."""
+        student, random = self.inputs(point)
+        make, options = unusual_rows(point, self.device)[content]
+        teacher = make()
+        for backend in self.backends(point):
+            usual, _ = ours(student, random, point.k, backend)
+            unusual, errors = ours(student, teacher, point.k, backend, **options)
+            for measure in ("forward", "forward + backward"):
+                name, beside = (backend, measure), (backend, "random")
+                times, failed = self.clock.measure({name: unusual[name], beside: usual[name]})
+                if failed:
+                    raise RuntimeError("; ".join(failed.values()))
+                row = spread(times[name]) | {"content": content, "checked": errors}
+                row["ratio_to_random"] = row["ms"] / statistics.median(times[beside])
+                self.result.add("unusual", point, measure, backend=backend, **row)
+                what = f"{backend}, {content}: {measure} / random rows"
+                self.result.goal(what, row["ratio_to_random"], most=1.1)
+
+    def measure_peer(self, point: Point, label: str, compiled: bool) -> None:
+        """A peer beside ours, on a quarter of the rows where it does not fit in memory."""
+        loss: Callable[..., Tensor] = PEERS[label]
+        if compiled:
+            torch.compiler.reset()
+            loss = torch.compile(loss, dynamic=False, backend=self.plan.compiler)
+            label += ", compiled"
+        for scaled in (1, 4):
+            _, reason = self.clock.attempt(
+                functools.partial(self.beside, point, label, loss, scaled)
+            )
+            if reason is None or "OutOfMemory" not in reason:
+                break
+        if reason is not None:
+            self.result.add("peers", point, label, error=reason)
+
+    def beside(self, point: Point, label: str, loss: Callable[..., Tensor], scaled: int) -> None:
+        """Forward and backward of a peer on ``rows / scaled`` rows and ours on all, in turn."""
+        student, teacher = self.inputs(point)
+        few = student.detach()[: point.rows // scaled].requires_grad_()
+        few_teacher = teacher[: len(few)]
+        peer = forward_backward(functools.partial(loss, few, few_teacher, point.k), few)
+        for backend in self.backends(point):
+            mine, errors = ours(student, teacher, point.k, backend)
+            errors["peer_loss_error"] = check_peer(loss, few_teacher, point.k, backend)
+            name = (backend, "forward + backward")
+            times, failed = self.clock.measure({("peer", label): peer, name: mine[name]})
+            if failed:
+                raise RuntimeError("; ".join(failed.values()))
+            row = {key: ms * scaled for key, ms in spread(times["peer", label]).items()}
+            row |= {"scaled": scaled, "checked": errors}
+            row["times_ours"] = row["ms"] / statistics.median(times[name])
+            row["peak_bytes"] = self.clock.peak_memory(peer)
+            self.result.add("peers", point, label, backend=backend, **row)
+            if label in GOALS:
+                what = f"{backend}, K={point.k}: {label} / ours"
+                self.result.goal(what, row["times_ours"], least=GOALS[label])
+
+    def count_launches(self, point: Point) -> None:
+        """What a call puts on the device."""
+        student, teacher = self.inputs(point)
+        for backend in self.backends(point):
+            runs, _ = ours(student, teacher, point.k, backend)
+            for measure in ("forward", "backward"):
+                names = self.clock.launches(runs[backend, measure])
+                self.result.add("launches", point, measure, backend=backend, launches=names)
+
+
+class Task(NamedTuple):
+    """A step of the benchmark: what is called with a point, and how it is recorded if it fails."""
+
+    part: str
+    point: Point
+    label: str
+    run: Callable[[], None]
+
+
+def tasks(bench: Bench, plan: Plan, quick: bool) -> list[Task]:
+    """In order of importance."""
+    headline = [Point(plan.rows, plan.vocab, k) for k in plan.ks]
+    main = headline[0]
+
+    def measured(part: str, point: Point) -> Task:
+        return Task(part, point, part, functools.partial(bench.measure_point, part, point))
+
+    def peers(point: Point, compiled: bool) -> list[Task]:
+        what = ", compiled" if compiled else ""
+        return [
+            Task(
+                "peers",
+                point,
+                label + what,
+                functools.partial(bench.measure_peer, point, label, compiled),
+            )
+            for label in PEERS
+        ]
+
+    todo = [measured("headline", point) for point in headline]
+    todo += peers(main, compiled=False)
+    for content in list(unusual_rows(replace(main, rows=1), bench.device))[plan.unusual]:
+        run = functools.partial(bench.measure_unusual, main, content)
+        todo.append(Task("unusual", main, content, run))
+    count = functools.partial(bench.count_launches, main)
+    todo.append(Task("launches", main, "launches", count))
+    for point in headline[1:]:
+        todo += peers(point, compiled=False)
+    if quick:
+        return todo
+    todo += peers(main, compiled=True)
+    for axis, values in plan.sweeps.items():
+        todo += [measured("sweep", replace(main, **{axis: value})) for value in values]
+    for point in headline[1:]:
+        todo += peers(point, compiled=True)
+    return todo
+
+
+def run_tasks(bench: Bench, result: Result, todo: list[Task], seconds: float) -> None:
+    """Runs tasks until the time is over; the file is up to date after each."""
+    begin = time.monotonic()
+    for task in todo:
+        spent = time.monotonic() - begin
+        if spent > seconds:
+            result.not_reached.append(f"{task.label}, {task.point}")
+        else:
+            print(f"{spent:5.0f} s  {task.label}, {task.point}", flush=True)
+            bench.clock.release_memory()
+            _, reason = bench.clock.attempt(task.run)
+            if reason is not None:
+                result.add(task.part, task.point, task.label, error=reason)
+        result.write()
+
+
+def printed(*command: str) -> str:
+    """What a command prints, or nothing."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def git_commit() -> str:
+    commit = printed("git", "rev-parse", "--short", "HEAD")
+    dirty = printed("git", "status", "--porcelain", "--untracked-files=no")
+    return (commit or "unknown") + ("-dirty" if dirty else "")
+
+
+def describe(device: torch.device, commit: str) -> dict[str, object]:
+    """Device, versions, date and commit."""
+    about: dict[str, object] = {"device": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        about = {
+            "device": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": (driver.splitlines() or ["unknown"])[0],
+            "cuda": torch.version.cuda,
+        }
+    return {
+        **about,
+        "torch": torch.__version__,
+        "triton": None if triton is None else triton.__version__,
+        "python": platform.python_version(),
+        "opd_kernels": opd_kernels.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def comment(row: dict[str, Any]) -> str:
+    """What the table says about a row besides time and bytes."""
+    said = [row["content"]] if "content" in row else []
+    for name, value in row.items():
+        if name.startswith("percent_of_"):
+            yardsticks = name.removeprefix("percent_of_").replace("_and_", " + ")
+            said.append(f"{value:.1f} % of {yardsticks}")
+    if "ratio_to_random" in row:
+        said.append(f"{row['ratio_to_random']:.2f} x random")
+    if "times_ours" in row:
+        said.append(f"{row['times_ours']:.1f} x {row['backend']}")
+    if row.get("scaled", 1) > 1:
+        said.append(f"{row['scaled']} x the time of 1/{row['scaled']} of the rows")
+    if "launches" in row:
+        names = row["launches"]
+        said.append("not seen" if names is None else f"{len(names)}: {', '.join(names)}"[:300])
+    if "error" in row:
+        said.append(row["error"].splitlines()[0][:120])
+    return ", ".join(said)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each measurement, under its shape."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        point = Point(row["rows"], row["vocab"], row["k"], row["dtype"])
+        line = f"  {row.get('backend', ''):7s} {row['measure']:22s}"
+        if "ms" in row:
+            line += f"{row['ms']:9.3f} ms ({row['p10']:.3f} to {row['p90']:.3f})".ljust(34)
+        if "gb_s" in row:
+            line += f"{row['gb_s']:6.0f} GB/s"
+        if row.get("peak_bytes") is not None:
+            line += f"{row['peak_bytes'] / 1e6:9.1f} MB"
+        groups.setdefault(f"\n{row['part']}, {point}", []).append(f"{line}  {comment(row)}")
+    return [line for title, lines in groups.items() for line in [title, *lines]]
+
+
+def report(result: Result) -> None:
+    """Prints the table, then what was aimed at."""
+    print("\n" + ", ".join(f"{key} {value}" for key, value in result.head.items()))
+    print("\n".join(table(result.rows)))
+    print("\nverdict")
+    for goal in result.goals:
+        met = "met" if goal["met"] else "missed"
+        print(f"  {met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})")
+    for row in result.rows:
+        if row.get("launches"):
+            print(f"  {row['backend']}, launches of {row['measure']}: {len(row['launches'])}")
+    for name in result.not_reached:
+        print(f"  not reached: {name}")
+    print(f"\nwritten to {result.path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the headline shapes alone")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes; figures mean nothing")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no task begins after them")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default=git_commit(), help="where there is no git")
+    folder = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the result file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --smoke --device cpu runs the path without one")
+    torch.manual_seed(0)
+
+    head = describe(device, options.commit)
+    slug = re.sub("[^a-z0-9]+", "-", str(head["device"]).lower()).strip("-")
+    options.output.mkdir(parents=True, exist_ok=True)
+    result = Result(options.output / f"{slug}-{options.commit}.json", head)
+    plan = SMOKE if options.smoke else FULL
+    bench = Bench(device, plan, result)
+    try:
+        run_tasks(bench, result, tasks(bench, plan, options.quick), options.minutes * 60)
+    except Exception as error:
+        result.head["stopped"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        result.write()
+        report(result)
+
+
+if __name__ == "__main__":
+    main()
