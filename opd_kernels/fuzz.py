@@ -29,7 +29,7 @@ except ImportError as error:
     raise ImportError("the fuzzer needs hypothesis: pip install 'opd_kernels[fuzz]'") from error
 
 _BATCH = 200
-# How long a failing case may be shrunk; hypothesis takes minutes where kernels are compiled for each.
+# How long a failing case is shrunk; where each attempt compiles, hypothesis would take minutes.
 _SHRINKING_SECONDS = 60.0
 _DTYPES = ("float32", "bfloat16", "float16")
 _WIDE_DTYPES = (*_DTYPES, "float64")
@@ -44,7 +44,7 @@ _COMPILED_FOR: dict[str, tuple[tuple[Any, ...], ...]] = {
     "teacher_dtype": tuple((name,) for name in _DTYPES),
     "student_layout": tuple((name,) for name in inputs.LAYOUTS),
     "teacher_layout": tuple((name,) for name in inputs.LAYOUTS),
-    "teacher": tuple((name,) for name in inputs.TEACHERS),
+    "teacher": (inputs.TEACHERS[:1], inputs.TEACHERS[1:]),
     "mask": (inputs.MASKS[:1], inputs.MASKS[1:]),
     "banned": (inputs.BANS[:1], inputs.BANS[1:]),
     "temperature": (("one", "float"), ("scalar", "rows")),

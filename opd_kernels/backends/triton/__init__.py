@@ -194,8 +194,11 @@ def _stream(
 
 
 def _options(warps: int) -> dict[str, Any]:
-    """Launch options; products and sums are rounded apart, so that every GPU gives the same bits."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
+    """Launch options; products and sums are rounded apart, so that all GPUs give the same bits."""
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    if torch.version.hip is None and torch.version.xpu is None:
+        options["maxnreg"] = configs.registers(warps)
+    return options
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -68,6 +68,14 @@ def tile(itemsize: int, warps: int = WARPS) -> int:
     return warps * _WARP_BYTES // itemsize
 
 
+def registers(warps: int) -> int:
+    """Registers of a thread on NVIDIA, with which five programs of 4 warps share a multiprocessor.
+
+    Left to itself the assembler spills one or two to make room for more programs than are needed.
+    """
+    return 96 if warps <= 4 else 128 if warps <= 16 else 64
+
+
 def pieces(rows: int, tiles: int, multiprocessors: int) -> int:
     """Over how many programs the streaming of one row is split; 1 is the fused kernel."""
     if rows >= SPLIT_BELOW_ROWS * multiprocessors:

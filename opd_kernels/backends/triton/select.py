@@ -159,13 +159,14 @@ def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
     if banned_ptr is not None:
         # A block begins up to 7 ids before its words of the bitmap: it looks at one word more.
         WORDS: tl.constexpr = BLOCK * GROUP // 64
+        STEP: tl.constexpr = min(WORDS, 8)
         word_ptr = banned_ptr.to(tl.pointer_type(tl.uint64))
-        words = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        banned = tl.load(word_ptr + words, mask=words * 64 < width, other=0) != 0
-        before = block * WORDS - 1
-        inside = (before >= 0) & (before * 64 < width)
-        dirty = dirty | (tl.load(word_ptr + before, mask=inside, other=0) != 0)
-        dirty = dirty | (tl.max(banned.to(tl.int32), axis=1) > 0)
+        for step in range(-1, WORDS, STEP):
+            word = step + tl.arange(0, STEP)[None, :]
+            inside = (block[:, None] * WORDS + word >= 0) & (word < WORDS)
+            word = block[:, None] * WORDS + word
+            banned = tl.load(word_ptr + word, mask=inside & (word * 64 < width), other=0) != 0
+            dirty = dirty | (tl.max(banned.to(tl.int32), axis=1) > 0)
     next_block = tl.min(tl.where(dirty, block, BLOCKS))
     while next_block < BLOCKS:
         _new_keys(start_ptr, keys_ptr, banned_ptr, next_block * BLOCK, skip, width, GROUP, BLOCK)
