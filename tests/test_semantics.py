@@ -104,6 +104,39 @@ def test_tens_of_thousands_of_banned_ids(backend: str) -> None:
     assert torch.equal(topk.logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("banned", [0, 63, 64, 2047, 4089, 4095, 4096, 8190, 9000])
+def test_a_banned_id_is_not_selected_wherever_it_and_the_row_lie(
+    backend: str, banned: int, dtype: torch.dtype
+) -> None:
+    # Rows of odd width start at every offset within 16 bytes; the best are far from each other.
+    teacher = logits(8, 9001, dtype=dtype)
+    teacher[:, 30::64] = 50 - torch.arange(len(range(30, 9001, 64))).to(dtype) / 8
+    teacher[:, banned] = 100
+    topk = select_topk(teacher, 40, banned_ids=[banned], backend=backend)
+    expected = teacher.index_fill(1, torch.tensor([banned]), -INF).float()
+    expected = torch.sort(expected, dim=-1, descending=True, stable=True)
+    assert torch.equal(topk.ids.long(), expected.indices[:, :40])
+    assert torch.equal(topk.logits, expected.values[:, :40])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [9001, 8993, 8980])
+def test_what_lies_around_a_row_does_not_matter(
+    backend: str, vocab_size: int, dtype: torch.dtype
+) -> None:
+    # Rows of odd width between rows, and before columns, of the largest values.
+    around = torch.full((17, 9001), torch.finfo(dtype).max, dtype=dtype)
+    teacher = around[1::2]
+    row = logits(vocab_size, dtype=dtype)
+    row[222::64] = 50 - torch.arange(len(range(222, vocab_size, 64))).to(dtype) / 8
+    teacher[:, :vocab_size] = row
+    topk = select_topk(teacher, 40, vocab_size=vocab_size, backend=backend)
+    expected = torch.sort(row.float(), descending=True, stable=True)
+    assert torch.equal(topk.ids.long(), expected.indices[:40].expand(8, 40))
+    assert torch.equal(topk.logits, expected.values[:40].expand(8, 40))
+
+
 def test_banned_ids_as_list_and_as_tensor_are_the_same(backend: str) -> None:
     student, teacher = logits(3, 40), logits(3, 40, seed=1)
     as_list = topk_rkl(student, teacher, 5, banned_ids=[1, 2, 30], backend=backend)
