@@ -1,7 +1,8 @@
 """Triton's interpreter at a bearable speed; for processes that run under ``TRITON_INTERPRET=1``.
 
-Two things take most of its time and change no result: every call of a jitted function patches the
-language anew, and reductions with functions it does not know run element by element.
+Three things take most of its time and change no result: every call of a jitted function patches the
+language anew, reductions with functions it does not know run element by element, and whole storages
+are copied back onto themselves (which would also touch pages that a test has closed).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def _reduce(self: Any, arguments: Any, reduce: Any = interpreter.ReduceOps.gener
 
 
 def speed_up() -> None:
-    """Replaces both, for the rest of the process."""
+    """Replaces them for the rest of the process."""
     interpreter._patch_lang = _patch_once
     interpreter.ReduceOps.generic_reduce = _reduce
+    interpreter.GridExecutor._restore_args_dev = lambda *arguments: None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from effort import INTERPRETED
 
 from opd_kernels import TopK, select_topk, topk_rkl
 from opd_kernels.backends import cpu
@@ -62,10 +63,19 @@ def guarded() -> Iterator[list[GuardedRows]]:
         rows.open()
 
 
+@pytest.fixture(params=["triton"] if INTERPRETED else cpu.instruction_sets())
+def careful(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Backends that read no more than they must: the CPU's instruction sets, or Triton's kernels."""
+    if request.param == "triton":
+        return "triton"
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", request.param)
+    return "cpu"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 63, 1000, 5000])
 def test_nothing_is_read_past_a_row_nor_in_masked_rows(
-    instruction_set: str, guarded: list[GuardedRows], dtype: torch.dtype, vocab: int
+    careful: str, guarded: list[GuardedRows], dtype: torch.dtype, vocab: int
 ) -> None:
     values = [(torch.randn(4, vocab) * 3).to(dtype) for _ in range(2)]
     mask = torch.tensor([True, False, True, False])
@@ -77,16 +87,16 @@ def test_nothing_is_read_past_a_row_nor_in_masked_rows(
         for row in range(4):
             rows.close(row, whole=not mask[row])
     student, teacher = (rows.logits for rows in guarded)
-    loss = topk_rkl(student, teacher, k, mask=mask, reduction="none", backend="cpu")
-    support = select_topk(teacher, k, mask=mask, banned_ids=[0, vocab - 1], backend="cpu")
-    given = topk_rkl(student, support, mask=mask, reduction="none", backend="cpu")
-    assert torch.equal(loss, topk_rkl(*values, k, mask=mask, reduction="none", backend="cpu"))
+    loss = topk_rkl(student, teacher, k, mask=mask, reduction="none", backend=careful)
+    support = select_topk(teacher, k, mask=mask, banned_ids=[0, vocab - 1], backend=careful)
+    given = topk_rkl(student, support, mask=mask, reduction="none", backend=careful)
+    assert torch.equal(loss, topk_rkl(*values, k, mask=mask, reduction="none", backend=careful))
     assert torch.isfinite(given).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padded_vocabulary_is_not_read(
-    instruction_set: str, guarded: list[GuardedRows], dtype: torch.dtype
+    careful: str, guarded: list[GuardedRows], dtype: torch.dtype
 ) -> None:
     # The row's first page ends exactly at vocab_size; what follows is padding on closed pages.
     vocab_size = PAGE // dtype.itemsize
@@ -99,13 +109,13 @@ def test_padded_vocabulary_is_not_read(
             assert LIBC.mprotect(ctypes.c_void_p(start), (rows.pages_per_row - 1) * PAGE, 0) == 0
         assert seed < 2
     student, teacher = (rows.logits for rows in guarded)
-    expected = topk_rkl(student[:, :vocab_size], teacher[:, :vocab_size], 30, backend="cpu")
+    expected = topk_rkl(student[:, :vocab_size], teacher[:, :vocab_size], 30, backend=careful)
     assert torch.equal(
-        topk_rkl(student, teacher, 30, vocab_size=vocab_size, backend="cpu"), expected
+        topk_rkl(student, teacher, 30, vocab_size=vocab_size, backend=careful), expected
     )
     # A support's ids past the limit are not followed into the student either.
     ids = torch.tensor([[3, vocab_size + 50, 7]] * 2)
-    loss = topk_rkl(student, TopK(ids, torch.rand(2, 3)), vocab_size=vocab_size, backend="cpu")
+    loss = topk_rkl(student, TopK(ids, torch.rand(2, 3)), vocab_size=vocab_size, backend=careful)
     assert torch.isfinite(loss)
 
 
