@@ -198,3 +198,32 @@ def _end_of_block(lines: list[str], start: int) -> int:
         if depth == 0:
             return at
     return len(lines)
+
+
+def main() -> None:
+    """Prints what the kernels of one call need, of 8192 rows of 151936 bfloat16 logits."""
+    import torch
+
+    from opd_kernels.backends import triton as backend
+
+    backend._multiprocessors = lambda device: 132
+    logits = torch.empty(8192, 151936, dtype=torch.bfloat16, device="meta")
+    print("sm   k     registers  shared  programs  warps  instructions  in the streaming loop")
+    for architecture in (80, 90, 100, 120):
+        for k in (32, 64, 128, 1024):
+            (kernel,) = compile_call(
+                lambda k=k: backend.divergence(
+                    logits, logits, None, k, 151936, None, None, 1.0, 1.0
+                ),
+                architecture,
+            )
+            loops = [body for body in kernel.loops() if any("LDGSTS" in op for op in body)]
+            print(
+                f"{architecture:<4} {k:<5} {kernel.registers:<10} {kernel.shared:<7} "
+                f"{kernel.resident_programs():<9} {kernel.warps:<6} {len(kernel.sass):<13} "
+                f"{len(loops[0])}"
+            )
+
+
+if __name__ == "__main__":
+    main()
