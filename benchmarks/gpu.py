@@ -19,20 +19,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import gc
-import json
 import platform
 import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from peers import as_output, careful_eager, check, check_selection, naive_eager
+from report import Result, report
+from timing import Clock, Name, Run, Runs, spread
 from torch import Tensor
 
 import opd_kernels
@@ -43,12 +43,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-T = TypeVar("T")
-Name = tuple[str, str]  # backend and measure
-Run = Callable[[], Callable[[], object]]  # prepares, and returns what is timed
-Runs = dict[Name, Run]
-Times = dict[Name, list[float]]
 
 # Of a pure read: (words of a tile, warps, programs per multiprocessor; 0 is a program per tile).
 READ_CONFIGS = ((4096, 4, 0), (8192, 8, 0), (4096, 4, 8), (4096, 4, 16), (8192, 8, 4), (8192, 8, 8))
@@ -145,132 +139,6 @@ if triton is not None:
             words = tl.load(words_ptr + start + offsets, mask=inside, other=-(1 << 31))
             best = tl.maximum(best, words)
         tl.store(out_ptr + program, tl.max(best, 0))
-
-
-class Clock:
-    """Times runs on a device, in turn."""
-
-    def __init__(self, device: torch.device, plan: Plan) -> None:  # noqa: D107
-        self.device, self.plan = device, plan
-        # Larger than any L2 cache; read and not written, which would leave lines to write back.
-        self.other = torch.zeros(2**26, device=device) if device.type == "cuda" else None
-
-    def once(self, run: Run) -> float:
-        """Milliseconds on the device, of one call with cold caches."""
-        timed = run()
-        if self.other is None:
-            begin = time.perf_counter()
-            timed()
-            return (time.perf_counter() - begin) * 1e3
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(8):  # most of a millisecond, in which the launches below get queued
-            self.other.sum()
-        start.record()
-        timed()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def measure(self, runs: Runs) -> tuple[Times, dict[Name, str]]:
-        """(times of each run that works, why the others do not)."""
-        failed: dict[Name, str] = {}
-        for name, run in runs.items():
-            _, reason = self.attempt(
-                lambda run=run: [self.once(run) for _ in range(self.plan.warmups)]
-            )
-            if reason is not None:
-                failed[name] = reason
-        times: Times = {name: [] for name in runs if name not in failed}
-        for _ in range(self.plan.rounds):
-            for name, values in times.items():
-                values.append(self.once(runs[name]))
-        return times, failed
-
-    def attempt(self, call: Callable[[], T]) -> tuple[T | None, str | None]:
-        """(what it returned, None) or (None, why it failed); raises where the device is lost."""
-        try:
-            return call(), None
-        except Exception as error:  # whatever it is, other measurements go on
-            reason = f"{type(error).__name__}: {error}"[:400]
-        print(f"        {reason}", flush=True)
-        self.synchronize()
-        self.release_memory()
-        return None, reason
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def release_memory(self) -> None:
-        """Gives back what nothing holds, so that another shape finds it in one piece."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def peak_memory(self, run: Run) -> int | None:
-        """Bytes that a call allocates at its peak."""
-        if self.device.type != "cuda":
-            return None
-        timed = run()
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        timed()
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def launches(self, run: Run) -> list[str] | None:
-        """Kernels, copies and memsets of a call by name, in the second of two profiles."""
-        for _ in range(2):
-            timed = run()
-            self.synchronize()
-            with torch.profiler.profile() as profiler:
-                timed()
-                self.synchronize()
-        names = [
-            event.name
-            for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-            and not getattr(event, "is_user_annotation", False)
-        ]
-        return names or None
-
-
-def spread(times: list[float]) -> dict[str, Any]:
-    """Median, 10 % and 90 % quantiles, in milliseconds."""
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return {"ms": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
-
-
-class Result:
-    """The result file and what goes into it."""
-
-    def __init__(self, path: Path, head: dict[str, object]) -> None:  # noqa: D107
-        self.path, self.head = path, head
-        self.rows: list[dict[str, Any]] = []
-        self.goals: list[dict[str, Any]] = []
-        self.not_reached: list[str] = []
-
-    def add(self, part: str, point: Point, measure: str, **more: object) -> None:
-        """A row of the table."""
-        self.rows.append({"part": part, "measure": measure, **asdict(point), **more})
-
-    def goal(self, what: str, value: float, *, least: float = 0, most: float = torch.inf) -> None:
-        """A figure beside what it should be."""
-        goal = f"at least {least:g}" if least else f"at most {most:g}"
-        met = least <= value <= most
-        self.goals.append({"what": what, "value": value, "goal": goal, "met": met})
-
-    def write(self) -> None:
-        """Replaces the file in one step."""
-        content = {
-            **self.head,
-            "goals": self.goals,
-            "not_reached": self.not_reached,
-            "rows": self.rows,
-        }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(self.path)
 
 
 def random_logits(point: Point, device: torch.device, scale: float = 3.0) -> Tensor:
@@ -391,7 +259,7 @@ class Bench:
 
     def __init__(self, device: torch.device, plan: Plan, result: Result) -> None:  # noqa: D107
         self.device, self.plan, self.result = device, plan, result
-        self.clock = Clock(device, plan)
+        self.clock = Clock(device, plan.warmups, plan.rounds)
 
     def backends(self, point: Point) -> list[str]:
         """GPU backends that serve a point."""
@@ -641,59 +509,6 @@ def describe(device: torch.device, commit: str) -> dict[str, object]:
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def comment(row: dict[str, Any]) -> str:
-    """What the table says about a row besides time and bytes."""
-    said = [row["content"]] if "content" in row else []
-    for name, value in row.items():
-        if name.startswith("percent_of_"):
-            yardsticks = name.removeprefix("percent_of_").replace("_and_", " + ")
-            said.append(f"{value:.1f} % of {yardsticks}")
-    if "ratio_to_random" in row:
-        said.append(f"{row['ratio_to_random']:.2f} x random")
-    if "times_ours" in row:
-        said.append(f"{row['times_ours']:.1f} x {row['backend']}")
-    if row.get("scaled", 1) > 1:
-        said.append(f"{row['scaled']} x the time of 1/{row['scaled']} of the rows")
-    if "launches" in row:
-        names = row["launches"]
-        said.append("not seen" if names is None else f"{len(names)}: {', '.join(names)}"[:300])
-    if "error" in row:
-        said.append(row["error"].splitlines()[0][:120])
-    return ", ".join(said)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each measurement, under its shape."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        point = Point(row["rows"], row["vocab"], row["k"], row["dtype"])
-        line = f"  {row.get('backend', ''):7s} {row['measure']:22s}"
-        if "ms" in row:
-            line += f"{row['ms']:9.3f} ms ({row['p10']:.3f} to {row['p90']:.3f})".ljust(34)
-        if "gb_s" in row:
-            line += f"{row['gb_s']:6.0f} GB/s"
-        if row.get("peak_bytes") is not None:
-            line += f"{row['peak_bytes'] / 1e6:9.1f} MB"
-        groups.setdefault(f"\n{row['part']}, {point}", []).append(f"{line}  {comment(row)}")
-    return [line for title, lines in groups.items() for line in [title, *lines]]
-
-
-def report(result: Result) -> None:
-    """Prints the table, then what was aimed at."""
-    print("\n" + ", ".join(f"{key} {value}" for key, value in result.head.items()))
-    print("\n".join(table(result.rows)))
-    print("\nverdict")
-    for goal in result.goals:
-        met = "met" if goal["met"] else "missed"
-        print(f"  {met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})")
-    for row in result.rows:
-        if row.get("launches"):
-            print(f"  {row['backend']}, launches of {row['measure']}: {len(row['launches'])}")
-    for name in result.not_reached:
-        print(f"  not reached: {name}")
-    print(f"\nwritten to {result.path}")
 
 
 def main() -> None:

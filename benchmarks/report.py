@@ -1,0 +1,95 @@
+"""The result file of a benchmark, and the table that is printed of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Result:
+    """The result file and what goes into it."""
+
+    def __init__(self, path: Path, head: dict[str, object]) -> None:  # noqa: D107
+        self.path, self.head = path, head
+        self.rows: list[dict[str, Any]] = []
+        self.goals: list[dict[str, Any]] = []
+        self.not_reached: list[str] = []
+
+    def add(self, part: str, point: Any, measure: str, **more: object) -> None:
+        """A row of the table."""
+        self.rows.append({"part": part, "measure": measure, **asdict(point), **more})
+
+    def goal(self, what: str, value: float, *, least: float = 0, most: float = torch.inf) -> None:
+        """A figure beside what it should be."""
+        goal = f"at least {least:g}" if least else f"at most {most:g}"
+        met = least <= value <= most
+        self.goals.append({"what": what, "value": value, "goal": goal, "met": met})
+
+    def write(self) -> None:
+        """Replaces the file in one step."""
+        content = {
+            **self.head,
+            "goals": self.goals,
+            "not_reached": self.not_reached,
+            "rows": self.rows,
+        }
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def comment(row: dict[str, Any]) -> str:
+    """What the table says about a row besides time and bytes."""
+    said = [row["content"]] if "content" in row else []
+    for name, value in row.items():
+        if name.startswith("percent_of_"):
+            yardsticks = name.removeprefix("percent_of_").replace("_and_", " + ")
+            said.append(f"{value:.1f} % of {yardsticks}")
+    if "ratio_to_random" in row:
+        said.append(f"{row['ratio_to_random']:.2f} x random")
+    if "times_ours" in row:
+        said.append(f"{row['times_ours']:.1f} x {row['backend']}")
+    if row.get("scaled", 1) > 1:
+        said.append(f"{row['scaled']} x the time of 1/{row['scaled']} of the rows")
+    if "launches" in row:
+        names = row["launches"]
+        said.append("not seen" if names is None else f"{len(names)}: {', '.join(names)}"[:300])
+    if "error" in row:
+        said.append(row["error"].splitlines()[0][:120])
+    return ", ".join(said)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each measurement, under its shape."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        point = f"{row['rows']} x {row['vocab']} {row['dtype']} K={row['k']}"
+        line = f"  {row.get('backend', ''):7s} {row['measure']:22s}"
+        if "ms" in row:
+            line += f"{row['ms']:9.3f} ms ({row['p10']:.3f} to {row['p90']:.3f})".ljust(34)
+        if "gb_s" in row:
+            line += f"{row['gb_s']:6.0f} GB/s"
+        if row.get("peak_bytes") is not None:
+            line += f"{row['peak_bytes'] / 1e6:9.1f} MB"
+        groups.setdefault(f"\n{row['part']}, {point}", []).append(f"{line}  {comment(row)}")
+    return [line for title, lines in groups.items() for line in [title, *lines]]
+
+
+def report(result: Result) -> None:
+    """Prints the table, then what was aimed at."""
+    print("\n" + ", ".join(f"{key} {value}" for key, value in result.head.items()))
+    print("\n".join(table(result.rows)))
+    print("\nverdict")
+    for goal in result.goals:
+        met = "met" if goal["met"] else "missed"
+        print(f"  {met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})")
+    for row in result.rows:
+        if row.get("launches"):
+            print(f"  {row['backend']}, launches of {row['measure']}: {len(row['launches'])}")
+    for name in result.not_reached:
+        print(f"  not reached: {name}")
+    print(f"\nwritten to {result.path}")
