@@ -45,8 +45,8 @@ def _clear(start_ptr, skip, first, stop, TILE: tl.constexpr):
         tl.store(start_ptr + at, tl.zeros([TILE], DTYPE), mask=(chunk >= body) & (chunk < end))
     # What is left at a row's ends is less than a chunk.
     lane = tl.arange(0, CHUNK)
-    tl.store(start_ptr + lane, tl.zeros([CHUNK], DTYPE),
-             mask=(lane >= skip) & (first == 0) & (lane < stop) & (skip > 0))  # fmt: skip
+    head = tl.where(first == 0, stop, 0)
+    tl.store(start_ptr + lane, tl.zeros([CHUNK], DTYPE), mask=(lane >= skip) & (lane < head))
     at = end * CHUNK + lane
     tl.store(start_ptr + at, tl.zeros([CHUNK], DTYPE), mask=(at >= skip) & (at < stop))
 
