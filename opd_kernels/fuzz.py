@@ -184,7 +184,7 @@ class Fuzzer:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m opd_kernels.fuzz", description=__doc__)
-    parser.add_argument("--backend", default="cpu", help="cpu or reference (default: cpu)")
+    parser.add_argument("--backend", default="cpu", help="cpu, triton or reference (default: cpu)")
     parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
     parser.add_argument(

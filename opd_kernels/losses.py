@@ -114,8 +114,8 @@ def topk_rkl(
             there.
         return_stats: also return ``Stats``: full softmaxes in plain PyTorch, many times the cost of
             the loss, so not for every step.
-        backend: "cpu" or "reference"; None picks the best for the device. One that is named is used
-            or raises.
+        backend: "cpu", "triton" or "reference"; None picks the best for the device. One that is
+            named is used or raises.
 
     Gradients: ``student_logits`` (in its dtype) and ``weight``. Kept for backward: 8 bytes per row
     and entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.

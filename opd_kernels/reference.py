@@ -43,8 +43,10 @@ def select(
         ids = torch.argsort(excluded, stable=True)
         values = values.masked_fill(excluded, NEVER)[..., ids]
         ids = torch.where(excluded[ids], -1, ids)
-    values, order = torch.sort(values, dim=-1, descending=True, stable=True)
-    values, ids = values[..., :k], ids[order[..., :k]]
+    # Some devices sort by bits: one NaN and one zero for all.
+    keys = torch.where(values.isnan(), torch.nan, values + 0.0)
+    order = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k]
+    values, ids = values.gather(-1, order), ids[order]
     missing = k - values.shape[-1]
     if missing > 0:
         values = torch.nn.functional.pad(values, (0, missing), value=NEVER)

@@ -1,7 +1,8 @@
 """One suite for every backend: a test that takes ``backend`` runs on each that this machine has.
 
 Under ``TRITON_INTERPRET=1`` those tests alone run, on the Triton backend, with guard bands around
-everything that it allocates.
+everything that it allocates. With ``OPD_KERNELS_TEST_DEVICE=cuda`` they alone run, on the backends
+that serve that device.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import bridge
 import pytest
 import torch
 from effort import INTERPRETED, examples
 from hypothesis import HealthCheck, settings
 
 from opd_kernels import backends
-from opd_kernels.backends import cpu
+from opd_kernels.backends import cpu, triton
 
 CPU = torch.device("cpu")
+# A call that every backend takes on its device.
+FLOAT32 = (torch.device(bridge.DEVICE or "cpu"), (torch.float32,), 1)
 
 settings.register_profile(
     "suite",
@@ -30,7 +34,13 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-BACKENDS = ["triton"] if INTERPRETED else [name for name in backends.MODULES if name != "triton"]
+
+def names_of_backends() -> list[str]:
+    """Those that the suite runs on."""
+    names = [name for name in backends.MODULES if backends.load(name).refusal(*FLOAT32) is None]
+    if bridge.DEVICE:
+        return [name for name in names if name != "cpu"]
+    return ["triton"] if INTERPRETED else names
 
 
 def pytest_configure() -> None:
@@ -43,6 +53,13 @@ def pytest_configure() -> None:
     if wanted not in cpu._C.__file__:
         raise pytest.UsageError(f"the tests run on {cpu._C.__file__}, expected it under {wanted}")
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
+    if bridge.DEVICE:
+        if names_of_backends() == ["reference"]:
+            raise pytest.UsageError(f"no kernels for {bridge.DEVICE}: {triton.refusal(*FLOAT32)}")
+        try:
+            bridge.build(torch.device(bridge.DEVICE))
+        except (RuntimeError, AssertionError) as error:
+            raise pytest.UsageError(f"the device {bridge.DEVICE} is not there: {error}") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,12 +67,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         import interpreter
 
         interpreter.speed_up()
-        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    if INTERPRETED or bridge.DEVICE:
+        wanted = {"backend"} if bridge.DEVICE else {"backend", "careful"}
+        kept = [item for item in items if wanted & set(getattr(item, "fixturenames", ()))]
+        if bridge.DEVICE:
+            kept = [item for item in kept if item.originalname not in bridge.LEFT_OUT]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=names_of_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend that serves float32 on the CPU."""
     name: str = request.param

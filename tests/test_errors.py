@@ -128,9 +128,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["expanded", "False"],
     ),
     "backend unknown": (
-        lambda: topk_rkl(S, T, backend="triton"),
+        lambda: topk_rkl(S, T, backend="tpu"),
         ValueError,
-        ["'triton'", "'cpu'", "'reference'"],
+        ["'tpu'", "'cpu'", "'reference'"],
     ),
     "inplace on a view of a leaf": (
         lambda: topk_rkl(
@@ -310,11 +310,12 @@ def test_bad_input_says_what_and_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), 1e-50])
-def test_temperatures_that_cannot_be_checked_make_nan_in_their_rows(bad: float) -> None:
+def test_temperatures_that_cannot_be_checked_make_nan_in_their_rows(
+    backend: str, bad: float
+) -> None:
     temperature = torch.tensor([1.0, bad, 1.0, 2.0], dtype=torch.float64)
-    for backend in backends.MODULES:
-        loss = topk_rkl(S, T, 5, temperature=temperature, reduction="none", backend=backend)
-        assert loss.isnan().tolist() == [False, True, False, False]
+    loss = topk_rkl(S, T, 5, temperature=temperature, reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, True, False, False]
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opd_kernels import fuzz
 from opd_kernels.backends import cpu
+from opd_kernels.testing import Case
 
 
 def test_a_sound_backend_passes(capsys: pytest.CaptureFixture[str], backend: str) -> None:
@@ -55,9 +59,54 @@ def test_a_fuzzer_that_cannot_draw_cases_does_not_report_success(
         fuzz.main(["--backend", "cpu", "--minutes", "0.01"])
 
 
+def test_time_ends_between_two_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A batch of cases that each compile something would take minutes.
+    monkeypatch.setattr(fuzz.testing, "check", lambda *_: time.sleep(0.3))
+    start = time.monotonic()
+    assert fuzz.main(["--backend", "cpu", "--minutes", "0.02"]) == 0
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("error", "most"), [("wrong", 30), ("CUDA error: illegal access", 1)])
+def test_shrinking_ends_in_time_and_at_once_where_every_call_fails(
+    monkeypatch: pytest.MonkeyPatch, error: str, most: int
+) -> None:
+    checked = []
+
+    def broken(case: Case, *_: object) -> None:
+        checked.append(case)
+        time.sleep(0.1)
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(fuzz, "_SHRINKING_SECONDS", 1.0)
+    monkeypatch.setattr(fuzz.testing, "check", broken)
+    fuzzer = fuzz.Fuzzer("cpu", "cpu", seed=0)
+    assert not fuzzer.run_batch(0)
+    assert len(checked) <= most
+    case, found = fuzzer.failure
+    assert case in checked
+    assert str(found) == error
+
+
+@given(st.data(), st.integers(0, 1000))
+def test_a_family_is_what_its_cases_have_in_common(data: st.DataObject, seed: int) -> None:
+    only = fuzz.family(str(seed))
+    case = data.draw(fuzz.cases(float64=False, only=only))
+    (least, most), (_, k_most) = only.pop("vocab"), only.pop("k")
+    assert least <= case.student_vocab <= most
+    assert case.k <= k_most
+    assert all(getattr(case, name) in choices for name, choices in only.items())
+
+
+def test_families_have_everything_between_them() -> None:
+    families = [fuzz.family(str(seed)) for seed in range(300)]
+    for name, parts in fuzz._COMPILED_FOR.items():
+        assert {family[name] for family in families} == set(parts)
+
+
 def test_a_backend_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuzz.main(["--backend", "triton", "--minutes", "0.01"]) == 2
-    assert "'triton'" in capsys.readouterr().err
+    assert fuzz.main(["--backend", "tpu", "--minutes", "0.01"]) == 2
+    assert "'tpu'" in capsys.readouterr().err
 
 
 def test_command_line_runs() -> None:

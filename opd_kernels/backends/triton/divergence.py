@@ -23,14 +23,17 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temperature):
     """(loss, entry gradients, whether the row is NaN) of a row on its present entries.
 
-    NaN or +inf at an entry that takes part makes the row NaN, which the caller writes. Without an
-    entry, or a student value above -inf, loss and gradients are 0.
+    NaN or +inf at an entry that takes part and a NaN temperature make the row NaN, which the caller
+    writes. Without an entry, or a student value above -inf, loss and gradients are 0.
     """
     NEVER: tl.constexpr = -float("inf")
     t = tl.where(present, values, NEVER)
     z = tl.load(student_ptr + tl.where(present, ids, 0), mask=present, other=0.0).to(tl.float32)
     z = tl.where(present, z, NEVER)
     bad = present & ~((z < float("inf")) & (t < float("inf")))
+    # A temperature that is not allowed comes as NaN.
+    both = temperature + teacher_temperature
+    bad = bad | ((z > NEVER) & (both != both))
 
     log_p = _log_softmax(z, temperature)
     ratio = log_p - _log_softmax(t, teacher_temperature)

@@ -90,14 +90,14 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
     _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width, GROUP, GROUPS_PAD)
     tl.debug_barrier()
 
-    clan = tl.arange(0, CLANS)
-    group = clan[:, None] * CLAN + tl.arange(0, CLAN)[None, :]
-    keys = tl.max(_group_keys(keys_ptr, group, True, groups, CLAN, UNSELECTABLE), axis=1)
-    listed = _store_best(keys, clan, list_ptr, k, CLANS, K_PAD, UNSELECTABLE)
+    group = tl.arange(0, GROUPS_PAD)
+    keys = _group_keys(keys_ptr, group, group >= 0, groups, UNSELECTABLE)
+    keys = tl.max(tl.reshape(keys, [CLANS, CLAN]), axis=1)
+    listed = _store_best(keys, tl.arange(0, CLANS), list_ptr, k, CLANS, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
 
     group, mask = _members(list_ptr, listed, SOME_CLANS, CLAN)
-    keys = _group_keys(keys_ptr, group, mask, groups, CLAN, UNSELECTABLE)
+    keys = _group_keys(keys_ptr, group, mask, groups, UNSELECTABLE)
     tl.debug_barrier()
     listed = _store_best(keys, group, list_ptr, k, SOME_CLANS * CLAN, K_PAD, UNSELECTABLE)
     tl.debug_barrier()
@@ -136,9 +136,9 @@ def _members(list_ptr, listed, COUNT: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _group_keys(keys_ptr, group, mask, groups, CLAN: tl.constexpr, UNSELECTABLE: tl.constexpr):
+def _group_keys(keys_ptr, group, mask, groups, UNSELECTABLE: tl.constexpr):
     # A row's keys are padded to a multiple of 16, so that whole vectors can be loaded.
-    keys = tl.load(keys_ptr + group, mask=mask & (group // CLAN * CLAN < groups))
+    keys = tl.load(keys_ptr + group, mask=mask & (group // 16 * 16 < groups))
     return tl.where(mask & (group < groups), keys.to(tl.int32), UNSELECTABLE)
 
 
@@ -254,7 +254,7 @@ def _store_best(keys, indices, out_ptr, k,
         low = tl.where(reach >= k, middle, low)
         high = tl.where(reach > k, high, tl.where(reach == k, middle, middle - 1))
     # One scan counts both: fewer than 2^15 are above (below k), at most SIZE are equal.
-    counts = tl.cumsum(tl.where(keys > low, 1 << 16, tl.where(keys == low, 1, 0)))
+    counts = _running_sum(tl.where(keys > low, 1 << 16, tl.where(keys == low, 1, 0)), SIZE)
     equals = counts & 0xFFFF
     total = tl.max(counts)
     wanted = tl.minimum(k - (total >> 16), SIZE)
@@ -262,6 +262,16 @@ def _store_best(keys, indices, out_ptr, k,
     place = (counts >> 16) + tl.minimum(equals, wanted) - 1
     tl.store(out_ptr + place, tl.reshape(indices, [SIZE]), mask=best)
     return (total >> 16) + tl.minimum(total & 0xFFFF, wanted)
+
+
+@triton.jit
+def _running_sum(values, SIZE: tl.constexpr):
+    """Inclusive sums; in rows that a warp holds, so that warps exchange sums of rows alone."""
+    COLUMNS: tl.constexpr = min(SIZE, 128)
+    rows = tl.reshape(values, [SIZE // COLUMNS, COLUMNS])
+    totals = tl.sum(rows, axis=1)
+    before = tl.cumsum(totals) - totals
+    return tl.reshape(tl.cumsum(rows, axis=1) + before[:, None], [SIZE])
 
 
 @triton.jit
