@@ -32,7 +32,7 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
     z = tl.where(present, z, NEVER)
     bad = present & ~((z < float("inf")) & (t < float("inf")))
     # A temperature that is not allowed comes as NaN.
-    both = temperature + teacher_temperature
+    both = tl.zeros_like(z) + temperature + teacher_temperature
     bad = bad | ((z > NEVER) & (both != both))
 
     log_p = _log_softmax(z, temperature)
