@@ -65,7 +65,7 @@ def guarded() -> Iterator[list[GuardedRows]]:
 
 @pytest.fixture(params=["triton"] if INTERPRETED else cpu.instruction_sets())
 def careful(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Backends that read no more than they must: the CPU's instruction sets, or the Triton kernels."""
+    """Backends that read no more than they must: the CPU's instruction sets or Triton's kernels."""
     if request.param == "triton":
         return "triton"
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", request.param)
