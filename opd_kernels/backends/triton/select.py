@@ -3,10 +3,9 @@
 A row is cut into groups of ``GROUP`` elements that start on 16-byte boundaries. One pass over the
 row leaves each group's largest key; the k best elements all lie in the k best groups (ties go to
 the lower group); those are read again and the k best of them selected. Nothing depends on the
-values but the number of steps of two binary searches, so all rows cost about the same.
+values but the number of steps of four binary searches, so all rows cost about the same.
 
-Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read (they stay in
-L2). Where there are few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here
+Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read. Where there are few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here
 and in ``divergence`` begin at its result.
 """
 
