@@ -63,13 +63,13 @@ def select(
     mask = None if mask is None else mask.contiguous()
     with _current(logits.device):
         for at in _parts(logits):
-            part = logits[at]
-            if part.shape[:-1].numel() == 0:
+            part, part_mask, part_ids, part_values = _at(at, logits, mask, ids, values)
+            count = part.shape[:-1].numel()
+            if count == 0:
                 continue
-            part_mask = None if mask is None else mask[at]
             keys, config, streamed = _stream(part, k, limit, part_mask)
-            _select.select_kernel[(part.shape[:-1].numel(),)](
-                part, banned, part_mask, keys, ids[at], values[at], limit, k, *_row_strides(part),
+            _select.select_kernel[(count,)](
+                part, banned, part_mask, keys, part_ids, part_values, limit, k, *_row_strides(part),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, **_options(config.warps),
             )  # fmt: skip
@@ -99,27 +99,24 @@ def divergence(
         teacher, teacher_ids = teacher.contiguous(), teacher_ids.contiguous()
     with _current(device):
         for at in _parts(student, teacher) if teacher_ids is None else _parts(student):
-            part = student[at]
+            part, part_teacher, support, part_mask, *row_values = _at(
+                at, student, teacher, teacher_ids, mask, student_ts, teacher_ts
+            )
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
-            part_mask = None if mask is None else mask[at]
-            row_values = (
-                None if student_ts is None else student_ts[at],
-                None if teacher_ts is None else teacher_ts[at],
-            )
-            outputs = (loss[at], ids[at], grad[at])
+            outputs = _at(at, loss, ids, grad)
             if teacher_ids is not None:
                 _divergence.support_divergence_kernel[(count,)](
-                    part, teacher[at], teacher_ids[at], banned, part_mask, *row_values, *outputs,
+                    part, part_teacher, support, banned, part_mask, *row_values, *outputs,
                     student_t, teacher_t, limit, k, *_row_strides(part),
                     *configs.entries(k), **_options(configs.entry_warps(k)),
                 )  # fmt: skip
                 continue
-            keys, config, streamed = _stream(teacher[at], k, limit, part_mask)
+            keys, config, streamed = _stream(part_teacher, k, limit, part_mask)
             _divergence.logits_divergence_kernel[(count,)](
-                part, teacher[at], banned, part_mask, *row_values, keys, *outputs,
-                student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(teacher[at]),
+                part, part_teacher, banned, part_mask, *row_values, keys, *outputs,
+                student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(part_teacher),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, **_options(config.warps),
             )  # fmt: skip
@@ -160,7 +157,7 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
 
 def _gradient_parts(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor
-) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """(rows of the gradient, (ids, entry gradients, upstream) of these rows) for each launch."""
     if entry_grad.shape != ids.shape or not ids.shape[:-1] == out.shape[:-1] == upstream.shape:
         raise ValueError("ids and entry gradients are not (rows, k)")
@@ -168,8 +165,9 @@ def _gradient_parts(
     upstream = upstream.to(torch.float32).contiguous()
     with _current(out.device):
         for at in _parts(out):
-            if out[at].numel() > 0:
-                yield out[at], (ids[at], entry_grad[at], upstream[at])
+            part, *entries = _at(at, out, ids, entry_grad, upstream)
+            if part.numel() > 0:
+                yield part, tuple(entries)
 
 
 def _stream(
@@ -237,6 +235,13 @@ def _parts(*tensors: Tensor) -> list[tuple[int, ...]]:
         for i in range(tensors[0].shape[0])
         for rest in _parts(*(tensor[i] for tensor in tensors))
     ]
+
+
+def _at(index: tuple[int, ...], *tensors: Any) -> tuple[Any, ...]:
+    """The tensors under an index; None stays."""
+    if not index:
+        return tensors
+    return tuple(None if tensor is None else tensor[index] for tensor in tensors)
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, int, int]:

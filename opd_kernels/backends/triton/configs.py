@@ -7,6 +7,7 @@ for k up to 64 and 10 % at 1024; warps are added until a thread holds 32 element
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 K_MAX = 1024
@@ -44,6 +45,7 @@ class Selection:
     warps: int
 
 
+@functools.lru_cache(256)
 def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
     """The configuration for the k best of ``width`` elements of ``itemsize`` bytes.
 
