@@ -5,9 +5,9 @@ row leaves each group's largest key; the k best elements all lie in the k best g
 the lower group); those are read again and the k best of them selected. Nothing depends on the
 values but the number of steps of four binary searches, so all rows cost about the same.
 
-Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read. Where there are
-few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here and in ``divergence``
-begin at its result.
+Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read. Where there
+are few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here and in
+``divergence`` begin at its result.
 """
 
 import triton
