@@ -30,7 +30,7 @@ AVX2 = "-mavx2 -mbmi2"
 
 # Each source and the flags that only it gets.
 SOURCES = {
-    "bindings.cpp": "",
+    "bindings/cpu.cpp": "",
     "cpu/instruction_sets.cpp": "-DOPD_X86_VARIANTS" if X86 else "",
     "cpu/select.cpp": "",
     "cpu/divergence.cpp": "",

@@ -40,10 +40,10 @@ struct RowBuffers {
 
 // Copies a given support, with absent entries as (-1, -inf).
 void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* values) {
-  const char* given_ids = args.ids->row(row);
+  const char* given_ids = args.ids.row(row);
   const char* given_values = args.teacher.row(row);
   for (int i = 0; i < args.k; ++i) {
-    const int64_t id = id_at(given_ids, args.ids->dtype, i);
+    const int64_t id = id_at(given_ids, args.ids.dtype, i);
     ids[i] = args.allowed.id(id) ? static_cast<int32_t>(id) : -1;
     values[i] = ids[i] < 0 ? -INFINITY : value_at(given_values, args.teacher.dtype, i);
   }
@@ -118,7 +118,7 @@ void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
 
 void divergence(const DivergenceArgs& args, const RowSelectors& selectors, int threads) {
   const int k = args.k;
-  const bool given = args.ids.has_value();
+  const bool given = args.given_support;
   const int64_t limit = args.allowed.limit;
   const SelectRow select_row = given ? nullptr : selectors.of(args.teacher.dtype);
   const size_t bytes =

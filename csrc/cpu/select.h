@@ -17,8 +17,6 @@
 
 namespace opd::cpu {
 
-constexpr int kMaxK = 1024;
-
 // G halves the re-read against the number of groups; below 16 elements a vector holds several groups
 // of too few elements to reduce. With G = 16 and K = 1024 the re-read is 11 % of V = 151936.
 constexpr int kWideGroup = 64;

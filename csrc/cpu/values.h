@@ -1,25 +1,12 @@
-// Reading a few elements of a row whose dtype is known only at run time.
+// Gathering a few elements of a row.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "../common/formats.h"
+#include "../common/values.h"
 
 namespace opd::cpu {
-
-inline float value_at(const char* row, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat32: return Float32::widen(reinterpret_cast<const int32_t*>(row)[index]);
-    case DType::kFloat16: return Float16::widen(reinterpret_cast<const int16_t*>(row)[index]);
-    default: return BFloat16::widen(reinterpret_cast<const int16_t*>(row)[index]);
-  }
-}
-
-inline int64_t id_at(const char* row, DType dtype, int64_t index) {
-  return dtype == DType::kInt64 ? reinterpret_cast<const int64_t*>(row)[index]
-                                : reinterpret_cast<const int32_t*>(row)[index];
-}
 
 // values[i] = row[ids[i]], -inf where the id is -1.
 inline void gather(const char* row, DType dtype, const int32_t* ids, int k, float* values) {

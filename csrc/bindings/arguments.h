@@ -1,0 +1,109 @@
+// What both compiled modules take from Python: raw pointers, dtypes by name, nothing of torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+
+#include "../common/arguments.h"
+
+namespace opd {
+
+namespace py = pybind11;
+
+inline DType dtype_of(const std::string& name) {
+  static const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
+                                                      {"float16", DType::kFloat16},
+                                                      {"bfloat16", DType::kBFloat16},
+                                                      {"int32", DType::kInt32},
+                                                      {"int64", DType::kInt64}};
+  const auto found = dtypes.find(name);
+  if (found == dtypes.end()) throw std::invalid_argument("no kernel reads dtype '" + name + "'");
+  return found->second;
+}
+
+inline ScatterMode scatter_mode(const std::string& name) {
+  if (name == "assign") return ScatterMode::kAssign;
+  if (name == "clear") return ScatterMode::kClear;
+  if (name == "add") return ScatterMode::kAdd;
+  throw std::invalid_argument("scatter has no mode '" + name + "'");
+}
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The classes, of each module its own.
+inline void define_arguments(py::module_& m) {
+  py::class_<Rows>(m, "Rows", py::module_local())
+      .def(py::init([](uintptr_t data, const std::string& dtype, const std::vector<int64_t>& shape,
+                       const std::vector<int64_t>& strides) {
+             return make_rows(data, dtype_of(dtype), shape, strides);
+           }),
+           py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+
+  py::class_<Allowed>(m, "Allowed", py::module_local())
+      .def(py::init([](int64_t limit, uintptr_t banned, uintptr_t mask) {
+             return Allowed{limit, pointer<const uint64_t>(banned), pointer<const bool>(mask)};
+           }),
+           py::arg("limit"), py::arg("banned") = 0, py::arg("mask") = 0);
+
+  py::class_<Temperature>(m, "Temperature", py::module_local())
+      .def(py::init([](float value, uintptr_t rows) {
+             return Temperature{value, pointer<const float>(rows)};
+           }),
+           py::arg("value"), py::arg("rows") = 0);
+}
+
+inline SelectArgs select_args(const Rows& logits, const Allowed& allowed, int k, uintptr_t ids,
+                              uintptr_t values) {
+  require(k >= 1 && k <= kMaxK, "k is outside [1, max_k]");
+  require(allowed.limit <= logits.width, "the limit is beyond the logits' vocabulary");
+  return {logits, allowed, k, pointer<int32_t>(ids), pointer<float>(values)};
+}
+
+inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher,
+                                      const std::optional<Rows>& ids, const Allowed& allowed, int k,
+                                      const Temperature& temperature,
+                                      const Temperature& teacher_temperature, uintptr_t loss,
+                                      uintptr_t out_ids, uintptr_t entry_grad) {
+  require(k >= 1 && k <= kMaxK, "k is outside [1, max_k]");
+  require(student.count == teacher.count, "student and teacher differ in rows");
+  require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
+  if (ids) {
+    require(ids->count == student.count && ids->width == k && teacher.width == k,
+            "the support's ids or values are not (rows, k)");
+  } else {
+    require(allowed.limit <= teacher.width, "the limit is beyond the teacher's vocabulary");
+  }
+  return {student,
+          teacher,
+          ids.value_or(Rows{}),
+          ids.has_value(),
+          allowed,
+          k,
+          temperature,
+          teacher_temperature,
+          pointer<float>(loss),
+          pointer<int32_t>(out_ids),
+          pointer<float>(entry_grad)};
+}
+
+inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_grad,
+                                uintptr_t upstream, int k, const std::string& mode) {
+  return {out,
+          pointer<const int32_t>(ids),
+          pointer<const float>(entry_grad),
+          pointer<const float>(upstream),
+          k,
+          scatter_mode(mode)};
+}
+
+}  // namespace opd

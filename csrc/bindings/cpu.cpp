@@ -1,0 +1,69 @@
+// The module _C: the CPU kernels.
+
+#include "../cpu/kernels.h"
+#include "arguments.h"
+
+using namespace opd;
+
+namespace {
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const auto& isa : cpu::instruction_sets())
+    if (isa.supported) names.push_back(isa.name);
+  return names;
+}
+
+const cpu::RowSelectors& selectors(const std::string& name) {
+  for (const auto& isa : cpu::instruction_sets())
+    if (name == isa.name && isa.supported) return *isa.selectors;
+  throw std::invalid_argument("this CPU or build has no instruction set '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of opd_kernels. Sizes are checked here, memory on the Python side.";
+  m.attr("max_k") = kMaxK;
+  m.def("instruction_sets", &instruction_sets, "What this CPU can run, best first.");
+  define_arguments(m);
+
+  m.def(
+      "select",
+      [](const std::string& isa, int threads, const Rows& logits, const Allowed& allowed, int k,
+         uintptr_t ids, uintptr_t values) {
+        const auto args = select_args(logits, allowed, k, ids, values);
+        const auto& chosen = selectors(isa);
+        py::gil_scoped_release release;
+        cpu::select(args, chosen, threads);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("allowed"),
+      py::arg("k"), py::arg("ids"), py::arg("values"));
+
+  m.def(
+      "divergence",
+      [](const std::string& isa, int threads, const Rows& student, const Rows& teacher,
+         const std::optional<Rows>& ids, const Allowed& allowed, int k,
+         const Temperature& temperature, const Temperature& teacher_temperature, uintptr_t loss,
+         uintptr_t out_ids, uintptr_t entry_grad) {
+        const auto args = divergence_args(student, teacher, ids, allowed, k, temperature,
+                                          teacher_temperature, loss, out_ids, entry_grad);
+        const auto& chosen = selectors(isa);
+        py::gil_scoped_release release;
+        cpu::divergence(args, chosen, threads);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("student"), py::arg("teacher"),
+      py::arg("ids"), py::arg("allowed"), py::arg("k"), py::arg("temperature"),
+      py::arg("teacher_temperature"), py::arg("loss"), py::arg("out_ids"), py::arg("entry_grad"));
+
+  m.def(
+      "scatter",
+      [](int threads, const Rows& out, uintptr_t ids, uintptr_t entry_grad, uintptr_t upstream,
+         int k, const std::string& mode) {
+        const auto args = scatter_args(out, ids, entry_grad, upstream, k, mode);
+        py::gil_scoped_release release;
+        cpu::scatter(args, threads);
+      },
+      py::kw_only(), py::arg("threads"), py::arg("out"), py::arg("ids"), py::arg("entry_grad"),
+      py::arg("upstream"), py::arg("k"), py::arg("mode"));
+}

@@ -1,0 +1,70 @@
+// What the primitives take: named structs of pointers, sizes and strides, the same on every device.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace opd {
+
+constexpr int kMaxK = 1024;
+
+// One side's temperature: a value per row where `rows` is set, else the same for all.
+struct Temperature {
+  float value = 1.0f;
+  const float* rows = nullptr;
+
+  OPD_HD float at(int64_t row) const { return rows ? rows[row] : value; }
+};
+
+// What may enter the support.
+struct Allowed {
+  int64_t limit = 0;                 // ids in [0, limit)
+  const uint64_t* banned = nullptr;  // a bit per id, in whole words, or null
+  const bool* mask = nullptr;        // a flag per row, false: not read; or null
+
+  OPD_HD bool row(int64_t index) const { return !mask || mask[index]; }
+  OPD_HD bool id(int64_t id) const {
+    return id >= 0 && id < limit && !(banned && ((banned[id >> 6] >> (id & 63)) & 1));
+  }
+};
+
+struct SelectArgs {
+  Rows logits;  // (N, V)
+  Allowed allowed;
+  int k;
+  int32_t* ids;   // (N, K)
+  float* values;  // (N, K)
+};
+
+struct DivergenceArgs {
+  Rows student;  // (N, V)
+  Rows teacher;  // (N, V_t) logits, or (N, K) values of the support
+  Rows ids;      // (N, K) ids of the support, where it is given
+  bool given_support;
+  Allowed allowed;
+  int k;
+  Temperature temperature;
+  Temperature teacher_temperature;
+  float* loss;        // (N)
+  int32_t* out_ids;   // (N, K) each id once, -1 where absent
+  float* entry_grad;  // (N, K)
+};
+
+// What scatter does with the memory that it is given.
+enum class ScatterMode {
+  kAssign,  // zeros already: writes the entries
+  kClear,   // anything: writes the zeros, too
+  kAdd,     // a gradient: adds the entries
+};
+
+struct ScatterArgs {
+  Rows out;                 // (N, V), any strides
+  const int32_t* ids;       // (N, K)
+  const float* entry_grad;  // (N, K)
+  const float* upstream;    // (N)
+  int k;
+  ScatterMode mode;
+};
+
+}  // namespace opd
