@@ -43,7 +43,7 @@ scatter_add_ = torch.ops.opd_kernels.scatter_add_.default
 def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    module = backends.resolve(backend, logits.device, (logits.dtype,), k)
+    module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
     return module.select(logits, k, limit, banned, mask)
 
 
@@ -69,7 +69,8 @@ def _divergence(
     row_teacher_temperature: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k)
+    vocab = limit if teacher_ids is None else 0
+    module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
     return module.divergence(
         student,
         teacher,

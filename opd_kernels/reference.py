@@ -23,7 +23,9 @@ from torch import Tensor
 NEVER = float("-inf")
 
 
-def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> None:
+def refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> None:
     """The reference serves every device, dtype and K."""
 
 

@@ -32,8 +32,10 @@ class Bridge:
     def __init__(self, backend: backends.Backend, device: torch.device) -> None:
         self._backend, self._device = backend, device
 
-    def refusal(self, _: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
-        return self._backend.refusal(self._device, dtypes, k)
+    def refusal(
+        self, _: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+    ) -> str | None:
+        return self._backend.refusal(self._device, dtypes, k, vocab)
 
     def select(self, *arguments: Any) -> Any:
         return self._call(self._backend.select, arguments)

@@ -1,7 +1,7 @@
 """One suite for every backend: a test that takes ``backend`` runs on each that this machine has.
 
-Under ``TRITON_INTERPRET=1`` those tests alone run, on the Triton backend, with guard bands around
-everything that it allocates. With ``OPD_KERNELS_TEST_DEVICE=cuda`` they alone run, on the backends
+The CUDA backend runs as well, its kernels emulated (emulated.py). Under ``TRITON_INTERPRET=1`` tests
+with a backend alone run, on the Triton backend. Both have guard bands around all that they allocate. With ``OPD_KERNELS_TEST_DEVICE=cuda`` they alone run, on the backends
 that serve that device.
 """
 
@@ -12,17 +12,22 @@ import warnings
 from collections.abc import Iterator
 
 import bridge
+import emulated
+import guards
 import pytest
 import torch
 from effort import INTERPRETED, examples
 from hypothesis import HealthCheck, settings
 
 from opd_kernels import backends
-from opd_kernels.backends import cpu, triton
+from opd_kernels.backends import cpu, cuda, triton
 
 CPU = torch.device("cpu")
 # A call that every backend takes on its device.
 FLOAT32 = (torch.device(bridge.DEVICE or "cpu"), (torch.float32,), 1)
+
+if emulated.POSSIBLE and not INTERPRETED and not bridge.DEVICE:
+    emulated.install()
 
 settings.register_profile(
     "suite",
@@ -81,12 +86,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend that serves float32 on the CPU."""
     name: str = request.param
     backends.resolve(name, CPU, (torch.float32,), 1)
-    if not INTERPRETED:
+    guarded = {"triton": triton, "cuda": cuda}.get(name)
+    if guarded is None or bridge.DEVICE:
         yield name
         return
-    import guards
-
-    with guards.around_allocations():
+    with guards.around_allocations(guarded):
         yield name
 
 

@@ -1,13 +1,12 @@
-"""Guard bands: what the Triton backend allocates lies between bytes that nothing may change."""
+"""Guard bands: what a GPU backend allocates lies between bytes that nothing may change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
-
-from opd_kernels.backends import triton as backend
 
 _BAND = 64  # bytes on either side, and a multiple of every vector's width
 _PATTERN = 0xA5
@@ -39,8 +38,8 @@ class GuardedMemory:
 
 
 @contextmanager
-def around_allocations() -> Iterator[GuardedMemory]:
-    """Guards every allocation of the backend while the block runs, and checks them at its end."""
+def around_allocations(backend: ModuleType) -> Iterator[GuardedMemory]:
+    """Guards every allocation of a backend while the block runs, and checks them at its end."""
     memory, plain = GuardedMemory(), backend._empty
     backend._empty = memory.empty
     try:

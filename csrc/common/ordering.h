@@ -29,6 +29,13 @@ OPD_HD inline Value order_key(Value bits) {
   return (key & ~is_nan) | (is_nan & Limits::kNaN);
 }
 
+// The value whose key it is; of the two zeros the positive one.
+template <class Format>
+OPD_HD inline float value_of_key(int32_t key) {
+  using Bits = typename Format::Bits;
+  return Format::widen(static_cast<Bits>(key < 0 ? -key | KeyLimits<Bits>::kNotSelectable : key));
+}
+
 // For maxima over many values, two operations an element instead of eight. raw_key orders as
 // order_key does except that -0 comes just below +0 and NaNs with the sign bit come below
 // kRawNegativeInfinity, where a minimum finds them; key_of_raw turns any other raw key into its
@@ -56,6 +63,10 @@ template <class Bits>
 OPD_HD inline uint64_t rank_key(Bits key, int32_t id) {
   const uint32_t high = static_cast<uint32_t>(static_cast<int32_t>(key)) ^ 0x80000000u;
   return (static_cast<uint64_t>(high) << 32) | static_cast<uint32_t>(~id);
+}
+
+OPD_HD inline int32_t rank_key_key(uint64_t rank) {
+  return static_cast<int32_t>(static_cast<uint32_t>(rank >> 32) ^ 0x80000000u);
 }
 
 OPD_HD inline int32_t rank_key_id(uint64_t rank) {

@@ -17,18 +17,24 @@ AUTO = "auto"
 # In order of preference.
 MODULES = {
     "cpu": "opd_kernels.backends.cpu",
+    "cuda": "opd_kernels.backends.cuda",
     "triton": "opd_kernels.backends.triton",
     "reference": "opd_kernels.reference",
 }
-# The backend written for a device, which says what is missing where the reference serves instead.
-NATIVE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+# The backends written for a device, which say what is missing where the reference serves instead.
+NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
 class Backend(Protocol):
     """What a backend's module has; ``opd_kernels.reference`` says what each function means."""
 
-    def refusal(self, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
-        """Why it cannot serve a call and what would, or None."""
+    def refusal(
+        self, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+    ) -> str | None:
+        """Why it cannot serve a call and what would, or None.
+
+        ``vocab`` is how many ids are selected from; 0 where none are.
+        """
 
     def select(
         self, logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
@@ -61,7 +67,9 @@ class Backend(Protocol):
         """The dense gradient, added to what is there."""
 
 
-def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> Backend:
+def resolve(
+    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> Backend:
     """The module for a request; one asked for by name is used or raises, it never falls back."""
     if name != AUTO:
         if name not in MODULES:
@@ -70,13 +78,13 @@ def resolve(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k:
                 f"{', '.join(map(repr, MODULES))}, and backend=None picks the best for the device"
             )
         module = load(name)
-        reason = module.refusal(device, dtypes, k)
+        reason = module.refusal(device, dtypes, k, vocab)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
         return module
     for candidate in MODULES:
         module = load(candidate)
-        if module.refusal(device, dtypes, k) is None:
+        if module.refusal(device, dtypes, k, vocab) is None:
             break
     if candidate == "reference":
         _warn_if_slow(device)
@@ -92,10 +100,12 @@ def load(name: str) -> Backend:
 @functools.cache
 def _warn_if_slow(device: torch.device) -> None:
     """Once per device: why the reference runs where kernels would be faster."""
-    reason: str | None = f"this version has no kernels for {device.type} tensors"
+    reasons: list[str | None] = [f"this version has no kernels for {device.type} tensors"]
     if device.type in NATIVE:
-        reason = load(NATIVE[device.type]).refusal(device, (torch.float32,), 1)
-    if reason is not None:
+        reasons = [load(x).refusal(device, (torch.float32,), 1) for x in NATIVE[device.type]]
+    if None not in reasons:
         warnings.warn(
-            f"opd_kernels runs on its plain PyTorch reference, slowly: {reason}", stacklevel=2
+            "opd_kernels runs on its plain PyTorch reference, slowly: "
+            + "; ".join(reason for reason in reasons if reason),
+            stacklevel=2,
         )

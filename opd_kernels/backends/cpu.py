@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_kernels.backends import _native
+
 _C: Any = None
 try:
     _C = importlib.import_module("opd_kernels._C")
 except ImportError as error:
     _IMPORT_ERROR = str(error)
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # From here on a gradient gets pages of its own from the system; smaller ones come from the heap.
 OWN_PAGES_BYTES = 4 << 20
 
@@ -43,19 +44,16 @@ def unavailable() -> str | None:
     )
 
 
-def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
+def refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> str | None:
     """Why this backend cannot serve a call, or None."""
     reason = unavailable()
     if reason is not None:
         return reason
     if device.type != "cpu":
         return f"the tensors are on {device}"
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            return f"{dtype} is not float16, bfloat16 or float32; backend='reference' takes it"
-    if k > _C.max_k:
-        return f"k is {k}, above {_C.max_k}; backend='reference' takes it"
-    return None
+    return _native.refused(dtypes, k, _C.max_k)
 
 
 def select(
@@ -68,8 +66,8 @@ def select(
     _C.select(
         isa=INSTRUCTION_SET,
         threads=torch.get_num_threads(),
-        logits=_rows(logits),
-        allowed=_allowed(limit, banned, mask, values.shape[:-1].numel()),
+        logits=_native.rows(_C, logits),
+        allowed=_native.allowed(_C, limit, banned, mask, values.shape[:-1].numel()),
         k=k,
         ids=ids.data_ptr(),
         values=values.data_ptr(),
@@ -94,17 +92,18 @@ def divergence(
     ids = torch.empty(*rows, k, dtype=torch.int32)
     entry_grad = torch.empty(*rows, k, dtype=torch.float32)
     mask = None if mask is None else mask.contiguous()
-    student_t, teacher_t = _row_values(temperature), _row_values(teacher_temperature)
+    student_t = _native.row_values(temperature)
+    teacher_t = _native.row_values(teacher_temperature)
     _C.divergence(
         isa=INSTRUCTION_SET,
         threads=torch.get_num_threads(),
-        student=_rows(student),
-        teacher=_rows(teacher),
-        ids=None if teacher_ids is None else _rows(teacher_ids),
-        allowed=_allowed(limit, banned, mask, loss.numel()),
+        student=_native.rows(_C, student),
+        teacher=_native.rows(_C, teacher),
+        ids=None if teacher_ids is None else _native.rows(_C, teacher_ids),
+        allowed=_native.allowed(_C, limit, banned, mask, loss.numel()),
         k=k,
-        temperature=_temperature(student_t),
-        teacher_temperature=_temperature(teacher_t),
+        temperature=_native.temperature(_C, student_t),
+        teacher_temperature=_native.temperature(_C, teacher_t),
         loss=loss.data_ptr(),
         out_ids=ids.data_ptr(),
         entry_grad=entry_grad.data_ptr(),
@@ -137,14 +136,10 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
 
 
 def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
-    ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
-    upstream = upstream.to(torch.float32).contiguous()
-    rows = upstream.numel()
-    if {ids.shape[:-1].numel(), out.shape[:-1].numel()} != {rows} or entry_grad.shape != ids.shape:
-        raise ValueError("ids and entry gradients are not (rows, k)")
+    entry_grad, ids, upstream = _native.scatter_inputs(out, entry_grad, ids, upstream)
     _C.scatter(
         threads=torch.get_num_threads(),
-        out=_rows(out),
+        out=_native.rows(_C, out),
         ids=ids.data_ptr(),
         entry_grad=entry_grad.data_ptr(),
         upstream=upstream.data_ptr(),
@@ -174,33 +169,3 @@ def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
     # set_ and not view: the gradient must not be a view, which autograd would not let users change.
     flat = torch.frombuffer(pages, dtype=dtype, count=count)
     return torch.empty(0, dtype=dtype).set_(flat.untyped_storage()).resize_(shape)
-
-
-def _rows(tensor: Tensor) -> Any:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return _C.Rows(tensor.data_ptr(), name, tuple(tensor.shape), tensor.stride())
-
-
-def _allowed(limit: int, banned: Tensor | None, mask: Tensor | None, rows: int) -> Any:
-    if mask is not None and (mask.dtype != torch.bool or mask.numel() != rows):
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool for {rows} rows")
-    if banned is not None and banned.nbytes * 8 < limit:
-        raise ValueError(f"the bitmap of banned ids has {banned.nbytes * 8} bits for {limit} ids")
-    return _C.Allowed(
-        limit,
-        banned=0 if banned is None else banned.data_ptr(),
-        mask=0 if mask is None else mask.data_ptr(),
-    )
-
-
-def _row_values(temperature: float | Tensor) -> float | Tensor:
-    """Per-row temperatures as the kernels read them; must outlive the call."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(torch.float32).contiguous()
-    return temperature
-
-
-def _temperature(temperature: float | Tensor) -> Any:
-    if isinstance(temperature, Tensor):
-        return _C.Temperature(1.0, temperature.data_ptr())
-    return _C.Temperature(temperature)

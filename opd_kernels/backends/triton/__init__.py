@@ -39,7 +39,9 @@ def unavailable() -> str | None:
     return _MISSING
 
 
-def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int) -> str | None:
+def refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if _MISSING is not None:
         return _MISSING

@@ -1,0 +1,125 @@
+// What the threads of a block tell each other: sums, maxima, running counts.
+//
+// Every exchange has one barrier. Two buffers take turns, so that the next exchange writes where
+// nobody reads any more: who writes a buffer has passed the barrier of the exchange between, before
+// which everybody had read it.
+#pragma once
+
+#include "device.cuh"
+
+namespace opd::cuda {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+// Sums of floats are those of this many threads in every block, so that their bits are the same for
+// every number of threads. No block has fewer.
+constexpr int kEntryThreads = 128;
+
+class Block {
+ public:
+  static constexpr int kWordsOfWarp = 3;  // what a warp can tell at once
+  static constexpr int kScratchBytes = 2 * kMaxWarps * kWordsOfWarp * sizeof(uint32_t);
+
+  __device__ explicit Block(char* scratch)
+      : thread(threadIdx.x),
+        threads(blockDim.x),
+        lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        warps(blockDim.x / kWarp),
+        scratch_(reinterpret_cast<uint32_t*>(scratch)) {}
+
+  const int thread, threads, lane, warp, warps;
+
+  // The sum over all threads.
+  __device__ int sum(int value) {
+    const unsigned of_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(value));
+    const uint32_t* all = exchange(&of_warp, 1);
+    return __reduce_add_sync(kAllLanes, lane < warps ? all[lane] : 0u);
+  }
+
+  // The least and the largest of a value over all threads.
+  __device__ void range(int& least, int& largest) {
+    const uint32_t of_warp[] = {static_cast<uint32_t>(__reduce_min_sync(kAllLanes, least)),
+                                static_cast<uint32_t>(__reduce_max_sync(kAllLanes, largest))};
+    const uint32_t* all = exchange(of_warp, 2);
+    const int from = lane < warps ? lane : 0;
+    least = __reduce_min_sync(kAllLanes, static_cast<int>(all[from]));
+    largest = __reduce_max_sync(kAllLanes, static_cast<int>(all[kMaxWarps + from]));
+  }
+
+  // The sum over the warps before this one, and over all.
+  __device__ void sums_of_warps(unsigned value, unsigned& before, unsigned& total) {
+    const unsigned of_warp = __reduce_add_sync(kAllLanes, value);
+    const uint32_t* all = exchange(&of_warp, 1);
+    const unsigned other = lane < warps ? all[lane] : 0u;
+    before = __reduce_add_sync(kAllLanes, lane < warp ? other : 0u);
+    total = __reduce_add_sync(kAllLanes, other);
+  }
+
+  // Combines a struct of up to three 32-bit members over the first kEntryThreads threads, in an order
+  // that does not depend on the number of threads.
+  template <class Value, class Combine>
+  __device__ Value combine(Value value, Combine combine) {
+    constexpr int kWords = sizeof(Value) / sizeof(uint32_t);
+    static_assert(kWords <= kWordsOfWarp && sizeof(Value) % sizeof(uint32_t) == 0, "");
+    uint32_t words[kWords];
+    for (int other = kWarp / 2; other > 0; other /= 2) {
+      memcpy(words, &value, sizeof value);
+      for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, other);
+      Value theirs;
+      memcpy(&theirs, words, sizeof theirs);
+      value = combine(value, theirs);
+    }
+    memcpy(words, &value, sizeof value);
+    const uint32_t* all = exchange(words, kWords);
+    for (int from = 0; from < kEntryThreads / kWarp; ++from) {
+      for (int i = 0; i < kWords; ++i) words[i] = all[i * kMaxWarps + from];
+      Value theirs;
+      memcpy(&theirs, words, sizeof theirs);
+      value = from == 0 ? theirs : combine(value, theirs);
+    }
+    return value;
+  }
+
+ private:
+  // Word i of warp w is at [i * kMaxWarps + w] of the result.
+  __device__ const uint32_t* exchange(const uint32_t* words, int count) {
+    uint32_t* buffer = scratch_ + turn_ * (kMaxWarps * kWordsOfWarp);
+    turn_ ^= 1;
+    if (lane == 0)
+      for (int i = 0; i < count; ++i) buffer[i * kMaxWarps + warp] = words[i];
+    __syncthreads();
+    return buffer;
+  }
+
+  uint32_t* scratch_;
+  int turn_ = 0;
+};
+
+// Sorts `size` integers, a power of two, into descending order: a bitonic network whose steps stay
+// within a warp's 64 elements where they can. Ends with a barrier, and needs one before.
+__device__ inline void sort_descending(const Block& block, uint64_t* values, int size) {
+  for (int run = 2; run <= size; run *= 2) {
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      for (int pair = block.thread; pair < size / 2; pair += block.threads) {
+        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
+        const bool descending = (low & run) == 0;
+        const uint64_t a = values[low], b = values[high];
+        if ((a < b) == descending) {
+          values[low] = b;
+          values[high] = a;
+        }
+      }
+      const int next = stride > 1 ? stride / 2 : run;
+      // The next step reads what this one wrote: of the same warp, or of others.
+      if (stride > kWarp || next > kWarp) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace opd::cuda

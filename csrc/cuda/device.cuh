@@ -1,0 +1,107 @@
+// The hardware in the words that the kernels use, where CUDA C++ has none without a large header.
+//
+// Kernels are compiled by nvcc, and by g++ with OPD_EMULATION, where the header emulation.h stands in
+// for the language and for what is between the two branches below.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/formats.h"
+
+#if defined(OPD_EMULATION)
+#include "emulation.h"
+#endif
+
+namespace opd::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#if defined(OPD_EMULATION)
+
+using emulation::cluster_rank;
+using emulation::cluster_size;
+using emulation::in_leader;
+using emulation::shared_memory;
+using emulation::word_max;
+
+#else
+
+// The larger of two floats, or each of two pairs of halves; NaN if one is.
+template <class Format>
+__device__ uint32_t word_max(uint32_t a, uint32_t b);
+
+template <>
+__device__ inline uint32_t word_max<Float32>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("{.reg .f32 x, y, z; mov.b32 x, %1; mov.b32 y, %2; max.NaN.f32 z, x, y; mov.b32 %0, z;}"
+      : "=r"(larger)
+      : "r"(a), "r"(b));
+  return larger;
+}
+
+template <>
+__device__ inline uint32_t word_max<Float16>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+template <>
+__device__ inline uint32_t word_max<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+__device__ inline char* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<char*>(memory);
+}
+
+// Clusters: blocks that run together and write into each other's shared memory. Before compute
+// capability 9.0 there are none, and a block is a cluster of its own.
+#if __CUDA_ARCH__ >= 900
+
+__device__ inline int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+__device__ inline void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// The same place in the shared memory of the cluster's first block.
+template <class T>
+__device__ inline T* in_leader(T* at) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, 0;" : "=l"(there) : "l"(at));
+  return reinterpret_cast<T*>(there);
+}
+
+#else
+
+__device__ inline int cluster_rank() { return 0; }
+__device__ inline int cluster_size() { return 1; }
+__device__ inline void cluster_barrier() {}
+template <class T>
+__device__ inline T* in_leader(T* at) {
+  return at;
+}
+
+#endif
+#endif
+
+}  // namespace opd::cuda

@@ -1,0 +1,199 @@
+// The renormalised reverse KL of each row and its entry gradients.
+//
+// Where the teacher is logits the row's support is selected first, in the same kernel: the teacher's
+// row is read once, then k of the student's values; nothing of the vocabulary's size is written. Where
+// the support is given a row costs its k entries, and repeated ids are merged. An entry is its thread's
+// from reading to writing, so that only sums need barriers.
+#pragma once
+
+#include "../common/divergence.h"
+#include "../common/values.h"
+#include "select.cuh"
+
+namespace opd::cuda {
+
+// The entries of a row in shared memory. What is there of student and teacher changes: values, then
+// values less the largest, by the temperature.
+struct Entries {
+  int32_t* ids;
+  float* student;
+  float* teacher;
+  float* grad;  // may be student's place
+};
+
+struct Extremes {
+  float student, teacher;
+  unsigned poisoned;
+};
+
+struct Sums {
+  float student, teacher;
+};
+
+// Calls body(entry) for the entries of this thread.
+template <class Body>
+__device__ void for_entries(const Block& block, int k, const Body& body) {
+  if (block.thread < kEntryThreads)
+    for (int i = block.thread; i < k; i += kEntryThreads) body(i);
+}
+
+// Gathers the student on the row's ids, marks entries of value -inf as absent, and turns all into the
+// row's loss and gradients: zero where an entry is absent, NaN throughout where the loss is NaN.
+__device__ inline float row_divergence(Block& block, const DivergenceArgs& args, int64_t row,
+                                       const Entries& entries) {
+  const int k = args.k;
+  const char* student_row = args.student.row(row);
+  Extremes extremes{-INFINITY, -INFINITY, 0};
+  for_entries(block, k, [&](int i) {
+    const float t = entries.teacher[i];
+    if (t == -INFINITY) entries.ids[i] = -1;
+    const int id = entries.ids[i];
+    const float z = id < 0 ? -INFINITY : value_at(student_row, args.student.dtype, id);
+    entries.student[i] = z;
+    if (id < 0) return;
+    extremes = {fmaxf(extremes.student, z), fmaxf(extremes.teacher, t),
+                extremes.poisoned | poisons(z, t)};
+  });
+  extremes = block.combine(extremes, [](const Extremes& a, const Extremes& b) {
+    return Extremes{fmaxf(a.student, b.student), fmaxf(a.teacher, b.teacher),
+                    a.poisoned | b.poisoned};
+  });
+  if (extremes.poisoned || extremes.student == -INFINITY) {
+    const float loss = extremes.poisoned ? NAN : 0.0f;
+    for_entries(block, k, [&](int i) { entries.grad[i] = entries.ids[i] < 0 ? 0.0f : loss; });
+    return loss;
+  }
+
+  const float temperature = args.temperature.at(row);
+  const float teacher_temperature = args.teacher_temperature.at(row);
+  Sums sums{0, 0};
+  for_entries(block, k, [&](int i) {
+    float& z = entries.student[i];
+    float& t = entries.teacher[i];
+    if (entries.ids[i] < 0) return;
+    // An entry of the student's that is -inf keeps it: p = 0 at any temperature.
+    if (z != -INFINITY) z = (z - extremes.student) / temperature, sums.student += expf(z);
+    t = (t - extremes.teacher) / teacher_temperature;
+    sums.teacher += expf(t);
+  });
+  sums = block.combine(sums, [](const Sums& a, const Sums& b) {
+    return Sums{a.student + b.student, a.teacher + b.teacher};
+  });
+
+  const float log_student = logf(sums.student), log_teacher = logf(sums.teacher);
+  float loss = 0;
+  for_entries(block, k, [&](int i) {
+    if (entries.ids[i] < 0) return;
+    float& z = entries.student[i];
+    float& t = entries.teacher[i];
+    const float ratio = finite_log(z - log_student) - finite_log(t - log_teacher);
+    z = z == -INFINITY ? 0.0f : expf(z) / sums.student;
+    t = ratio;
+    loss += entry_loss(z, ratio);
+  });
+  loss = block.combine(loss, [](float a, float b) { return a + b; });
+  for_entries(block, k, [&](int i) {
+    entries.grad[i] =
+        entries.ids[i] < 0 ? 0.0f
+        : isnan(loss)      ? NAN
+                           : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
+  });
+  return loss;
+}
+
+// A row that is not read.
+__device__ inline void write_masked_row(const Block& block, const DivergenceArgs& args, int64_t row) {
+  for_entries(block, args.k, [&](int i) {
+    args.out_ids[row * args.k + i] = -1;
+    args.entry_grad[row * args.k + i] = 0;
+  });
+  if (block.thread == 0) args.loss[row] = 0;
+}
+
+// Selection and divergence against a teacher's logits; a block or a cluster for each row.
+template <class Format>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    divergence_kernel(const __grid_constant__ DivergenceArgs args, const __grid_constant__ Plan plan) {
+  const int64_t row = blockIdx.x / cluster_size();
+  const int k = args.k;
+  const Shared<typename Format::Bits> shared(plan, k);
+  Block block(shared.scratch);
+  if (!args.allowed.row(row)) {
+    if (cluster_rank() == 0) write_masked_row(block, args, row);
+    return;
+  }
+  const int found =
+      select_row<Format>(block, shared, args.teacher.row(row), args.allowed, k, plan.lane_bits);
+  if (found < 0) return;
+  auto* student = reinterpret_cast<float*>(shared.list);  // done with
+  const Entries entries{shared.ids, student, shared.values, student};
+  for_entries(block, k, [&](int i) {
+    if (i >= found) entries.ids[i] = -1, entries.teacher[i] = -INFINITY;
+  });
+  const float loss = row_divergence(block, args, row, entries);
+  for_entries(block, k, [&](int i) {
+    args.out_ids[row * k + i] = entries.ids[i];
+    args.entry_grad[row * k + i] = entries.grad[i];
+  });
+  if (block.thread == 0) args.loss[row] = loss;
+}
+
+// Bytes of shared memory for a support that is given: ranks to sort by, entries, scratch.
+inline int support_bytes(int k) {
+  return next_power_of_2(k) * static_cast<int>(sizeof(uint64_t)) +
+         3 * k * static_cast<int>(sizeof(float)) + Block::kScratchBytes;
+}
+
+// Divergence on a support that is given, in any order; a block for each row. The gradients of a
+// repeated id go to the first of its entries, and the others become absent, so that scatter can assign.
+__global__ void __launch_bounds__(kEntryThreads)
+    support_divergence_kernel(const __grid_constant__ DivergenceArgs args) {
+  const int64_t row = blockIdx.x;
+  const int k = args.k;
+  int size = 1;
+  while (size < k) size *= 2;
+  auto* ranks = reinterpret_cast<uint64_t*>(shared_memory());
+  auto* ids = reinterpret_cast<int32_t*>(ranks + size);
+  auto* student = reinterpret_cast<float*>(ids + k);
+  const Entries entries{ids, student, student + k, student};
+  Block block(reinterpret_cast<char*>(student + 2 * k));
+  if (!args.allowed.row(row)) return write_masked_row(block, args, row);
+
+  const char* given_ids = args.ids.row(row);
+  const char* given_values = args.teacher.row(row);
+  for_entries(block, k, [&](int i) {
+    const int64_t id = id_at(given_ids, args.ids.dtype, i);
+    const bool allowed = args.allowed.id(id);
+    entries.ids[i] = allowed ? static_cast<int32_t>(id) : -1;
+    entries.teacher[i] = allowed ? value_at(given_values, args.teacher.dtype, i) : -INFINITY;
+  });
+  const float loss = row_divergence(block, args, row, entries);
+  if (block.thread == 0) args.loss[row] = loss;
+
+  // Present entries by (id, place), before the absent ones.
+  int32_t* out_ids = args.out_ids + row * k;
+  float* out_grad = args.entry_grad + row * k;
+  for (int i = block.thread; i < size; i += block.threads) {
+    const bool present = i < k && entries.ids[i] >= 0;
+    ranks[i] = present ? ~(static_cast<uint64_t>(entries.ids[i]) << 32 | static_cast<uint32_t>(i)) : 0;
+    if (i < k && !present) out_ids[i] = -1, out_grad[i] = 0;
+  }
+  __syncthreads();  // ranks and gradients are there for all
+  sort_descending(block, ranks, size);
+  for (int i = block.thread; i < size && ranks[i] != 0; i += block.threads) {
+    const uint32_t id = ~ranks[i] >> 32;
+    if (i > 0 && ~ranks[i - 1] >> 32 == id) continue;  // not the first of its id
+    const auto first = static_cast<uint32_t>(~ranks[i]);
+    double sum = entries.grad[first];
+    for (int j = i + 1; j < size && ranks[j] != 0 && ~ranks[j] >> 32 == id; ++j) {
+      const auto repeat = static_cast<uint32_t>(~ranks[j]);
+      sum += entries.grad[repeat];
+      out_ids[repeat] = -1;
+      out_grad[repeat] = 0;
+    }
+    out_ids[first] = static_cast<int32_t>(id);
+    out_grad[first] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace opd::cuda

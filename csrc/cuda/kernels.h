@@ -1,0 +1,31 @@
+// The CUDA primitives. A launcher takes one struct, the device and a stream; it neither allocates nor
+// synchronises, and throws what CUDA says of a launch.
+#pragma once
+
+#include <stdexcept>
+
+#include "../common/arguments.h"
+
+namespace opd::cuda {
+
+// Where to launch, and what of it the shape of a launch depends on.
+struct Device {
+  int index;
+  int multiprocessors;
+  bool clusters;  // whether blocks can form clusters (compute capability 9.0 and above)
+  void* stream;
+};
+
+void select(const SelectArgs& args, const Device& device);
+void divergence(const DivergenceArgs& args, const Device& device);
+void scatter(const ScatterArgs& args, const Device& device);
+
+// The widest row of which the k best can be selected: the limits are those of shared memory.
+int64_t max_width(int k, DType dtype);
+
+// Of CUDA as the driver and the runtime in this module count it: 13000 is 13.0. The driver's is 0
+// where there is none.
+int driver_version();
+int runtime_version();
+
+}  // namespace opd::cuda

@@ -1,0 +1,75 @@
+// Launching a kernel: by the CUDA runtime, or by the emulation that stands in for it.
+#pragma once
+
+#include "kernels.h"
+
+#if defined(OPD_EMULATION)
+#include "emulation.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+namespace opd::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that is no fault of the device is not left for others to find
+  throw std::runtime_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorName(error) + ", " +
+                           cudaGetErrorString(error));
+}
+
+// Until the object goes, what is launched goes to this device.
+class OnDevice {
+ public:
+  explicit OnDevice(int index) {
+    check(cudaGetDevice(&before_), "tell the current device");
+    if (index != before_) check(cudaSetDevice(index), "use the device");
+    changed_ = index != before_;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+struct Grid {
+  int64_t x;
+  int64_t y = 1;
+};
+
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes, int cluster,
+            const Device& device, const Parameters&... arguments) {
+  constexpr int kSharedWithoutAsking = 48 * 1024;
+  if (grid.x > 0x7fffffff || grid.y > 0xffff)
+    throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows at once");
+  const OnDevice on_device(device.index);
+  if (shared_bytes > kSharedWithoutAsking)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "give a block its shared memory");
+  cudaLaunchAttribute in_clusters{};
+  in_clusters.id = cudaLaunchAttributeClusterDimension;
+  in_clusters.val.clusterDim.x = static_cast<unsigned>(cluster);
+  in_clusters.val.clusterDim.y = 1;
+  in_clusters.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(device.stream);
+  config.attrs = &in_clusters;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
+}
+
+}  // namespace opd::cuda
+
+#endif

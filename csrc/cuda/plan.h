@@ -1,0 +1,95 @@
+// How a launch is cut, in one place: sizes of groups and blocks, given k, a row and the device.
+//
+// Small groups mean more group keys to search, large ones more elements to read a second time (k
+// groups of them): 3 % of a row of 150 000 for k up to 64, 10 % at 1024. Blocks are small where there
+// are rows enough to fill a multiprocessor with blocks at different stages, and large where not.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "block.cuh"
+#include "kernels.h"
+
+namespace opd::cuda {
+
+// Rows are cut from an address of 128 bytes on, a line of the cache, into chunks of 16 bytes, one load
+// of a thread; tiles, one load of a warp; and groups of a power of two of chunks within a tile.
+constexpr int kAlignment = 128;
+constexpr int kChunkBytes = 16;
+constexpr int kTileBytes = kChunkBytes * kWarp;
+// Tiles that a warp loads at once: 16 kB in flight for a block of 128 threads.
+constexpr int kTilesAtOnce = 8;
+// Threads that keep a multiprocessor's memory busy, and keys that a thread may search.
+constexpr int kThreadsOfMultiprocessor = 1024;
+constexpr int kKeysOfThread = 64;
+// What every architecture from 8.0 on has for one block, less what is not for keys.
+constexpr int kMostKeyBytes = 84 * 1024;
+constexpr int kMaxCluster = 8;
+
+struct Plan {
+  int lane_bits;     // a group is 2^lane_bits chunks
+  int threads;       // of a block
+  int cluster;       // blocks of a row
+  int key_bytes;     // of shared memory
+  int shared_bytes;  // with what follows the keys
+};
+
+inline int div_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+inline int next_power_of_2(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+inline int largest_group(int k) { return k <= 64 ? 64 : k <= 256 ? 32 : 16; }
+
+// Bytes of group keys, and of the keys of the elements of k groups, whole vectors of each.
+inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
+  const int64_t tiles = div_up(width * size + kAlignment - size, kTileBytes);
+  const int64_t groups = tiles << (5 - lane_bits);
+  const int64_t elements = std::min<int64_t>(groups, k) << lane_bits;  // in chunks
+  return std::max<int64_t>((groups * size + kChunkBytes - 1) / kChunkBytes, elements) * kChunkBytes;
+}
+
+// The smallest groups, from those that suit k on, of which the keys of a row fit; -1: none do.
+inline int lane_bits(int64_t width, int k, int size) {
+  int bits = 0;
+  while ((kChunkBytes / size) << bits < largest_group(k)) ++bits;
+  for (; bits <= 5; ++bits) {
+    if (((width * size / kTileBytes + 2) << (5 - bits)) * size > kMostKeyBytes) continue;
+    return key_bytes(width, k, size, bits) <= kMostKeyBytes ? bits : -1;
+  }
+  return -1;
+}
+
+inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, const Device& device) {
+  const int size = element_size(dtype);
+  Plan plan;
+  plan.lane_bits = lane_bits(width, k, size);
+  if (plan.lane_bits < 0)
+    throw std::invalid_argument("rows of " + std::to_string(width) + " elements do not fit");
+  plan.key_bytes = static_cast<int>(key_bytes(width, k, size, plan.lane_bits));
+  // Sorting takes the keys' place.
+  plan.key_bytes = std::max(plan.key_bytes, next_power_of_2(k) * static_cast<int>(sizeof(uint64_t)));
+  plan.shared_bytes =
+      plan.key_bytes + Block::kScratchBytes + k * static_cast<int>(3 * sizeof(int32_t));
+
+  const int tiles = div_up(width * size, kTileBytes);
+  const int rows_of_multiprocessor = div_up(rows, device.multiprocessors);
+  int wanted = kThreadsOfMultiprocessor / std::max(rows_of_multiprocessor, 1);
+  wanted = std::min(wanted, tiles * kWarp);  // a tile for each warp
+  wanted = std::max(wanted, plan.key_bytes / size / kKeysOfThread);
+  plan.threads = kEntryThreads;
+  while (plan.threads < kMaxThreads && plan.threads * 2 <= wanted) plan.threads *= 2;
+  plan.cluster = 1;
+  while (device.clusters && plan.cluster < kMaxCluster &&
+         rows * plan.cluster * 2 <= device.multiprocessors &&
+         tiles >= plan.cluster * 2 * (plan.threads / kWarp))
+    plan.cluster *= 2;
+  return plan;
+}
+
+}  // namespace opd::cuda

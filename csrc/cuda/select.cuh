@@ -1,0 +1,394 @@
+// Selection: the k best of a row, exactly, in one read of it.
+//
+// A row is cut into groups of adjacent elements. One pass leaves each group's largest key in shared
+// memory; the k best elements all lie in the k best groups (ties go to the lower group), which are
+// read again. Both choices find the k-th key by bisecting with counts, so that nothing but the number
+// of steps depends on the values. Several blocks share a multiprocessor: while one chooses, others
+// stream. Where there are few rows, the blocks of a cluster stream pieces of one row into the shared
+// memory of the first.
+//
+// Bytes: V elements, k groups a second time.
+#pragma once
+
+#include "../common/arguments.h"
+#include "../common/ordering.h"
+#include "plan.h"
+
+namespace opd::cuda {
+
+// A row from the aligned address at or before its first element on.
+template <class Format>
+class AlignedRow {
+ public:
+  using Bits = typename Format::Bits;
+  static constexpr int kChunk = kChunkBytes / sizeof(Bits);
+  static constexpr int kTile = kTileBytes / sizeof(Bits);
+  static constexpr unsigned kAll = (1u << kChunk) - 1;
+
+  __device__ AlignedRow(const char* row, int width, const uint64_t* banned)
+      : start_(reinterpret_cast<const Bits*>(row - skipped_bytes(row))),
+        banned_(reinterpret_cast<const uint8_t*>(banned)),
+        skip_(skipped_bytes(row) / static_cast<int>(sizeof(Bits))),
+        width_(width) {}
+
+  __device__ int tiles() const { return (skip_ + width_ + kTile - 1) / kTile; }
+  // Tiles [begin, end) lie in the row with all their elements.
+  __device__ int whole_begin() const { return skip_ > 0; }
+  __device__ int whole_end() const { return (skip_ + width_) / kTile; }
+  __device__ bool has_banned() const { return banned_ != nullptr; }
+  __device__ int id_of(int chunk, int element) const { return chunk * kChunk + element - skip_; }
+
+  __device__ uint4 load_whole(int chunk) const {
+    return __ldcs(reinterpret_cast<const uint4*>(start_) + chunk);
+  }
+
+  // A bit for each element of a chunk that cannot be selected.
+  __device__ unsigned excluded(int chunk) const {
+    const int first = id_of(chunk, 0);
+    const unsigned outside = outside_row(first);
+    if (!banned_ || outside == kAll) return outside;
+    const int byte = first >> 3;
+    const unsigned low = byte >= 0 ? banned_[byte] : 0;
+    const unsigned high = (byte + 1) * 8 < width_ ? banned_[byte + 1] : 0;
+    return outside | (((low | high << 8) >> (first & 7)) & kAll);
+  }
+
+  // The keys of a chunk's elements.
+  __device__ void load_keys(int chunk, unsigned excluded, Bits* keys) const {
+    Bits bits[kChunk];
+    if (outside_row(id_of(chunk, 0)) == 0) {
+      const uint4 loaded = load_whole(chunk);
+      memcpy(bits, &loaded, sizeof bits);
+    } else {
+      for (int i = 0; i < kChunk; ++i)
+        bits[i] = (excluded >> i) & 1 ? Bits(0) : start_[chunk * kChunk + i];
+    }
+    for (int i = 0; i < kChunk; ++i)
+      keys[i] = (excluded >> i) & 1
+                    ? KeyLimits<Bits>::kNotSelectable
+                    : static_cast<Bits>(order_key<Format>(static_cast<int32_t>(bits[i])));
+  }
+
+ private:
+  __device__ static int skipped_bytes(const char* row) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kAlignment);
+  }
+
+  __device__ unsigned outside_row(int first) const {
+    const int before = min(max(-first, 0), kChunk);
+    const int until = min(max(width_ - first, 0), kChunk);
+    return ((1u << before) - 1) | (kAll & ~((1u << until) - 1));
+  }
+
+  const Bits* start_;
+  const uint8_t* banned_;
+  int skip_, width_;
+};
+
+// The keys of one tile's groups, with all that may not be selected left out.
+template <class Format>
+__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits,
+                           typename Format::Bits* keys) {
+  using Bits = typename Format::Bits;
+  const int lane = threadIdx.x % kWarp, chunk = tile * kWarp + lane;
+  Bits of_chunk[AlignedRow<Format>::kChunk];
+  row.load_keys(chunk, row.excluded(chunk), of_chunk);
+  int best = of_chunk[0];
+  for (const Bits key : of_chunk) best = max(best, static_cast<int>(key));
+  for (int other = 1; other < 1 << lane_bits; other *= 2)
+    best = max(best, __shfl_xor_sync(kAllLanes, best, other));
+  if ((lane & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
+}
+
+// What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in pairs,
+// those of two tiles in a word.
+template <class Format>
+struct ChunkMaxima {
+  static constexpr int kOfWord = sizeof(uint32_t) / sizeof(typename Format::Bits);
+  static constexpr int kWords = kTilesAtOnce / kOfWord;
+  uint32_t words[kWords];
+
+  __device__ explicit ChunkMaxima(const uint4 (&chunks)[kTilesAtOnce]) {
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kOfWord == 1) {
+        words[i] = of_chunk(chunks[i]);
+      } else {
+        const uint32_t a = of_chunk(chunks[2 * i]), b = of_chunk(chunks[2 * i + 1]);
+        words[i] = word_max<Format>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+      }
+    }
+  }
+
+  __device__ void combine_lanes(int lane_bits) {
+    for (int other = 1; other < 1 << lane_bits; other *= 2)
+      for (uint32_t& word : words)
+        word = word_max<Format>(word, __shfl_xor_sync(kAllLanes, word, other));
+  }
+
+  __device__ typename Format::Bits key(int tile) const {
+    // By halves, with constant indices: a register has no address.
+    uint32_t left[kWords];
+    memcpy(left, words, sizeof left);
+#pragma unroll
+    for (int half = kWords / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int i = 0; i < half; ++i) left[i] = tile / kOfWord & half ? left[i + half] : left[i];
+    uint32_t word = left[0];
+    if constexpr (kOfWord == 2) word = tile % 2 ? word >> 16 : word;
+    const auto bits = static_cast<typename Format::Bits>(word);
+    return static_cast<typename Format::Bits>(order_key<Format>(static_cast<int32_t>(bits)));
+  }
+
+ private:
+  __device__ static uint32_t of_chunk(const uint4& chunk) {
+    return word_max<Format>(word_max<Format>(chunk.x, chunk.y), word_max<Format>(chunk.z, chunk.w));
+  }
+};
+
+// The group keys of the tiles [first, last): those that lie whole in the row without looking at single
+// elements, and then one by one those that do not or hold banned ids.
+template <class Format>
+__device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
+                       int lane_bits, typename Format::Bits* keys) {
+  const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
+  const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
+  const int group_in_tile = block.lane >> lane_bits;
+  for (int tile = begin + block.warp; tile < end; tile += block.warps * kTilesAtOnce) {
+    uint4 chunks[kTilesAtOnce];
+    for (int i = 0; i < kTilesAtOnce; ++i) {
+      const int at = min(tile + i * block.warps, end - 1);  // past the end: the last one again
+      chunks[i] = row.load_whole(at * kWarp + block.lane);
+    }
+    ChunkMaxima<Format> maxima(chunks);
+    maxima.combine_lanes(lane_bits);
+    for (int i = lane_in_group; i < kTilesAtOnce; i += of_group) {
+      const int at = tile + i * block.warps;
+      if (at < end) keys[(at << (5 - lane_bits)) + group_in_tile] = maxima.key(i);
+    }
+  }
+
+  if (row.has_banned()) {
+    __syncwarp();  // another lane of this warp wrote the key that is written again
+    for (int tile = begin + block.warp; tile < end; tile += block.warps)
+      if (__any_sync(kAllLanes, row.excluded(tile * kWarp + block.lane) != 0))
+        exact_tile(row, tile, lane_bits, keys);
+  }
+  const bool first_is_cut = first == 0 && row.whole_begin() > 0;
+  const int cut_at_end = row.whole_end();
+  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, keys);
+  if (cut_at_end >= first && cut_at_end < last && !(first_is_cut && cut_at_end == 0) &&
+      block.warp == block.warps - 1)
+    exact_tile(row, cut_at_end, lane_bits, keys);
+}
+
+// Vectors of keys, for loads of 16 bytes from shared memory.
+template <class Bits>
+struct KeyVector {
+  static constexpr int kKeys = kChunkBytes / sizeof(Bits);
+  Bits keys[kKeys];
+
+  __device__ static KeyVector load(const Bits* keys, int vector) {
+    KeyVector loaded;
+    const uint4 words = reinterpret_cast<const uint4*>(keys)[vector];
+    memcpy(loaded.keys, &words, sizeof words);
+    return loaded;
+  }
+};
+
+// Of the keys in shared memory, whole vectors of them, tells emit(place, index) the k best in the order
+// they lie in, of equals the first, and returns how many there are: k, or those that can be selected.
+// `low` and `high` bound the k-th key; `low` comes back as one that no more keys than k exceed.
+template <class Bits, class Emit>
+__device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, int& low, int high,
+                           const Emit& emit) {
+  using Vector = KeyVector<Bits>;
+  while (low < high) {  // the largest key that k keys reach lies in [low, high]
+    const int middle = (low | high) - ((low ^ high) >> 1);
+    int reached = 0;
+    for (int i = block.thread; i < vectors; i += block.threads)
+      for (const Bits key : Vector::load(keys, i).keys) reached += key >= middle;
+    reached = block.sum(reached);
+    if (reached >= k) low = middle;
+    if (reached <= k) high = reached == k ? middle : middle - 1;
+  }
+
+  // Each warp has vectors of its own, in order. Counts of keys above go in the upper half, k at
+  // most; those of equals in the lower, fewer than 2^16.
+  const int of_warp = (vectors + block.warps - 1) / block.warps;
+  const int begin = block.warp * of_warp, end = min(begin + of_warp, vectors);
+  unsigned counts = 0;
+  for (int i = begin + block.lane; i < end; i += kWarp)
+    for (const Bits key : Vector::load(keys, i).keys)
+      counts += key > low ? 1u << 16 : key == low ? 1u : 0u;
+  unsigned before, total;
+  block.sums_of_warps(counts, before, total);
+  const int above = static_cast<int>(total >> 16);
+  const int wanted = min(k - above, static_cast<int>(total & 0xffff));
+  for (int i = begin; i < end; i += kWarp) {
+    unsigned is_above = 0, is_equal = 0;
+    if (i + block.lane < end) {
+      const Vector vector = Vector::load(keys, i + block.lane);
+      for (int j = 0; j < Vector::kKeys; ++j) {
+        is_above |= static_cast<unsigned>(vector.keys[j] > low) << j;
+        is_equal |= static_cast<unsigned>(vector.keys[j] == low) << j;
+      }
+    }
+    if (static_cast<int>(before & 0xffff) >= wanted) is_equal = 0;  // there are enough
+    const unsigned mine = static_cast<unsigned>(__popc(is_above)) << 16 | __popc(is_equal);
+    if (!__any_sync(kAllLanes, mine != 0)) continue;
+    unsigned until = mine;  // inclusive over the lanes
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const unsigned theirs = __shfl_up_sync(kAllLanes, until, distance);
+      if (block.lane >= distance) until += theirs;
+    }
+    const unsigned start = before + until - mine;
+    int place_above = static_cast<int>(start >> 16), equals = static_cast<int>(start & 0xffff);
+    for (unsigned left = is_above | is_equal; left != 0; left &= left - 1) {
+      const int j = __ffs(left) - 1;
+      const int place = place_above + min(equals, wanted);
+      if ((is_above >> j) & 1) {
+        emit(place, (i + block.lane) * Vector::kKeys + j);
+        ++place_above;
+      } else {
+        if (equals < wanted) emit(place, (i + block.lane) * Vector::kKeys + j);
+        ++equals;
+      }
+    }
+    before += __shfl_sync(kAllLanes, until, kWarp - 1);
+  }
+  return above + wanted;
+}
+
+// Bounds of the k-th largest key. Vectors are disjoint: where k threads or more hold some, the least of
+// these threads' largest keys is reached by k keys.
+template <class Bits>
+__device__ void key_range(Block& block, const Bits* keys, int vectors, int k, int& low, int& high) {
+  int best = KeyLimits<Bits>::kNotSelectable;
+  for (int i = block.thread; i < vectors; i += block.threads)
+    for (const Bits key : KeyVector<Bits>::load(keys, i).keys) best = max(best, static_cast<int>(key));
+  low = block.thread < vectors ? best : KeyLimits<Bits>::kNaN;
+  high = best;
+  block.range(low, high);
+  if (min(block.threads, vectors) < k) low = KeyLimits<Bits>::kNotSelectable;
+  low = max(low, KeyLimits<Bits>::kNotSelectable + 1);
+}
+
+// The parts of a block's shared memory.
+template <class Bits>
+struct Shared {
+  Bits* keys;     // of groups, then of the elements of k groups
+  int32_t* list;  // k: the groups
+  int32_t* ids;   // k
+  float* values;  // k
+  char* scratch;
+
+  __device__ Shared(const Plan& plan, int k) {
+    char* memory = shared_memory();
+    keys = reinterpret_cast<Bits*>(memory);
+    scratch = memory + plan.key_bytes;
+    list = reinterpret_cast<int32_t*>(scratch + Block::kScratchBytes);
+    ids = list + k;
+    values = reinterpret_cast<float*>(ids + k);
+  }
+};
+
+// The chunk that is number `index` in the groups of a list.
+__device__ inline int chunk_of(const int32_t* list, int index, int lane_bits) {
+  return (list[index >> lane_bits] << lane_bits) + (index & ((1 << lane_bits) - 1));
+}
+
+// Puts the entries of a selection in order: value descending, id ascending. Ends with a barrier.
+template <class Bits>
+__device__ void sort_entries(const Block& block, const Shared<Bits>& shared, int found, int k) {
+  auto* ranks = reinterpret_cast<uint64_t*>(shared.keys);
+  int size = 1;
+  while (size < k) size *= 2;
+  for (int i = block.thread; i < size; i += block.threads)
+    ranks[i] = i < found ? rank_key(order_key<Float32>(static_cast<int32_t>(
+                                        float_to_bits(shared.values[i]))),
+                                    shared.ids[i])
+                         : 0;
+  __syncthreads();
+  sort_descending(block, ranks, size);
+  for (int i = block.thread; i < found; i += block.threads) {
+    shared.ids[i] = rank_key_id(ranks[i]);
+    shared.values[i] = value_of_key<Float32>(rank_key_key(ranks[i]));
+  }
+  __syncthreads();
+}
+
+// Selects from a row into shared.ids and shared.values, in order, and returns how many there are. In
+// the blocks of a cluster that only stream it returns -1. Ends with a barrier.
+template <class Format>
+__device__ int select_row(Block& block, const Shared<typename Format::Bits>& shared, const char* logits,
+                          const Allowed& allowed, int k, int lane_bits) {
+  using Bits = typename Format::Bits;
+  using Row = AlignedRow<Format>;
+  const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
+  const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
+  const int of_block = (tiles + blocks - 1) / blocks;
+  // A last vector that is not full.
+  const int groups = tiles << (5 - lane_bits);
+  const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
+  if (block.thread < group_vectors * Row::kChunk - groups)
+    shared.keys[groups + block.thread] = KeyLimits<Bits>::kNotSelectable;
+
+  if (blocks > 1) cluster_barrier();  // the first block is there, and so is its memory
+  stream(block, row, rank * of_block, min((rank + 1) * of_block, tiles), lane_bits,
+         blocks > 1 ? in_leader(shared.keys) : shared.keys);
+  if (blocks > 1) {
+    cluster_barrier();
+    if (rank > 0) return -1;
+  } else {
+    __syncthreads();
+  }
+
+  int low, high;
+  key_range(block, shared.keys, group_vectors, k, low, high);
+  int found = choose_best(block, shared.keys, group_vectors, k, low, high,
+                          [&](int place, int group) { shared.list[place] = group; });
+  __syncthreads();  // the list is there, and the group keys are done with
+
+  // The largest element is that of the best group, and k elements reach what k groups do.
+  const int chunks = found << lane_bits;
+  for (int i = block.thread; i < chunks; i += block.threads) {
+    const int chunk = chunk_of(shared.list, i, lane_bits);
+    KeyVector<Bits> vector;
+    row.load_keys(chunk, row.excluded(chunk), vector.keys);
+    uint4 words;
+    memcpy(&words, vector.keys, sizeof words);
+    reinterpret_cast<uint4*>(shared.keys)[i] = words;
+  }
+  __syncthreads();
+  found = choose_best(block, shared.keys, chunks, k, low, high, [&](int place, int index) {
+    const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
+    shared.ids[place] = row.id_of(chunk, index % Row::kChunk);
+    shared.values[place] = value_of_key<Format>(shared.keys[index]);
+  });
+  __syncthreads();
+  sort_entries(block, shared, found, k);
+  return found;
+}
+
+// (ids, values) of the k best of each row; a block or a cluster for each.
+template <class Format>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    select_kernel(const __grid_constant__ SelectArgs args, const __grid_constant__ Plan plan) {
+  const int64_t row = blockIdx.x / cluster_size();
+  const int k = args.k;
+  const Shared<typename Format::Bits> shared(plan, k);
+  Block block(shared.scratch);
+  const char* logits = args.logits.row(row);
+  int found = 0;
+  if (args.allowed.row(row))
+    found = select_row<Format>(block, shared, logits, args.allowed, k, plan.lane_bits);
+  if (cluster_rank() > 0) return;
+  // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
+  const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);
+  for (int i = block.thread; i < k; i += block.threads) {
+    args.ids[row * k + i] = i < found ? shared.ids[i] : -1;
+    args.values[row * k + i] = i < found ? Format::widen(bits[shared.ids[i]]) : -INFINITY;
+  }
+}
+
+}  // namespace opd::cuda

@@ -1,0 +1,211 @@
+"""The CUDA backend: allocates, and passes pointers and the current stream to the compiled module."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends import _native
+
+_C: Any = None
+try:
+    _C = importlib.import_module("opd_kernels._cuda")
+except ImportError as error:
+    _IMPORT_ERROR = str(error)
+
+DEVICE = "cuda"
+# The first compute capability with clusters of blocks.
+_CLUSTERS = (9, 0)
+
+
+def unavailable() -> str | None:
+    """Why the compiled module cannot be used, and what would bring it; None if it can."""
+    if _C is not None:
+        return None
+    return (
+        f"the compiled CUDA module is missing ({_IMPORT_ERROR}); install the CUDA toolkit (nvcc) "
+        "and reinstall opd_kernels"
+    )
+
+
+def refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if device.type != DEVICE:
+        return f"the tensors are on {device}, and it runs on NVIDIA GPUs"
+    reason = _device_refusal(device) or _native.refused(dtypes, k, _C.max_k)
+    if reason is not None:
+        return reason
+    widest = min(_max_width(k, dtype) for dtype in dtypes)
+    if vocab > widest:
+        return (
+            f"the vocabulary is {vocab}, above {widest} for k = {k}; backend='triton' and "
+            "backend='reference' take it"
+        )
+    return None
+
+
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, as in "80 90a 120+PTX", runs on a compute capability.
+
+    Machine code runs on its major version from its minor one on, that of "90a" on 9.0 alone; PTX on
+    all that come after, too.
+    """
+    for found in re.finditer(r"(\d+)(\d)([a-z]?)(\+PTX)?", architectures):
+        built = int(found[1]), int(found[2])
+        if found[3]:
+            runs = built == capability
+        elif found[4]:
+            runs = built <= capability
+        else:
+            runs = built[0] == capability[0] and built[1] <= capability[1]
+        if runs:
+            return True
+    return False
+
+
+@functools.cache
+def _device_refusal(device: torch.device) -> str | None:
+    """What is wrong with a device or its driver, or None."""
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if not serves(_C.architectures, capability):
+        version = "".join(map(str, capability))
+        return (
+            f"it is built for {_C.architectures} and the device is sm_{version}; reinstall "
+            f"opd_kernels with OPD_KERNELS_CUDA_ARCHS={version}"
+        )
+    driver, runtime = _C.driver_version(), _C.runtime_version
+    if driver < runtime // 1000 * 1000:  # a driver serves all runtimes of its major version
+        return (
+            f"the driver is for CUDA {_version(driver)}, and it is built with {_version(runtime)}; "
+            "update the driver, or reinstall opd_kernels with an older nvcc"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def _max_width(k: int, dtype: torch.dtype) -> int:
+    return int(_C.max_width(k, _native.name(dtype)))
+
+
+def select(
+    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k best ids and their values; see ``opd_kernels.reference.select``."""
+    rows = logits.shape[:-1]
+    ids = _empty((*rows, k), torch.int32, logits.device)
+    values = _empty((*rows, k), torch.float32, logits.device)
+    mask = None if mask is None else mask.contiguous()
+    _C.select(
+        device=_launch_on(logits.device),
+        logits=_native.rows(_C, logits),
+        allowed=_native.allowed(_C, limit, banned, mask, rows.numel()),
+        k=k,
+        ids=ids.data_ptr(),
+        values=values.data_ptr(),
+    )
+    return ids, values
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
+    rows, device = student.shape[:-1], student.device
+    loss = _empty(rows, torch.float32, device)
+    ids = _empty((*rows, k), torch.int32, device)
+    entry_grad = _empty((*rows, k), torch.float32, device)
+    mask = None if mask is None else mask.contiguous()
+    student_t = _native.row_values(temperature)
+    teacher_t = _native.row_values(teacher_temperature)
+    _C.divergence(
+        device=_launch_on(device),
+        student=_native.rows(_C, student),
+        teacher=_native.rows(_C, teacher),
+        ids=None if teacher_ids is None else _native.rows(_C, teacher_ids),
+        allowed=_native.allowed(_C, limit, banned, mask, rows.numel()),
+        k=k,
+        temperature=_native.temperature(_C, student_t),
+        teacher_temperature=_native.temperature(_C, teacher_t),
+        loss=loss.data_ptr(),
+        out_ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+    )
+    return loss, ids, entry_grad
+
+
+def scatter(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense gradient; see ``opd_kernels.reference.scatter``."""
+    out = _empty((*ids.shape[:-1], width), dtype, ids.device)
+    _scatter(out, entry_grad, ids, upstream, "clear")
+    return out
+
+
+def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, into memory that is there already."""
+    _scatter(out, entry_grad, ids, upstream, "clear")
+
+
+def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """As ``scatter``, added to what the memory holds."""
+    _scatter(out, entry_grad, ids, upstream, "add")
+
+
+def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
+    entry_grad, ids, upstream = _native.scatter_inputs(out, entry_grad, ids, upstream)
+    _C.scatter(
+        device=_launch_on(out.device),
+        out=_native.rows(_C, out),
+        ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+        upstream=upstream.data_ptr(),
+        k=ids.shape[-1],
+        mode=mode,
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _launch_on(device: torch.device) -> Any:
+    """The device and its current stream, as the module takes them."""
+    multiprocessors, clusters = _properties(device)
+    return _C.Device(
+        torch.cuda.current_device() if device.index is None else device.index,
+        multiprocessors,
+        clusters,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[int, bool]:
+    """(multiprocessors, whether blocks can form clusters)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor) >= _CLUSTERS

@@ -1,0 +1,63 @@
+"""The CUDA backend on the CPU: its sources compiled for emulation (tests/emulation), CPU tensors.
+
+``OPD_KERNELS_EMULATED`` names another build than "plain". The GPU that is pretended has few
+multiprocessors and clusters, so that small tests meet every shape of a launch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from emulation.build import build
+
+from opd_kernels.backends import cuda
+
+KIND = os.environ.get("OPD_KERNELS_EMULATED", "plain")
+POSSIBLE = platform.machine() == "x86_64" and platform.system() == "Linux"
+MULTIPROCESSORS = 4
+
+
+def install() -> None:
+    """From now on the CUDA backend serves CPU tensors."""
+    (path,) = build(KIND).glob("_cuda*.so")
+    spec = importlib.util.spec_from_file_location("opd_kernels._cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    cuda._C = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cuda._C)
+    cuda.DEVICE = "cpu"
+    cuda._device_refusal = lambda device: None
+    pretend(MULTIPROCESSORS)
+    cuda._max_width.cache_clear()
+
+
+def pretend(multiprocessors: int, clusters: bool = True) -> None:
+    """Of what size the GPU is."""
+    device = cuda._C.Device(0, multiprocessors, clusters, 0)
+    cuda._launch_on = lambda _: device
+
+
+@contextmanager
+def gpu(multiprocessors: int, clusters: bool = True) -> Iterator[None]:
+    """While the block runs the GPU is of that size."""
+    pretend(multiprocessors, clusters)
+    try:
+        yield
+    finally:
+        pretend(MULTIPROCESSORS)
+
+
+@contextmanager
+def schedule(number: int, without: str = "") -> Iterator[None]:
+    """Threads run in another order (emulation.h), and the barrier of a line does nothing."""
+    os.environ["OPD_EMULATION_SCHEDULE"] = str(number)
+    os.environ["OPD_EMULATION_WITHOUT"] = without
+    try:
+        yield
+    finally:
+        del os.environ["OPD_EMULATION_SCHEDULE"], os.environ["OPD_EMULATION_WITHOUT"]

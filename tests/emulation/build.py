@@ -1,0 +1,58 @@
+"""Builds the CUDA kernels for the CPU: ``_cuda`` of the very sources, with emulation.h for CUDA.
+
+    python tests/emulation/build.py [plain|sanitized|coverage]    # prints the folder it is in
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "emulation"
+CSRC = ROOT / "csrc"
+FLAGS = {
+    "plain": "-O2",
+    "sanitized": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "coverage": "-O0 --coverage",
+}
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
+
+
+def build(kind: str = "plain") -> Path:
+    """The folder with the module ``_cuda``, built where it is not up to date."""
+    import ninja
+    import pybind11
+
+    folder = ROOT / "build" / "emulated" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings" / "cuda.cpp"]
+    sources.append(HERE / "emulation.cpp")
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = f"{COMMON} {FLAGS[kind]} -DOPD_EMULATION -DOPD_CUDA_ARCHS='\"emulation\"' -I{HERE} "
+    flags += " ".join(f"-isystem {path}" for path in includes)
+    target = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    lines = [
+        "rule compile",
+        f"  command = {os.environ.get('CXX', 'c++')} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {os.environ.get('CXX', 'c++')} -shared {FLAGS[kind]} $in -o $out",
+        *(f"build {source.name}.o: compile {source}" for source in sources),
+        f"build {target}: link {' '.join(f'{source.name}.o' for source in sources)}",
+        "",
+    ]
+    text = "\n".join(lines)
+    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != text:
+        (folder / "build.ninja").write_text(text)
+    command = [Path(ninja.BIN_DIR) / "ninja", "--quiet"]
+    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+    return folder
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:2]))
