@@ -97,7 +97,7 @@ class Block {
 };
 
 // Sorts `size` integers, a power of two, into descending order: a bitonic network whose steps stay
-// within a warp's 64 elements where they can. Ends with a barrier, and needs one before.
+// within a warp's 64 elements where they can. Stands between barriers: the caller's and its own.
 __device__ inline void sort_descending(const Block& block, uint64_t* values, int size) {
   for (int run = 2; run <= size; run *= 2) {
     for (int stride = run / 2; stride > 0; stride /= 2) {
@@ -110,8 +110,9 @@ __device__ inline void sort_descending(const Block& block, uint64_t* values, int
           values[high] = a;
         }
       }
-      const int next = stride > 1 ? stride / 2 : run;
-      // The next step reads what this one wrote: of the same warp, or of others.
+      // The next step reads what this one wrote: of the same warp, or of others; and so do the readers
+      // of the result.
+      const int next = stride > 1 ? stride / 2 : run < size ? run : kMaxThreads;
       if (stride > kWarp || next > kWarp) {
         __syncthreads();
       } else {
@@ -119,7 +120,6 @@ __device__ inline void sort_descending(const Block& block, uint64_t* values, int
       }
     }
   }
-  __syncthreads();
 }
 
 }  // namespace opd::cuda

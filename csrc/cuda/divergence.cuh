@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     divergence_kernel(const __grid_constant__ DivergenceArgs args, const __grid_constant__ Plan plan) {
   const int64_t row = blockIdx.x / cluster_size();
   const int k = args.k;
-  const Shared<typename Format::Bits> shared(plan, k);
+  const Shared<Format> shared(plan, k);
   Block block(shared.scratch);
   if (!args.allowed.row(row)) {
     if (cluster_rank() == 0) write_masked_row(block, args, row);
@@ -125,10 +125,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int found =
       select_row<Format>(block, shared, args.teacher.row(row), args.allowed, k, plan.lane_bits);
   if (found < 0) return;
-  auto* student = reinterpret_cast<float*>(shared.list);  // done with
-  const Entries entries{shared.ids, student, shared.values, student};
+  auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // which are done with
+  auto* student = reinterpret_cast<float*>(ids + k);
+  const Entries entries{ids, student, student + k, student};
   for_entries(block, k, [&](int i) {
-    if (i >= found) entries.ids[i] = -1, entries.teacher[i] = -INFINITY;
+    entries.ids[i] = i < found ? shared.id(i) : -1;
+    entries.teacher[i] = i < found ? shared.value(i) : -INFINITY;
   });
   const float loss = row_divergence(block, args, row, entries);
   for_entries(block, k, [&](int i) {

@@ -19,19 +19,25 @@ namespace opd::cuda {
 constexpr int kAlignment = 128;
 constexpr int kChunkBytes = 16;
 constexpr int kTileBytes = kChunkBytes * kWarp;
+constexpr int kLaneBits = 5;  // 2^5 lanes of a warp
 // Tiles that a warp loads at once: 16 kB in flight for a block of 128 threads.
 constexpr int kTilesAtOnce = 8;
 // Threads that keep a multiprocessor's memory busy, and keys that a thread may search.
 constexpr int kThreadsOfMultiprocessor = 1024;
 constexpr int kKeysOfThread = 64;
 // What every architecture from 8.0 on has for one block, less what is not for keys.
-constexpr int kMostKeyBytes = 84 * 1024;
+constexpr int kMostKeyBytes = 76 * 1024;
 constexpr int kMaxCluster = 8;
+
+constexpr int kLeastCandidates = 128;
+// An entry of a row's divergence: id, student, teacher.
+constexpr int kEntryBytes = 3 * sizeof(int32_t);
 
 struct Plan {
   int lane_bits;     // a group is 2^lane_bits chunks
   int threads;       // of a block
   int cluster;       // blocks of a row
+  int candidates;    // among which sorting may decide
   int key_bytes;     // of shared memory
   int shared_bytes;  // with what follows the keys
 };
@@ -49,7 +55,7 @@ inline int largest_group(int k) { return k <= 64 ? 64 : k <= 256 ? 32 : 16; }
 // Bytes of group keys, and of the keys of the elements of k groups, whole vectors of each.
 inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
   const int64_t tiles = div_up(width * size + kAlignment - size, kTileBytes);
-  const int64_t groups = tiles << (5 - lane_bits);
+  const int64_t groups = tiles << (kLaneBits - lane_bits);
   const int64_t elements = std::min<int64_t>(groups, k) << lane_bits;  // in chunks
   return std::max<int64_t>((groups * size + kChunkBytes - 1) / kChunkBytes, elements) * kChunkBytes;
 }
@@ -58,8 +64,8 @@ inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
 inline int lane_bits(int64_t width, int k, int size) {
   int bits = 0;
   while ((kChunkBytes / size) << bits < largest_group(k)) ++bits;
-  for (; bits <= 5; ++bits) {
-    if (((width * size / kTileBytes + 2) << (5 - bits)) * size > kMostKeyBytes) continue;
+  for (; bits <= kLaneBits; ++bits) {
+    if (((width * size / kTileBytes + 2) << (kLaneBits - bits)) * size > kMostKeyBytes) continue;
     return key_bytes(width, k, size, bits) <= kMostKeyBytes ? bits : -1;
   }
   return -1;
@@ -72,10 +78,12 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   if (plan.lane_bits < 0)
     throw std::invalid_argument("rows of " + std::to_string(width) + " elements do not fit");
   plan.key_bytes = static_cast<int>(key_bytes(width, k, size, plan.lane_bits));
-  // Sorting takes the keys' place.
-  plan.key_bytes = std::max(plan.key_bytes, next_power_of_2(k) * static_cast<int>(sizeof(uint64_t)));
-  plan.shared_bytes =
-      plan.key_bytes + Block::kScratchBytes + k * static_cast<int>(3 * sizeof(int32_t));
+  // The entries' ids and values take the keys' place.
+  plan.key_bytes = std::max(plan.key_bytes, div_up(kEntryBytes * k, kChunkBytes) * kChunkBytes);
+  // Elements that reach the least of k groups are k and a few, in rows that are nothing special.
+  plan.candidates = std::max(2 * next_power_of_2(k), kLeastCandidates);
+  plan.shared_bytes = plan.key_bytes + plan.candidates * static_cast<int>(sizeof(uint64_t)) +
+                      Block::kScratchBytes + (k + 1) * static_cast<int>(sizeof(int32_t));
 
   const int tiles = div_up(width * size, kTileBytes);
   const int rows_of_multiprocessor = div_up(rows, device.multiprocessors);

@@ -2,10 +2,11 @@
 //
 // A row is cut into groups of adjacent elements. One pass leaves each group's largest key in shared
 // memory; the k best elements all lie in the k best groups (ties go to the lower group), which are
-// read again. Both choices find the k-th key by bisecting with counts, so that nothing but the number
-// of steps depends on the values. Several blocks share a multiprocessor: while one chooses, others
-// stream. Where there are few rows, the blocks of a cluster stream pieces of one row into the shared
-// memory of the first.
+// read again. None of the k best is below the least of those groups' keys: elements that reach it are
+// listed, few more than k as a rule, and sorted. Where they are too many (equal values, clusters) they
+// are thinned out first as the groups were: the k-th key is found by bisecting with counts. Several
+// blocks share a multiprocessor: while one chooses, others stream. Where there are few rows, the blocks
+// of a cluster stream pieces of one row into the shared memory of the first.
 //
 // Bytes: V elements, k groups a second time.
 #pragma once
@@ -64,9 +65,10 @@ class AlignedRow {
         bits[i] = (excluded >> i) & 1 ? Bits(0) : start_[chunk * kChunk + i];
     }
     for (int i = 0; i < kChunk; ++i)
-      keys[i] = (excluded >> i) & 1
-                    ? KeyLimits<Bits>::kNotSelectable
-                    : static_cast<Bits>(order_key<Format>(static_cast<int32_t>(bits[i])));
+      keys[i] = static_cast<Bits>(order_key<Format>(static_cast<int32_t>(bits[i])));
+    if (excluded == 0) return;
+    for (int i = 0; i < kChunk; ++i)
+      if ((excluded >> i) & 1) keys[i] = KeyLimits<Bits>::kNotSelectable;
   }
 
  private:
@@ -120,9 +122,11 @@ struct ChunkMaxima {
   }
 
   __device__ void combine_lanes(int lane_bits) {
-    for (int other = 1; other < 1 << lane_bits; other *= 2)
-      for (uint32_t& word : words)
-        word = word_max<Format>(word, __shfl_xor_sync(kAllLanes, word, other));
+#pragma unroll
+    for (int bit = 0; bit < kLaneBits; ++bit)
+      if (bit < lane_bits)
+        for (uint32_t& word : words)
+          word = word_max<Format>(word, __shfl_xor_sync(kAllLanes, word, 1 << bit));
   }
 
   __device__ typename Format::Bits key(int tile) const {
@@ -145,33 +149,36 @@ struct ChunkMaxima {
   }
 };
 
-// The group keys of the tiles [first, last): those that lie whole in the row without looking at single
-// elements, and then one by one those that do not or hold banned ids.
+// The group keys of the tiles [first, last): of those that lie whole in the row without looking at single
+// elements, then of those that do not or hold banned ids.
 template <class Format>
 __device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
                        int lane_bits, typename Format::Bits* keys) {
   const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
-  for (int tile = begin + block.warp; tile < end; tile += block.warps * kTilesAtOnce) {
+  for (int tile = begin + block.warp * kTilesAtOnce; tile < end;
+       tile += block.warps * kTilesAtOnce) {
     uint4 chunks[kTilesAtOnce];
-    for (int i = 0; i < kTilesAtOnce; ++i) {
-      const int at = min(tile + i * block.warps, end - 1);  // past the end: the last one again
-      chunks[i] = row.load_whole(at * kWarp + block.lane);
+    const int count = min(end - tile, kTilesAtOnce), chunk = tile * kWarp + block.lane;
+    if (count == kTilesAtOnce) {
+      for (int i = 0; i < kTilesAtOnce; ++i) chunks[i] = row.load_whole(chunk + i * kWarp);
+    } else {  // past the end: the last tile again
+      for (int i = 0; i < kTilesAtOnce; ++i)
+        chunks[i] = row.load_whole(chunk + min(i, count - 1) * kWarp);
     }
     ChunkMaxima<Format> maxima(chunks);
     maxima.combine_lanes(lane_bits);
-    for (int i = lane_in_group; i < kTilesAtOnce; i += of_group) {
-      const int at = tile + i * block.warps;
-      if (at < end) keys[(at << (5 - lane_bits)) + group_in_tile] = maxima.key(i);
-    }
+    for (int i = lane_in_group; i < count; i += of_group)
+      keys[((tile + i) << (kLaneBits - lane_bits)) + group_in_tile] = maxima.key(i);
   }
 
   if (row.has_banned()) {
-    __syncwarp();  // another lane of this warp wrote the key that is written again
-    for (int tile = begin + block.warp; tile < end; tile += block.warps)
+    __syncthreads();  // keys that other warps wrote are written again
+    for (int tile = first + block.warp; tile < last; tile += block.warps)
       if (__any_sync(kAllLanes, row.excluded(tile * kWarp + block.lane) != 0))
         exact_tile(row, tile, lane_bits, keys);
+    return;
   }
   const bool first_is_cut = first == 0 && row.whole_begin() > 0;
   const int cut_at_end = row.whole_end();
@@ -193,6 +200,26 @@ struct KeyVector {
     memcpy(loaded.keys, &words, sizeof words);
     return loaded;
   }
+
+  __device__ void store(Bits* keys, int vector) const {
+    uint4 words;
+    memcpy(&words, this->keys, sizeof words);
+    reinterpret_cast<uint4*>(keys)[vector] = words;
+  }
+
+  // How many reach a key. Halves are compared where they are, above lower bits that cannot matter.
+  __device__ int reach(int key) const {
+    constexpr int kShift = 32 - 8 * sizeof(Bits);
+    uint32_t words[4];
+    memcpy(words, keys, sizeof words);
+    const int least = static_cast<int>(static_cast<uint32_t>(key) << kShift);
+    int count = 0;
+    for (const uint32_t word : words) {
+      count += static_cast<int>(word) >= least;
+      if (kShift > 0) count += static_cast<int>(word << kShift) >= least;
+    }
+    return count;
+  }
 };
 
 // Of the keys in shared memory, whole vectors of them, tells emit(place, index) the k best in the order
@@ -206,7 +233,7 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
     const int middle = (low | high) - ((low ^ high) >> 1);
     int reached = 0;
     for (int i = block.thread; i < vectors; i += block.threads)
-      for (const Bits key : Vector::load(keys, i).keys) reached += key >= middle;
+      reached += Vector::load(keys, i).reach(middle);
     reached = block.sum(reached);
     if (reached >= k) low = middle;
     if (reached <= k) high = reached == k ? middle : middle - 1;
@@ -273,65 +300,65 @@ __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, in
   low = max(low, KeyLimits<Bits>::kNotSelectable + 1);
 }
 
-// The parts of a block's shared memory.
-template <class Bits>
-struct Shared {
-  Bits* keys;     // of groups, then of the elements of k groups
-  int32_t* list;  // k: the groups
-  int32_t* ids;   // k
-  float* values;  // k
-  char* scratch;
-
-  __device__ Shared(const Plan& plan, int k) {
-    char* memory = shared_memory();
-    keys = reinterpret_cast<Bits*>(memory);
-    scratch = memory + plan.key_bytes;
-    list = reinterpret_cast<int32_t*>(scratch + Block::kScratchBytes);
-    ids = list + k;
-    values = reinterpret_cast<float*>(ids + k);
-  }
-};
-
 // The chunk that is number `index` in the groups of a list.
 __device__ inline int chunk_of(const int32_t* list, int index, int lane_bits) {
   return (list[index >> lane_bits] << lane_bits) + (index & ((1 << lane_bits) - 1));
 }
 
-// Puts the entries of a selection in order: value descending, id ascending. Ends with a barrier.
-template <class Bits>
-__device__ void sort_entries(const Block& block, const Shared<Bits>& shared, int found, int k) {
-  auto* ranks = reinterpret_cast<uint64_t*>(shared.keys);
-  int size = 1;
-  while (size < k) size *= 2;
-  for (int i = block.thread; i < size; i += block.threads)
-    ranks[i] = i < found ? rank_key(order_key<Float32>(static_cast<int32_t>(
-                                        float_to_bits(shared.values[i]))),
-                                    shared.ids[i])
-                         : 0;
-  __syncthreads();
-  sort_descending(block, ranks, size);
-  for (int i = block.thread; i < found; i += block.threads) {
-    shared.ids[i] = rank_key_id(ranks[i]);
-    shared.values[i] = value_of_key<Float32>(rank_key_key(ranks[i]));
+// The parts of a block's shared memory.
+template <class Format>
+class Shared {
+ public:
+  using Bits = typename Format::Bits;
+
+  __device__ Shared(const Plan& plan, int k)
+      : keys(reinterpret_cast<Bits*>(shared_memory())),
+        ranks(reinterpret_cast<uint64_t*>(shared_memory() + plan.key_bytes)),
+        most(plan.candidates),
+        scratch(reinterpret_cast<char*>(ranks + plan.candidates)),
+        list(reinterpret_cast<int32_t*>(scratch + Block::kScratchBytes)),
+        count(list + k) {}
+
+  __device__ int id(int place) const { return rank_key_id(ranks[place]); }
+  __device__ float value(int place) const { return value_of_key<Format>(rank_key_key(ranks[place])); }
+
+  Bits* const keys;       // of groups, then of the elements of k groups
+  uint64_t* const ranks;  // of the candidates, and at last of the k best, in order
+  const int most;         // candidates that there is room for
+  char* const scratch;    // of Block
+  int32_t* const list;    // k: the groups
+  int32_t* const count;   // of candidates
+};
+
+// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread.
+template <class Format, class Body>
+__device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, const int32_t* list,
+                           int groups, int lane_bits, const Body& body) {
+  for (int i = block.thread; i < groups << lane_bits; i += block.threads) {
+    const int chunk = chunk_of(list, i, lane_bits);
+    KeyVector<typename Format::Bits> vector;
+    row.load_keys(chunk, row.excluded(chunk), vector.keys);
+    body(chunk, i, vector);
   }
-  __syncthreads();
 }
 
-// Selects from a row into shared.ids and shared.values, in order, and returns how many there are. In
-// the blocks of a cluster that only stream it returns -1. Ends with a barrier.
+// Selects from a row: shared.ranks holds the k best, in order, and their number is returned. In the
+// blocks of a cluster that only stream it is -1. Ends with a barrier.
 template <class Format>
-__device__ int select_row(Block& block, const Shared<typename Format::Bits>& shared, const char* logits,
+__device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
                           const Allowed& allowed, int k, int lane_bits) {
   using Bits = typename Format::Bits;
   using Row = AlignedRow<Format>;
+  using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
   const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
   const int of_block = (tiles + blocks - 1) / blocks;
-  // A last vector that is not full.
-  const int groups = tiles << (5 - lane_bits);
+  const int groups = tiles << (kLaneBits - lane_bits);
   const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
-  if (block.thread < group_vectors * Row::kChunk - groups)
+  if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
     shared.keys[groups + block.thread] = KeyLimits<Bits>::kNotSelectable;
+  for (int i = block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
+  if (block.thread == 0) *shared.count = 0;
 
   if (blocks > 1) cluster_barrier();  // the first block is there, and so is its memory
   stream(block, row, rank * of_block, min((rank + 1) * of_block, tiles), lane_bits,
@@ -345,29 +372,39 @@ __device__ int select_row(Block& block, const Shared<typename Format::Bits>& sha
 
   int low, high;
   key_range(block, shared.keys, group_vectors, k, low, high);
-  int found = choose_best(block, shared.keys, group_vectors, k, low, high,
-                          [&](int place, int group) { shared.list[place] = group; });
+  const int listed = choose_best(block, shared.keys, group_vectors, k, low, high,
+                                 [&](int place, int group) { shared.list[place] = group; });
   __syncthreads();  // the list is there, and the group keys are done with
 
-  // The largest element is that of the best group, and k elements reach what k groups do.
-  const int chunks = found << lane_bits;
-  for (int i = block.thread; i < chunks; i += block.threads) {
-    const int chunk = chunk_of(shared.list, i, lane_bits);
-    KeyVector<Bits> vector;
-    row.load_keys(chunk, row.excluded(chunk), vector.keys);
-    uint4 words;
-    memcpy(&words, vector.keys, sizeof words);
-    reinterpret_cast<uint4*>(shared.keys)[i] = words;
-  }
-  __syncthreads();
-  found = choose_best(block, shared.keys, chunks, k, low, high, [&](int place, int index) {
-    const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
-    shared.ids[place] = row.id_of(chunk, index % Row::kChunk);
-    shared.values[place] = value_of_key<Format>(shared.keys[index]);
+  // What k groups reach k elements do: `low` is a lower bound for them, too.
+  for_chunks(block, row, shared.list, listed, lane_bits, [&](int chunk, int, const Vector& vector) {
+    const int reached = vector.reach(low);
+    if (reached == 0) return;
+    int place = atomicAdd(shared.count, reached);
+    for (int i = 0; i < Vector::kKeys; ++i)
+      if (vector.keys[i] >= low && place < shared.most)
+        shared.ranks[place++] = rank_key(vector.keys[i], row.id_of(chunk, i));
   });
   __syncthreads();
-  sort_entries(block, shared, found, k);
-  return found;
+  int found = *shared.count;
+  if (found > shared.most) {
+    for_chunks(block, row, shared.list, listed, lane_bits, [&](int, int place, const Vector& vector) {
+      vector.store(shared.keys, place);
+    });
+    __syncthreads();
+    found = choose_best(block, shared.keys, listed << lane_bits, k, low, high,
+                        [&](int place, int index) {
+                          const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
+                          shared.ranks[place] = rank_key(shared.keys[index],
+                                                         row.id_of(chunk, index % Row::kChunk));
+                        });
+    for (int i = found + block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
+    __syncthreads();
+  }
+  int size = 1;
+  while (size < found) size *= 2;
+  sort_descending(block, shared.ranks, size);
+  return min(found, k);
 }
 
 // (ids, values) of the k best of each row; a block or a cluster for each.
@@ -376,7 +413,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     select_kernel(const __grid_constant__ SelectArgs args, const __grid_constant__ Plan plan) {
   const int64_t row = blockIdx.x / cluster_size();
   const int k = args.k;
-  const Shared<typename Format::Bits> shared(plan, k);
+  const Shared<Format> shared(plan, k);
   Block block(shared.scratch);
   const char* logits = args.logits.row(row);
   int found = 0;
@@ -386,8 +423,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);
   for (int i = block.thread; i < k; i += block.threads) {
-    args.ids[row * k + i] = i < found ? shared.ids[i] : -1;
-    args.values[row * k + i] = i < found ? Format::widen(bits[shared.ids[i]]) : -INFINITY;
+    args.ids[row * k + i] = i < found ? shared.id(i) : -1;
+    args.values[row * k + i] = i < found ? Format::widen(bits[shared.id(i)]) : -INFINITY;
   }
 }
 

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the CPU: ``_cuda`` of the very sources, with emulation.h for CUDA.
 
-    python tests/emulation/build.py [plain|sanitized|coverage]    # prints the folder it is in
+python tests/emulation/build.py [plain|sanitized|coverage]    # prints the folder it is in
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ struct Group {
   size_t size = 0;
   const char* file = nullptr;
   int line = 0;
+  bool started = false;
 };
 
 struct Warp : Group {
@@ -79,10 +80,9 @@ struct Fiber : Thread {
 };
 
 struct Memory {
-  explicit Memory(int bytes) : at(new char[static_cast<size_t>(bytes)]) {
-    memset(at.get(), kPattern, static_cast<size_t>(bytes));
-  }
+  explicit Memory(int bytes) : at(new char[static_cast<size_t>(bytes)]), size(bytes) {}
   std::unique_ptr<char[]> at;
+  int size;
 };
 
 // The order in which threads that can run do so: the least key first.
@@ -151,6 +151,11 @@ void to_scheduler() {
 
 [[noreturn]] void fiber_main() {
   after_switch(nullptr, &running.stack_bottom, &running.stack_size);
+  if (!self().of_block->started) {  // what another block wrote here before is lost
+    self().of_block->started = true;
+    const Memory& memory = running.memories[static_cast<size_t>(self().cluster_rank)];
+    memset(memory.at.get(), kPattern, static_cast<size_t>(memory.size));
+  }
   (*running.body)();
   self().done = true;
   to_scheduler();

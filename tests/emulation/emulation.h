@@ -113,6 +113,12 @@ T reduced(T value, Combine combine, const char* file, int line) {
   return result;
 }
 
+inline int fetch_add(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}
+
 }  // namespace emulation
 
 #define OPD_HERE __FILE__, __LINE__
@@ -136,6 +142,7 @@ T reduced(T value, Combine combine, const char* file, int line) {
   ::emulation::reduced(value, [](auto a, auto b) { return std::max(a, b); }, OPD_HERE)
 #define __any_sync(mask, value) \
   ::emulation::reduced(static_cast<int>(value), [](int a, int b) { return a | b; }, OPD_HERE)
+#define atomicAdd(address, value) ::emulation::fetch_add(address, value)
 #define __popc(value) __builtin_popcount(value)
 #define __ffs(value) __builtin_ffs(static_cast<int>(value))
 #define __byte_perm(a, b, selector) ::emulation::byte_perm(a, b, selector)

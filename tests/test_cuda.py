@@ -1,0 +1,205 @@
+"""The CUDA kernels in emulation: every schedule and every shape of a launch, and no barrier too many.
+
+What they compute is tested with all other backends; see emulated.py.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+from opd_kernels.backends import cpu, cuda
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cluster_barrier)\(\);")
+BARRIERS = [
+    f"{path.name}:{number}"
+    for path in sorted(SOURCES.glob("*.cuh"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if BARRIER.search(line)
+]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCHEDULES = (0, 1, 2, 3, 4)
+
+pytestmark = pytest.mark.skipif(
+    cuda.DEVICE != "cpu", reason="the kernels are not emulated in this run"
+)
+Outputs = list[Tensor]
+
+
+def rows(
+    count: int, vocab: int, dtype: torch.dtype = BF16, offset: int = 0, seed: int = 0
+) -> Tensor:
+    """Random logits, the first ``offset`` elements after an address of 128 bytes, in odd strides."""
+    generator = torch.Generator().manual_seed(seed)
+    stride = vocab + 3
+    storage = torch.full((count * stride + offset + 256,), torch.nan, dtype=dtype)
+    start = -(storage.data_ptr() // dtype.itemsize) % (128 // dtype.itemsize) + offset
+    view = storage.as_strided((count, vocab), (stride, 1), start)
+    return view.copy_(torch.randn(count, vocab, generator=generator) * 3)
+
+
+def bitmap(vocab: int, ids: list[int]) -> Tensor:
+    bits = torch.zeros(-(-vocab // 64) * 64, dtype=torch.uint8)
+    bits[ids] = 1
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def logits_call(
+    backend: object, teacher: Tensor, k: int, banned: list[int] | None = None
+) -> Outputs:
+    student = rows(*teacher.shape, FP32, seed=1)
+    vocab = teacher.shape[1]
+    bits = None if banned is None else bitmap(vocab, banned)
+    selected = backend.select(teacher, k, vocab, bits, None)
+    return [*selected, *backend.divergence(student, teacher, None, k, vocab, bits, None, 1.0, 1.5)]
+
+
+def support_call(backend: object, k: int, ids: Tensor) -> Outputs:
+    student, values = rows(len(ids), 5000, seed=2), rows(len(ids), k, FP32, seed=3)
+    return list(backend.divergence(student, values, ids, k, 5000, None, None, 1.0, 1.0))
+
+
+def scatter_call(backend: object, out: Tensor, k: int) -> Outputs:
+    ids = torch.stack([torch.randperm(out.shape[1])[:k] for _ in out]).int()
+    grad, upstream = torch.randn(ids.shape), torch.randn(len(out))
+    backend.scatter_(out, grad, ids, upstream)
+    return [out.clone()]
+
+
+def scenarios(backend: object) -> Iterator[Outputs]:
+    """Calls that together need every barrier: few and many entries, splits, repeats, bans."""
+    torch.manual_seed(0)
+    repeated = torch.randint(0, 20, (2, 100))
+    yield support_call(backend, 100, repeated)
+    yield support_call(backend, 17, torch.randint(0, 5, (1, 17)))
+    yield scatter_call(backend, rows(1, 40_000, offset=5), 200)
+    with emulated.gpu(1):
+        yield logits_call(backend, rows(3, 3000, offset=3), 9)  # 128 threads
+        yield logits_call(backend, rows(40, 3000), 1)
+        yield logits_call(backend, rows(1, 3000, FP32), 300)
+        ascending = torch.arange(6000.0).reshape(2, 3000)  # too many candidates
+        yield logits_call(backend, rows(2, 3000, FP32).copy_(ascending), 9)
+        yield logits_call(backend, rows(9, 3000).sign_(), 100)
+        equal = (torch.arange(40_000) % 64 >= 32).float()  # in no group's first half
+        yield logits_call(backend, rows(1, 40_000).copy_(equal), 5)
+        banned = list(range(0, 5000, 2))
+        teacher = rows(1, 70_000, offset=9)
+        teacher[:, banned] += 50
+        yield logits_call(backend, teacher, 200, banned)
+    with emulated.gpu(8):
+        yield logits_call(backend, rows(1, 40_000, offset=1), 70)  # a cluster
+        yield logits_call(backend, rows(1, 40_000, FP32), 1)
+
+
+def same(ours: Outputs, theirs: Outputs) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Outputs]:
+    return list(scenarios(cuda))
+
+
+@pytest.mark.parametrize("number", SCHEDULES[1:])
+def test_no_schedule_changes_a_bit(number: int, expected: list[Outputs]) -> None:
+    with emulated.schedule(number):
+        for ours, theirs in zip(scenarios(cuda), expected, strict=True):
+            assert same(ours, theirs)
+
+
+def differs(number: int, without: str, expected: list[Outputs]) -> bool:
+    """Whether a schedule without a barrier fails, in a process of its own: it may well crash."""
+    child = os.fork()
+    if child == 0:
+        right = False
+        try:
+            faulthandler.disable()
+            torch.set_num_threads(1)  # those of the parent are not here
+            with emulated.schedule(number, without):
+                pairs = zip(scenarios(cuda), expected, strict=True)
+                right = all(same(ours, theirs) for ours, theirs in pairs)
+        finally:
+            os._exit(int(not right))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_without_any_one_barrier_some_schedule_fails(barrier: str, expected: list[Outputs]) -> None:
+    assert not differs(2, "no such file:1", expected)
+    assert any(differs(number, barrier, expected) for number in SCHEDULES)
+
+
+def test_barriers_were_found() -> None:
+    assert len(BARRIERS) >= 12
+
+
+# Shapes of launches
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 65, 300, 5000, 33_333])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_every_shape_of_a_launch_selects_the_same(dtype: torch.dtype, vocab: int) -> None:
+    for k in (1, 2, 33, 64, 65, 256, 257, 1024):
+        if k > vocab:
+            continue
+        for offset in (0, 1, 63, 128 // dtype.itemsize - 1):
+            teacher = rows(2, vocab, dtype, offset).round_()  # ties
+            expected = cpu.select(teacher, k, vocab, None, None)
+            for multiprocessors, clusters in ((1, False), (2, False), (8, True), (16, True)):
+                with emulated.gpu(multiprocessors, clusters):
+                    assert same([*cuda.select(teacher, k, vocab, None, None)], [*expected])
+
+
+@pytest.mark.parametrize("k", [1, 64, 200])
+def test_a_row_has_the_same_bits_in_every_batch_and_on_every_gpu(k: int) -> None:
+    teacher, outcomes = rows(9, 20_000), []
+    for multiprocessors, count in ((1, 9), (1, 1), (2, 3), (16, 1), (64, 9)):
+        with emulated.gpu(multiprocessors):
+            outcomes.append([x[:1] for x in logits_call(cuda, teacher[:count], k)])
+    student = rows(9, 20_000, FP32, seed=1)
+    assert torch.equal(student[:1], rows(1, 20_000, FP32, seed=1))
+    assert all(same(outcome, outcomes[0]) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("k", [1, 64, 1024])
+def test_wide_rows_are_taken_up_to_a_limit(dtype: torch.dtype, k: int) -> None:
+    widest = cuda._max_width(k, dtype)
+    assert widest >= 300_000
+    cpu_device = torch.device("cpu")
+    assert cuda.refusal(cpu_device, (dtype,), k, widest) is None
+    assert f"above {widest}" in str(cuda.refusal(cpu_device, (dtype,), k, widest + 1))
+    teacher = torch.zeros(1, widest + 1, dtype=dtype)
+    teacher[0, [5, widest - 1, widest]] = 1
+    ids, values = cuda.select(teacher, k, widest, None, None)
+    assert ids[0, : min(k, 4)].tolist() == [5, widest - 1, 0, 1][:k]
+    assert values[0, : min(k, 4)].tolist() == [1, 1, 0, 0][:k]
+    with pytest.raises(ValueError, match="do not fit"):
+        cuda.select(teacher, k, widest + 1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "refused"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("80 90+PTX", [(8, 0), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        ("80 90 90a 100 120+PTX", [(8, 9), (9, 0), (10, 3), (12, 0), (12, 1)], [(7, 0), (11, 0)]),
+    ],
+)
+def test_what_a_build_runs_on(
+    architectures: str, served: list[tuple[int, int]], refused: list[tuple[int, int]]
+) -> None:
+    assert all(cuda.serves(architectures, capability) for capability in served)
+    assert not any(cuda.serves(architectures, capability) for capability in refused)
