@@ -1,8 +1,8 @@
 """One suite for every backend: a test that takes ``backend`` runs on each that this machine has.
 
-The CUDA backend runs as well, its kernels emulated (emulated.py). Under ``TRITON_INTERPRET=1`` tests
-with a backend alone run, on the Triton backend. Both have guard bands around all that they allocate. With ``OPD_KERNELS_TEST_DEVICE=cuda`` they alone run, on the backends
-that serve that device.
+The CUDA backend is among them, its kernels emulated (emulated.py). Under ``TRITON_INTERPRET=1``
+such tests alone run, on the Triton backend. Guard bands surround all that these two allocate. With
+``OPD_KERNELS_TEST_DEVICE=cuda`` such tests alone run, on the backends that serve that device.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from emulation.build import build
 

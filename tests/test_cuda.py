@@ -1,4 +1,4 @@
-"""The CUDA kernels in emulation: every schedule and every shape of a launch, and no barrier too many.
+"""The CUDA kernels in emulation: schedules, barriers, shapes of launches.
 
 What they compute is tested with all other backends; see emulated.py.
 """
@@ -38,7 +38,7 @@ Outputs = list[Tensor]
 def rows(
     count: int, vocab: int, dtype: torch.dtype = BF16, offset: int = 0, seed: int = 0
 ) -> Tensor:
-    """Random logits, the first ``offset`` elements after an address of 128 bytes, in odd strides."""
+    """Random logits, the first one ``offset`` after a multiple of 128 bytes, at odd strides."""
     generator = torch.Generator().manual_seed(seed)
     stride = vocab + 3
     storage = torch.full((count * stride + offset + 256,), torch.nan, dtype=dtype)

@@ -14,7 +14,7 @@ import torch
 from effort import INTERPRETED
 
 from opd_kernels import TopK, select_topk, topk_rkl
-from opd_kernels.backends import cpu
+from opd_kernels.backends import cpu, cuda
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -63,11 +63,14 @@ def guarded() -> Iterator[list[GuardedRows]]:
         rows.open()
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else cpu.instruction_sets())
+CAREFUL = [*cpu.instruction_sets(), *(["cuda"] if cuda.DEVICE == "cpu" else [])]
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else CAREFUL)
 def careful(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Backends that read no more than they must: the CPU's instruction sets or Triton's kernels."""
-    if request.param == "triton":
-        return "triton"
+    """Backends that read no more than they must: the CPU's instruction sets and GPU kernels."""
+    if request.param in ("triton", "cuda"):
+        return str(request.param)
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", request.param)
     return "cpu"
 

@@ -33,12 +33,12 @@ def rows(module: Any, tensor: Tensor) -> Any:
     return module.Rows(tensor.data_ptr(), name(tensor.dtype), tuple(tensor.shape), tensor.stride())
 
 
-def allowed(
-    module: Any, limit: int, banned: Tensor | None, mask: Tensor | None, count: int
-) -> Any:
+def allowed(module: Any, limit: int, banned: Tensor | None, mask: Tensor | None, count: int) -> Any:
     """What may enter the support of ``count`` rows; the mask is contiguous."""
     if mask is not None and (mask.dtype != torch.bool or mask.numel() != count):
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool for {count} rows")
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool for {count} rows"
+        )
     if banned is not None and banned.nbytes * 8 < limit:
         raise ValueError(f"the bitmap of banned ids has {banned.nbytes * 8} bits for {limit} ids")
     return module.Allowed(

@@ -1,4 +1,4 @@
-"""The CUDA backend: allocates, and passes pointers and the current stream to the compiled module."""
+"""The CUDA backend: allocates, and passes pointers and the stream to the compiled module."""
 
 from __future__ import annotations
 
