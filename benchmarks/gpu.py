@@ -8,9 +8,11 @@ the read ceiling), memset of the gradient's, a device copy. Then every GPU backe
 naive eager, also through ``torch.compile``; unusual rows beside random ones; and sweeps around the
 headline shape. What is compared is timed in turn, round by round, by events, with the L2 cache full
 of something else and the launches queued ahead; medians. A backend is timed only after its loss and
-gradient at that shape agreed with float64 on 64 rows.
+gradient at that shape agreed with float64 on 64 rows. Beside these: the host's time in a call that
+finds the queue empty, what a call launches, and what Nsight Compute counts in it (profile_gpu.py).
 
-The result file is rewritten after each task, and tasks come in order of importance: what
+What a backend should reach is in goals.py; the end of the output says of each goal whether it was
+met. The result file is rewritten after each task, and tasks come in order of importance: what
 ``--minutes`` leaves out is listed there.
 """
 
@@ -30,22 +32,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peers import as_output, careful_eager, check, check_selection, naive_eager
-from report import Result, report
+from calls import (
+    Point,
+    check_peer,
+    forward_backward,
+    host_calls,
+    other_calls,
+    ours,
+    random_logits,
+    reads,
+    triton,
+    unusual_rows,
+)
+from goals import (
+    GOALS,
+    UNUSUAL_RATIO,
+    judge_backends,
+    judge_host,
+    judge_peer,
+    judge_point,
+)
+from peers import careful_eager, check, naive_eager
+from profile_gpu import profile
+from report import Result, kernel_name, report
 from timing import Clock, Name, Run, Runs, spread
 from torch import Tensor
 
 import opd_kernels
-from opd_kernels import backends, select_topk, topk_rkl
+from opd_kernels import backends
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-# Of a pure read: (words of a tile, warps, programs per multiprocessor; 0 is a program per tile).
-READ_CONFIGS = ((4096, 4, 0), (8192, 8, 0), (4096, 4, 8), (4096, 4, 16), (8192, 8, 4), (8192, 8, 8))
 # Bytes moved by each measure: (tensors of the logits' size, bytes per entry of the support), a
 # gathered entry counting as a sector of 32; and the yardsticks that it is compared with.
 MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -60,30 +75,6 @@ MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "forward, TopK teacher": (0, 48, ()),
 }
 PEERS = {"careful eager": careful_eager, "naive eager": naive_eager}
-GOALS = {"careful eager": 5.0, "naive eager": 15.0}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A shape to measure at."""
-
-    rows: int
-    vocab: int
-    k: int
-    dtype: str = "bfloat16"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of both sides' logits."""
-        return getattr(torch, self.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the teacher, or of the gradient."""
-        return self.rows * self.vocab * self.torch_dtype.itemsize
-
-    def __str__(self) -> str:  # noqa: D105
-        return f"{self.rows} x {self.vocab} {self.dtype} K={self.k}"
 
 
 @dataclass(frozen=True)
@@ -93,10 +84,12 @@ class Plan:
     rows: int
     vocab: int
     ks: tuple[int, ...]
+    few_rows: tuple[int, ...]
     sweeps: dict[str, tuple[Any, ...]]
     unusual: slice
     warmups: int
     rounds: int
+    host_calls: int
     compiler: str
 
 
@@ -104,154 +97,31 @@ FULL = Plan(
     rows=8192,
     vocab=151936,
     ks=(64, 32, 128),
+    few_rows=(64, 128, 256, 512),
     sweeps={
         "dtype": ("float16", "float32"),
         "k": (256, 8, 1024),
-        "rows": (64, 256, 1024, 512, 32768),
+        "rows": (1024, 32768, 8),
         "vocab": (128256, 151669, 32768, 262144),
     },
     unusual=slice(None),
     warmups=3,
     rounds=30,
+    host_calls=300,
     compiler="inductor",
 )
 SMOKE = Plan(
     rows=2,
     vocab=1000,
     ks=(8,),
+    few_rows=(1,),
     sweeps={"vocab": (999,)},
     unusual=slice(-2, None),
     warmups=1,
     rounds=2,
+    host_calls=2,
     compiler="eager",
 )
-
-if triton is not None:
-
-    @triton.jit
-    def read_kernel(words_ptr, out_ptr, size, TILE: tl.constexpr):  # noqa: N803
-        """Reads 32-bit words 16 bytes at a time and keeps each program's maximum."""
-        program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-        offsets = tl.arange(0, TILE)
-        best = tl.full([TILE], -(1 << 31), tl.int32)
-        for start in range(program * TILE, size, programs * TILE):
-            inside = start + offsets < size
-            words = tl.load(words_ptr + start + offsets, mask=inside, other=-(1 << 31))
-            best = tl.maximum(best, words)
-        tl.store(out_ptr + program, tl.max(best, 0))
-
-
-def random_logits(point: Point, device: torch.device, scale: float = 3.0) -> Tensor:
-    shape = (point.rows, point.vocab)
-    return torch.randn(shape, dtype=point.torch_dtype, device=device).mul_(scale)
-
-
-def unusual_rows(
-    point: Point, device: torch.device
-) -> dict[str, tuple[Callable[[], Tensor], dict[str, Tensor]]]:
-    """Teachers and options that must cost no more than random rows without options."""
-    shape, dtype, vocab = (point.rows, point.vocab), point.torch_dtype, point.vocab
-    random = functools.partial(random_logits, point, device)
-    ids = torch.arange(vocab, device=device)
-    ramp = torch.linspace(-10, 10, vocab, device=device).to(dtype)
-    cluster = ((ids * 40 // vocab == 3) * 8.0).to(dtype)
-    ruled_out = torch.rand(vocab, device=device) < 0.5
-    every_other = torch.arange(point.rows, device=device) % 2 == 0
-    return {
-        "all equal": (lambda: torch.zeros(shape, dtype=dtype, device=device), {}),
-        "ascending": (lambda: ramp.expand(shape).contiguous(), {}),
-        "descending": (lambda: ramp.flip(0).expand(shape).contiguous(), {}),
-        "clustered": (lambda: random(0.1).add_(cluster), {}),
-        "tie-heavy": (lambda: random().round_(), {}),
-        "half -inf": (lambda: random().masked_fill_(ruled_out, -torch.inf), {}),
-        "20 banned ids": (random, {"banned_ids": ids[-20:]}),
-        "half of the rows masked": (random, {"mask": every_other}),
-    }
-
-
-def forward_backward(loss: Callable[[], Tensor], student: Tensor) -> Run:
-    def prepare() -> Callable[[], None]:
-        student.grad = None
-        return lambda: loss().backward()
-
-    return prepare
-
-
-def ours(
-    student: Tensor, teacher: Tensor, k: int, backend: str, **options: Tensor
-) -> tuple[Runs, dict[str, float]]:
-    """The loss, its gradient and both, and the errors that were found in them."""
-    errors = check(student, teacher, k, backend, **options)
-    loss = functools.partial(topk_rkl, student, teacher, k, backend=backend, **options)
-
-    def backward() -> Callable[[], None]:
-        student.grad = None
-        return loss().backward
-
-    return {
-        (backend, "forward"): lambda: loss,
-        (backend, "backward"): backward,
-        (backend, "forward + backward"): forward_backward(loss, student),
-    }, errors
-
-
-def other_calls(
-    student: Tensor, teacher: Tensor, k: int, backend: str
-) -> tuple[Runs, dict[str, float]]:
-    """Selection, the loss of a given support, the gradient in place; and errors of the last."""
-    support = select_topk(teacher, k, backend=backend)
-    check_selection(teacher, support)
-    errors = check(student, teacher, k, backend, inplace=True)
-    consumed = student.detach().clone()
-
-    def in_place() -> Callable[[], None]:
-        logits = as_output(consumed)
-        return lambda: topk_rkl(logits, teacher, k, inplace_grad=True, backend=backend).backward()
-
-    select = functools.partial(select_topk, teacher, k, backend=backend)
-    given = functools.partial(topk_rkl, student, support, backend=backend)
-    return {
-        (backend, "select_topk"): lambda: select,
-        (backend, "forward, TopK teacher"): lambda: given,
-        (backend, "in place"): in_place,
-    }, errors
-
-
-def check_peer(loss: Callable[..., Tensor], teacher: Tensor, k: int, backend: str) -> float:
-    """Relative difference between a peer's loss and ours; raises if it is too large.
-
-    The student is a function of the teacher's value: ``torch.topk`` breaks ties as it likes.
-    """
-    student = (teacher * 0.5).requires_grad_()
-    theirs = loss(student, teacher, k).item()
-    mine = topk_rkl(student, teacher, k, backend=backend).item()
-    error = abs(theirs - mine) / abs(mine)
-    if not error <= 1e-3:
-        raise AssertionError(f"the peer's loss is {theirs}, ours {mine}")
-    return error
-
-
-def reads(logits: Tensor) -> Runs:
-    """Ways to read every byte once, as 32-bit words; each returns maxima of parts of them."""
-    flat = logits.flatten()
-    words = flat[: flat.numel() // 64 * 64].view(torch.int32)
-    runs: Runs = {("torch", "amax"): lambda: words.amax}
-    if triton is None:
-        return runs
-    cuda = words.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(words.device).multi_processor_count if cuda else 1
-    for tile, warps, programs in READ_CONFIGS:
-        tiles = -(-words.numel() // tile)
-        grid = min(tiles, programs * processors or tiles)
-
-        def read(tile: int = tile, warps: int = warps, grid: int = grid) -> Tensor:
-            out = torch.empty(grid, dtype=torch.int32, device=words.device)
-            read_kernel[(grid,)](words, out, words.numel(), tile, num_warps=warps)
-            return out
-
-        name = f"tile {tile}, {warps} warps, {programs or 'all'} programs"
-        runs["triton", name] = lambda read=read: read
-    return runs
 
 
 class Bench:
@@ -326,19 +196,9 @@ class Bench:
                 row[f"percent_of_{'_and_'.join(yardsticks)}"] = 100 * least / row["ms"]
             row["peak_bytes"] = self.clock.peak_memory(runs[backend, measure])
             self.result.add(part, point, measure, backend=backend, **row)
-            if part == "headline":
-                self.headline_goals(f"{backend}, K={point.k}: {measure}", point, measure, row)
-
-    def headline_goals(self, what: str, point: Point, measure: str, row: dict[str, Any]) -> None:
-        """Bandwidth and memory beside their goals."""
-        if measure == "forward":
-            self.result.goal(f"{what}, % of the read ceiling", row["percent_of_read"], least=80)
-            if row["peak_bytes"] is not None:
-                most = 12 * point.rows * point.k + 0.05 * point.nbytes
-                self.result.goal(f"{what}, extra MB", row["peak_bytes"] / 1e6, most=most / 1e6)
-        if measure == "forward + backward":
-            percent = row["percent_of_read_and_memset"]
-            self.result.goal(f"{what}, % of read + memset", percent, least=80)
+            judge_point(self.result, part, point, backend, measure, row)
+        if part == "headline":
+            judge_backends(self.result, point, times)
 
     def measure_unusual(self, point: Point, content: str) -> None:
         """Unusual rows beside random ones, in turn."""
@@ -357,7 +217,7 @@ class Bench:
                 row["ratio_to_random"] = row["ms"] / statistics.median(times[beside])
                 self.result.add("unusual", point, measure, backend=backend, **row)
                 what = f"{backend}, {content}: {measure} / random rows"
-                self.result.goal(what, row["ratio_to_random"], most=1.1)
+                self.result.goal(what, row["ratio_to_random"], most=UNUSUAL_RATIO)
 
     def measure_peer(self, point: Point, label: str, compiled: bool) -> None:
         """A peer beside ours, on a quarter of the rows where it does not fit in memory."""
@@ -393,9 +253,7 @@ class Bench:
             row["times_ours"] = row["ms"] / statistics.median(times[name])
             row["peak_bytes"] = self.clock.peak_memory(peer)
             self.result.add("peers", point, label, backend=backend, **row)
-            if label in GOALS:
-                what = f"{backend}, K={point.k}: {label} / ours"
-                self.result.goal(what, row["times_ours"], least=GOALS[label])
+            judge_peer(self.result, point, backend, label, row["times_ours"])
 
     def count_launches(self, point: Point) -> None:
         """What a call puts on the device."""
@@ -405,6 +263,40 @@ class Bench:
             for measure in ("forward", "backward"):
                 names = self.clock.launches(runs[backend, measure])
                 self.result.add("launches", point, measure, backend=backend, launches=names)
+
+    def measure_host(self, point: Point) -> None:
+        """The host's time in a call: how long Python takes to launch it."""
+        student, teacher = self.inputs(point)
+        for backend in self.backends(point):
+            check(student, teacher, point.k, backend)
+            for (_, measure), run in host_calls(student, teacher, point.k, backend).items():
+                self.clock.host(run, self.plan.warmups)
+                row = spread(self.clock.host(run, self.plan.host_calls))
+                row["host_us"] = row["ms"] * 1e3
+                self.result.add("host", point, measure, backend=backend, **row)
+                judge_host(self.result, backend, measure, row["host_us"])
+
+    def profile(self, point: Point) -> None:
+        """Nsight Compute on a call in a process of its own, or why there is nothing of it."""
+        shape = f"--rows={point.rows}", f"--vocab={point.vocab}", f"--k={point.k}"
+        for backend in self.backends(point):
+            kernels, why = profile(backend, *shape, f"--device={self.device}")
+            for counts in kernels:
+                name = kernel_name(counts)
+                self.result.add("profile", point, name, backend=backend, counters=counts)
+            if why:
+                note = f"not profiled: {why}"
+                self.result.add("profile", point, "profile", backend=backend, note=note)
+
+    def look_for_backends(self, point: Point) -> None:
+        """Whether a GPU is served by each backend that has goals; without one none is missed."""
+        for name in GOALS if self.device.type == "cuda" else ():
+            reason: str | None = "not in this version"
+            if name in backends.MODULES:
+                reason = backends.load(name).refusal(self.device, (point.torch_dtype,), point.k)
+            self.result.goal(f"{name}: serves the device", float(reason is None), least=1)
+            if reason is not None:
+                self.result.add("backends", point, "check", backend=name, error=reason)
 
 
 class Task(NamedTuple):
@@ -436,15 +328,22 @@ def tasks(bench: Bench, plan: Plan, quick: bool) -> list[Task]:
             for label in PEERS
         ]
 
-    todo = [measured("headline", point) for point in headline]
+    def beside(part: str, point: Point, run: Callable[[Point], None]) -> Task:
+        return Task(part, point, part, functools.partial(run, point))
+
+    few = [replace(main, rows=rows) for rows in plan.few_rows]
+    todo = [beside("backends", main, bench.look_for_backends)]
+    todo += [measured("headline", point) for point in headline]
+    todo += [measured("few rows", point) for point in few]
+    todo.append(beside("host", few[0], bench.measure_host))
     todo += peers(main, compiled=False)
     for content in list(unusual_rows(replace(main, rows=1), bench.device))[plan.unusual]:
         run = functools.partial(bench.measure_unusual, main, content)
         todo.append(Task("unusual", main, content, run))
-    count = functools.partial(bench.count_launches, main)
-    todo.append(Task("launches", main, "launches", count))
+    todo += [beside("launches", point, bench.count_launches) for point in (few[0], main)]
     for point in headline[1:]:
         todo += peers(point, compiled=False)
+    todo.append(beside("profile", main, bench.profile))
     if quick:
         return todo
     todo += peers(main, compiled=True)
@@ -513,7 +412,7 @@ def describe(device: torch.device, commit: str) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the headline shapes alone")
+    parser.add_argument("--quick", action="store_true", help="what has a goal, and a profile")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes; figures mean nothing")
     parser.add_argument("--minutes", type=float, default=7.0, help="no task begins after them")
     parser.add_argument("--device", default="cuda")

@@ -51,6 +51,8 @@ def comment(row: dict[str, Any]) -> str:
             said.append(f"{value:.1f} % of {yardsticks}")
     if "ratio_to_random" in row:
         said.append(f"{row['ratio_to_random']:.2f} x random")
+    if "host_us" in row:
+        said.append(f"{row['host_us']:.1f} us on the host")
     if "times_ours" in row:
         said.append(f"{row['times_ours']:.1f} x {row['backend']}")
     if row.get("scaled", 1) > 1:
@@ -58,9 +60,35 @@ def comment(row: dict[str, Any]) -> str:
     if "launches" in row:
         names = row["launches"]
         said.append("not seen" if names is None else f"{len(names)}: {', '.join(names)}"[:300])
+    if "counters" in row:
+        said.append(counted(row["counters"]))
+    said += [row["note"]] if "note" in row else []
     if "error" in row:
         said.append(row["error"].splitlines()[0][:120])
     return ", ".join(said)
+
+
+def counted(counts: dict[str, Any]) -> str:
+    """What a profiler counted in a kernel, on a line."""
+    formats = {
+        "ns": lambda ns: f"{ns / 1e3:.1f} us",
+        "dram_percent": lambda percent: f"{percent:.1f} % of the memory's peak",
+        "read_bytes": lambda count: f"{count / 1e6:.1f} MB read",
+        "written_bytes": lambda count: f"{count / 1e6:.1f} MB written",
+        "warps_percent": lambda percent: f"{percent:.1f} % of the warps",
+        "instructions": lambda count: f"{count / 1e6:.2f} M instructions",
+        "registers": lambda count: f"{count:.0f} registers",
+        "shared_bytes": lambda count: f"{count / 1e3:.1f} kB shared",
+        "grid": lambda grid: f"grid {grid}",
+        "block": lambda block: f"block {block}",
+    }
+    said = [form(counts[name]) for name, form in formats.items() if name in counts]
+    return ", ".join(said)
+
+
+def kernel_name(counts: dict[str, Any]) -> str:
+    """A kernel's name without its arguments."""
+    return str(counts["kernel"]).removeprefix("void ").split("(")[0][:100]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -89,7 +117,8 @@ def report(result: Result) -> None:
         print(f"  {met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})")
     for row in result.rows:
         if row.get("launches"):
-            print(f"  {row['backend']}, launches of {row['measure']}: {len(row['launches'])}")
+            what = f"{row['backend']}, {row['rows']} rows: launches of {row['measure']}"
+            print(f"  {what}: {len(row['launches'])}")
     for name in result.not_reached:
         print(f"  not reached: {name}")
     print(f"\nwritten to {result.path}")

@@ -54,6 +54,18 @@ class Clock:
                 values.append(self.once(runs[name]))
         return times, failed
 
+    def host(self, run: Run, calls: int) -> list[float]:
+        """Milliseconds on the host, of calls that find the device's queue empty."""
+        times = []
+        for _ in range(calls):
+            timed = run()
+            self.synchronize()
+            begin = time.perf_counter()
+            result = timed()
+            times.append((time.perf_counter() - begin) * 1e3)
+            del result
+        return times
+
     def attempt(self, call: Callable[[], T]) -> tuple[T | None, str | None]:
         """(what it returned, None) or (None, why it failed); raises where the device is lost."""
         try:

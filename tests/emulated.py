@@ -1,7 +1,7 @@
 """The CUDA backend on the CPU: its sources compiled for emulation (tests/emulation), CPU tensors.
 
-``OPD_KERNELS_EMULATED`` names another build than "plain". The GPU that is pretended has few
-multiprocessors and clusters, so that small tests meet every shape of a launch.
+``OPD_KERNELS_EMULATED`` names another build than "plain", or "none". The pretended GPU has few
+multiprocessors, and clusters, so that small tests meet every shape of a launch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from emulation.build import build
 from opd_kernels.backends import cuda
 
 KIND = os.environ.get("OPD_KERNELS_EMULATED", "plain")
-POSSIBLE = platform.machine() == "x86_64" and platform.system() == "Linux"
+POSSIBLE = KIND != "none" and platform.machine() == "x86_64" and platform.system() == "Linux"
 MULTIPROCESSORS = 4
 
 

@@ -56,6 +56,80 @@ def test_steps_pass_fail_and_are_skipped() -> None:
     )
 
 
+def test_a_step_that_informs_shows_what_it_prints_and_cannot_fail(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"counts": False, "informs": True}
+    results = run(
+        step("works", "print('a line for each kernel')", **options),
+        step("denied", "print('a'); print('no permission'); raise SystemExit(1)", **options),
+        step(
+            "hangs", "import time; print('b', flush=True); time.sleep(60)", seconds=3.0, **options
+        ),
+        step("absent", "print('c')", skip="no such tool", **options),
+    )
+    for result in results.values():
+        run_gpu.report(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"a line for each kernel", "a", "b"} < set(lines)
+    assert "c" not in lines
+    assert {name: (result.state, result.reason) for name, result in results.items()} == {
+        "works": ("passed", ""),
+        "denied": ("skipped", "denied: no permission"),
+        "hangs": ("skipped", "hangs: stopped after 3 s"),
+        "absent": ("skipped", "no such tool"),
+    }
+
+
+def reported(
+    place: str, header: str = "Uninitialized __global__ memory read of size 4 bytes"
+) -> str:
+    """compute-sanitizer's log of one error."""
+    return (
+        "========= COMPUTE-SANITIZER\n"
+        f"========= {header}\n"
+        f"=========     {place}\n"
+        "=========     by thread (0,0,0) in block (0,0,0)\n"
+        "=========     Access to 0x7f is out of bounds\n"
+        "=========     and is 1 bytes after the nearest allocation at 0x7f of size 8 bytes\n"
+        "=========     Saved host backtrace up to driver entry point at kernel launch time\n"
+        "=========         Host Frame: at::native::launch() [0x1fe264] in libtorch_cuda.so\n"
+        "========= \n"
+        "6 passed, 8 deselected in 9.34s\n"
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+
+
+TORCHS = "at void at::native::elementwise_kernel<(int)4, at::native::F>(int, T3)+0x150 in F.cu:7"
+OURS = "at void opd::cuda::divergence_kernel<(int)4>(opd::DivergenceArgs, at::Tensor)+0x150"
+RACE = "Error: Race reported between Write access "
+API = "Host API memory access error at host access to 0x7f of size 400 bytes"
+
+
+@pytest.mark.parametrize(
+    ("log", "state"),
+    [
+        (reported(TORCHS), "passed"),
+        (reported("at 0x150 in void at::native::reduce_kernel<4>(float*)"), "passed"),
+        (reported(f"and Read access {TORCHS}", RACE + TORCHS), "passed"),
+        (reported(OURS), "FAILED"),
+        (reported("at select_kernel+0x150 in select.py:12"), "FAILED"),
+        (reported(TORCHS) + reported(OURS), "FAILED"),
+        (reported(TORCHS + "\n=========     Device Frame:" + OURS.removeprefix("at ")), "FAILED"),
+        (reported(f"and Read access {TORCHS}", RACE + OURS), "FAILED"),
+        (reported("Uninitialized access at 0x7f on access by cudaMemcpy source", API), "FAILED"),
+        (reported(TORCHS) + "========= Target application returned an error\n", "FAILED"),
+        (reported(TORCHS).replace("6 passed", "1 failed, 5 passed"), "FAILED"),
+        (reported(TORCHS).replace("6 passed", "5 passed, 1 error"), "FAILED"),
+        ("6 passed in 9.34s\n========= ERROR SUMMARY: 0 errors\n", "FAILED"),
+    ],
+)
+def test_a_sanitizer_fails_for_all_but_torchs_own_kernels(log: str, state: str) -> None:
+    program = f"print({log!r}); raise SystemExit({run_gpu.SANITIZER_EXIT})"
+    (result,) = run(step("initcheck cuda", program)).values()
+    assert result.state == state
+
+
 def test_nothing_skipped_is_not_mentioned() -> None:
     results = [Result(step("a", ""), "passed"), Result(step("b", ""), "FAILED")]
     assert run_gpu.verdict(results) == "test-gpu: 1 passed, 1 failed"
@@ -121,15 +195,69 @@ def test_failed_steps_show_the_end_of_their_log(capsys: pytest.CaptureFixture[st
 
 
 def test_every_step_is_there_for_a_gpu_and_none_needs_one_elsewhere() -> None:
-    steps = run_gpu.tests("cuda", ["triton", "reference"], 2.0)
+    serving = ["cuda", "triton", "reference"]
+    steps = [*run_gpu.tests("cuda", serving, 2.0), run_gpu.profile("cuda", serving)]
     names = [step.name for step in steps]
     assert len(set(names)) == len({step.log for step in steps}) == len(names)
-    for part in ("cpu suite", "suite on cuda", "gpu tests", "fuzz triton", "fuzz reference"):
+    for part in ("cpu suite", "suite on cuda", "gpu tests", "profile"):
         assert any(part in name for name in names)
+    fuzzed = [name.split()[1].strip(",") for name in names if name.startswith("fuzz")]
+    assert {name: fuzzed.count(name) for name in serving} == {
+        "cuda": 2,
+        "triton": 4,
+        "reference": 1,
+    }
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    sanitizers = {f"{tool} {name}" for name in ("cuda", "triton") for tool in tools}
+    assert {name for name in names if name.split()[0] in tools} == sanitizers
     assert all(step.skip in ("", "compute-sanitizer is not installed") for step in steps)
-    dry = run_gpu.tests("cpu", ["triton", "reference"], 2.0)
+    dry = [*run_gpu.tests("cpu", ["triton"], 2.0), run_gpu.profile("cpu", ["triton"])]
     skipped = {step.name for step in dry if step.skip}
-    assert skipped == {"gpu tests", *run_gpu.SANITIZERS}
+    assert skipped == {"gpu tests", "profile", *(f"{tool} triton" for tool in tools)}
+
+
+def test_the_kernels_themselves_are_tested_and_none_is_left_out() -> None:
+    environments = {
+        step.name: step.environment for step in run_gpu.tests("cuda", ["cuda", "triton"], 2.0)
+    }
+    assert environments["gpu tests"]["OPD_KERNELS_GPU_BACKENDS"] == "cuda,triton"
+    for name in ("gpu tests", "memcheck cuda", "racecheck triton"):
+        assert environments[name].items() >= run_gpu.NO_EMULATION.items()
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest\n"
+        "from opd_kernels.backends import cuda; print(cuda.DEVICE)"
+    )
+    (result,) = run(step("tests", program, environment=run_gpu.NO_EMULATION, counts=False)).values()
+    assert result.step.log.read_text() == "cuda\n"
+
+
+def test_a_sanitizers_tests_are_those_of_its_backend(tmp_path: Path) -> None:
+    tests = tmp_path / "test_it.py"
+    tests.write_text(
+        "import pytest\n\n\n@pytest.mark.parametrize('kernels', ['cuda', 'triton'])\n"
+        "@pytest.mark.parametrize('name', ['sanitized'])\n"
+        "def test_it(name, kernels): pass\n\n\ndef test_other(): pass\n"
+    )
+    step = run_gpu.sanitizer("memcheck", "cuda", "cuda")
+    selected = step.command[step.command.index("-k") :]
+    alone = f"--rootdir={tmp_path}", f"--confcutdir={tmp_path}", "-c", os.devnull, "-q"
+    (result,) = run(run_gpu.pytest("cuda", str(tests), *alone, *selected)).values()
+    assert result.summary == "1 passed, 2 deselected"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"), [((9, 0), "90a"), ((10, 0), "100"), ((8, 6), "86")]
+)
+def test_the_build_compiles_for_the_gpu_that_is_there(
+    capability: tuple[int, int], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert run_gpu.build("cuda").environment == {
+        "OPD_KERNELS_REQUIRE_NATIVE": "1",
+        "OPD_KERNELS_BUILD_CUDA": "1",
+        "OPD_KERNELS_CUDA_ARCHS": architecture,
+    }
+    assert run_gpu.build("cpu").environment == {"OPD_KERNELS_REQUIRE_NATIVE": "1"}
 
 
 def test_a_run_ends_in_one_line_and_tells_by_its_status(
@@ -144,7 +272,7 @@ def test_a_run_ends_in_one_line_and_tells_by_its_status(
         assert run_gpu.main([*arguments, minutes]) == status
         assert capsys.readouterr().out.splitlines()[-1] == line
     assert run_gpu.main(["--device", "cpu", "--only", "check"]) == 0
-    assert capsys.readouterr().out.endswith("0 passed, 0 failed, 3 skipped (needs a GPU)\n")
+    assert capsys.readouterr().out.endswith("0 passed, 0 failed, 4 skipped (needs a GPU)\n")
     assert run_gpu.main(["--device", "cpu", "--only", "no such step"]) == 2
 
 
@@ -152,7 +280,7 @@ def test_nothing_runs_after_a_failed_build(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = step("build", "raise SystemExit('no compiler')", counts=False)
-    monkeypatch.setattr(run_gpu, "build", lambda: broken)
+    monkeypatch.setattr(run_gpu, "build", lambda device: broken)
     assert run_gpu.main(["--device", "cpu"]) == 1
     report = capsys.readouterr().out
     assert "no compiler" in report
@@ -165,6 +293,16 @@ def test_without_kernels_for_the_device_the_run_fails(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert run_gpu.main(["--device", "cpu", "--only", "fuzz"]) == 1
     assert "it runs on GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_the_cuda_kernels_a_run_on_a_gpu_fails() -> None:
+    # The Triton kernels serve any device called cuda; the CUDA ones need it to be there.
+    (result,) = run(run_gpu.serving("cuda")).values()
+    log = result.step.log.read_text().splitlines()
+    assert result.state == "FAILED"
+    assert '"triton"' in log[0]
+    assert log[1].startswith("cuda does not serve cuda: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -5,6 +5,7 @@ python tests/emulation/build.py [plain|sanitized|coverage]    # prints the folde
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -46,11 +47,11 @@ def build(kind: str = "plain") -> Path:
         f"build {target}: link {' '.join(f'{source.name}.o' for source in sources)}",
         "",
     ]
-    text = "\n".join(lines)
-    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != text:
-        (folder / "build.ninja").write_text(text)
-    command = [Path(ninja.BIN_DIR) / "ninja", "--quiet"]
-    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one run share the build
+        (folder / "build.ninja").write_text("\n".join(lines))
+        command = [Path(ninja.BIN_DIR) / "ninja", "--quiet"]
+        subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
     return folder
 
 

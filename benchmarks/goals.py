@@ -1,0 +1,82 @@
+"""What each backend should reach, and what was reached beside it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from report import Result
+from timing import Times
+
+# Of the time of unusual rows to that of random ones, for every backend.
+UNUSUAL_RATIO = 1.1
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Of one backend; None where there is no goal."""
+
+    percent: float  # of the yardsticks' speed, at the headline shapes
+    times: dict[str, float]  # how many times as long peers and other backends take
+    few_rows_percent: float | None = None  # of the read ceiling
+    host_us: float | None = None  # of the host in a call
+
+
+GOALS = {
+    "cuda": Goals(
+        percent=90,
+        times={"careful eager": 8, "naive eager": 20, "triton": 1.05},
+        few_rows_percent=60,
+        host_us=25,
+    ),
+    "triton": Goals(percent=80, times={"careful eager": 5, "naive eager": 15}),
+}
+
+
+def judge_point(
+    result: Result, part: str, point: Any, backend: str, measure: str, row: dict[str, Any]
+) -> None:
+    """Bandwidth and memory at a shape."""
+    goals = GOALS.get(backend)
+    if goals is None:
+        return
+    if (part, measure) == ("few rows", "forward") and goals.few_rows_percent is not None:
+        what = f"{backend}, {point.rows} rows: forward, % of the read ceiling"
+        result.goal(what, row["percent_of_read"], least=goals.few_rows_percent)
+    what = f"{backend}, K={point.k}: {measure}"
+    if (part, measure) == ("headline", "forward"):
+        result.goal(f"{what}, % of the read ceiling", row["percent_of_read"], least=goals.percent)
+        if row["peak_bytes"] is not None:
+            most = 12 * point.rows * point.k + 0.05 * point.nbytes
+            result.goal(f"{what}, extra MB", row["peak_bytes"] / 1e6, most=most / 1e6)
+    if (part, measure) == ("headline", "forward + backward"):
+        percent = row["percent_of_read_and_memset"]
+        result.goal(f"{what}, % of read + memset", percent, least=goals.percent)
+
+
+def judge_backends(result: Result, point: Any, times: Times) -> None:
+    """Backends beside each other, timed in the same turns at a headline shape."""
+    for name, goals in GOALS.items():
+        for other, least in goals.times.items():
+            for measure in ("forward", "forward + backward"):
+                if (name, measure) in times and (other, measure) in times:
+                    ratio = statistics.median(times[other, measure])
+                    ratio /= statistics.median(times[name, measure])
+                    what = f"{name}, K={point.k}: {measure}, {other} / ours"
+                    result.goal(what, ratio, least=least)
+
+
+def judge_peer(result: Result, point: Any, backend: str, label: str, ratio: float) -> None:
+    """A peer's time to the backend's."""
+    if backend in GOALS and label in GOALS[backend].times:
+        what = f"{backend}, K={point.k}: {label} / ours"
+        result.goal(what, ratio, least=GOALS[backend].times[label])
+
+
+def judge_host(result: Result, backend: str, measure: str, host_us: float) -> None:
+    """The host's time in a call of the public functions."""
+    if backend in GOALS and measure in ("forward", "backward"):
+        most = GOALS[backend].host_us
+        if most is not None:
+            result.goal(f"{backend}: {measure}, us on the host", host_us, most=most)

@@ -1,0 +1,160 @@
+"""What Nsight Compute counts in one forward and one backward call of a backend.
+
+    python benchmarks/profile_gpu.py cuda triton [--rows 8192] [--vocab 151936] [--k 64]
+
+A line for each kernel: time, memory, instructions, what it was launched with. Exit status 1 and the
+reason in the last line where a backend could not be profiled: there is no ``ncu`` (on the PATH, in
+/usr/local/cuda, in /opt/nvidia/nsight-compute), or no permission to read the counters. Clocks are
+left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from report import counted, kernel_name
+
+from opd_kernels import topk_rkl
+
+SECONDS = 120
+# Ours and Nsight Compute's names. Shared memory is what the kernel asks for.
+METRICS = {
+    "ns": ("gpu__time_duration.sum",),
+    "dram_percent": ("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
+    "read_bytes": ("dram__bytes_read.sum",),
+    "written_bytes": ("dram__bytes_write.sum",),
+    "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
+    "instructions": ("smsp__inst_executed.sum",),
+    "registers": ("launch__registers_per_thread",),
+    "shared_bytes": ("launch__shared_mem_per_block_static", "launch__shared_mem_per_block_dynamic"),
+}
+# Of what --print-units base leaves.
+UNITS = {"s": 1e9, "second": 1e9, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6}
+UNITS |= {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+
+Kernel = dict[str, "float | str"]
+
+
+def find_ncu() -> str | None:
+    """The profiler, the last version of those that are there for themselves."""
+    versions = sorted(glob.glob("/opt/nvidia/nsight-compute/*/ncu"), reverse=True)
+    candidates = [shutil.which("ncu") or "", "/usr/local/cuda/bin/ncu", *versions]
+    return next((path for path in candidates if Path(path).is_file()), None)
+
+
+def profile(backend: str, *arguments: str) -> tuple[list[Kernel], str]:
+    """(what was counted in each kernel, why there is nothing)."""
+    ncu = find_ncu()
+    if ncu is None:
+        return [], "Nsight Compute (ncu) is not installed"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        metrics = ",".join(name for names in METRICS.values() for name in names)
+        options = ["--target-processes", "application-only", "--profile-from-start", "off"]
+        options += ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
+        options += ["--log-file", str(log), "--metrics", metrics]
+        command = [ncu, *options, sys.executable, __file__, backend, *arguments, "--call"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return [], f"ncu took longer than {SECONDS} s"
+        said = log.read_text(errors="replace") if log.exists() else ""
+    kernels = parsed(said)
+    if kernels:
+        return kernels, ""
+    return [], reason(f"{done.stdout}\n{done.stderr}\n{said}") or f"exit status {done.returncode}"
+
+
+def parsed(log: str) -> list[Kernel]:
+    """The rows of the table in a log: a line of names, a line of units, a line for each kernel."""
+    lines = log.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
+    rows = list(csv.DictReader(lines[start:]))
+    return [kernel(row, rows[0]) for row in rows[1:] if row.get("Kernel Name")]
+
+
+def kernel(row: dict[str, str], units: dict[str, str]) -> Kernel:
+    """A row of the table under our names; what was not counted is left out."""
+    counts: Kernel = {
+        "kernel": row["Kernel Name"],
+        "block": row.get("Block Size", ""),
+        "grid": row.get("Grid Size", ""),
+    }
+    for ours, names in METRICS.items():
+        values = [(row.get(name) or "").replace(",", "") for name in names]
+        if all(value[:1].isdigit() for value in values):
+            factors = [UNITS.get(units[name].split("/")[0], 1.0) for name in names]
+            counts[ours] = sum(float(v) * f for v, f in zip(values, factors, strict=True))
+    return counts
+
+
+def reason(output: str) -> str:
+    """The profiler's error, or the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("==ERROR==")]
+    return next(iter(errors), "".join(lines[-1:])).removeprefix("==ERROR==").strip()
+
+
+def call(backend: str, rows: int, vocab: int, k: int, device: torch.device) -> None:
+    """What is profiled: a forward and a backward call, after others that compile and warm up."""
+    student = torch.randn(rows, vocab, dtype=torch.bfloat16, device=device).mul_(3)
+    teacher = torch.randn_like(student).mul_(3)
+    student.requires_grad_()
+    upstream = torch.ones(rows, device=device)
+    start, stop = counters(device)
+
+    def step() -> None:
+        loss = topk_rkl(student, teacher, k, reduction="none", backend=backend)
+        torch.autograd.grad(loss, student, upstream)
+
+    step()
+    start()
+    step()
+    stop()
+
+
+def counters(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What begins and ends the part that is profiled."""
+    if device.type != "cuda":
+        return lambda: None, lambda: None
+    torch.cuda.synchronize()
+    return torch.cuda.profiler.start, lambda: (torch.cuda.synchronize(), torch.cuda.profiler.stop())
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backend", nargs="+")
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--call", action="store_true", help="only call: this is what is profiled")
+    options = parser.parse_args()
+    if options.call:
+        device = torch.device(options.device)
+        call(options.backend[0], options.rows, options.vocab, options.k, device)
+        return 0
+    shape = [f"--{name}={getattr(options, name)}" for name in ("rows", "vocab", "k", "device")]
+    failures = []
+    for backend in options.backend:
+        kernels, why = profile(backend, *shape)
+        for counts in kernels:
+            print(f"  {backend:7s} {kernel_name(counts)}: {counted(counts)}", flush=True)
+        failures += [f"{backend}: {why}"] if why else []
+    if failures:
+        print(f"not profiled: {'; '.join(failures)}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
