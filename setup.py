@@ -1,25 +1,40 @@
 """Builds the compiled kernels with ninja; everything else is in pyproject.toml.
 
-One object per source, each with its own instruction-set flags, linked into ``opd_kernels._C``. No
-torch is needed to build. Where nothing can be compiled the package is still installed and runs on
-its reference backend.
+Two modules, ``opd_kernels._C`` for CPUs and ``opd_kernels._cuda`` for NVIDIA GPUs: one object per
+source, each with its own flags, linked once. Neither torch nor a GPU is needed to build. A module
+that cannot be built is left out: the package still installs and runs on its other backends.
 
-Environment: ``CXX`` chooses the compiler, ``MAX_JOBS`` bounds parallel compilation,
-``OPD_KERNELS_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer,
-``OPD_KERNELS_REQUIRE_NATIVE=1`` turns a failed compilation into a failed installation.
+Environment:
+
+- ``CXX``: the C++ compiler, nvcc's host compiler as well; default ``c++``.
+- ``MAX_JOBS``: bounds parallel compilation.
+- ``CUDA_HOME``, ``CUDA_PATH``: where nvcc is sought first, in their ``bin``; then on ``PATH``, in
+  /usr/local/cuda and among NVIDIA's wheels.
+- ``OPD_KERNELS_CUDA_ARCHS``: compile for other GPUs than the default, such as ``90a`` or
+  ``8.0;9.0+PTX``, separated by ``;``, ``,`` or spaces.
+- ``OPD_KERNELS_BUILD_CUDA``: 0 leaves the CUDA kernels out; 1 makes it an error that nvcc is
+  missing or their compilation fails; unset, they are built where nvcc is found.
+- ``OPD_KERNELS_REQUIRE_NATIVE``: 1 makes a failed compilation of the CPU kernels an error.
+- ``OPD_KERNELS_SANITIZE``: 1 builds the CPU kernels alone, with AddressSanitizer and
+  UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -29,7 +44,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mbmi2 -mprefer-vector-widt
 AVX2 = "-mavx2 -mbmi2"
 
 # Each source and the flags that only it gets.
-SOURCES = {
+CPU_SOURCES = {
     "bindings/cpu.cpp": "",
     "cpu/instruction_sets.cpp": "-DOPD_X86_VARIANTS" if X86 else "",
     "cpu/select.cpp": "",
@@ -38,85 +53,230 @@ SOURCES = {
     "cpu/select_baseline.cpp": "",
     **({"cpu/select_avx512.cpp": AVX512, "cpu/select_avx2.cpp": AVX2} if X86 else {}),
 }
+CUDA_SOURCES = dict.fromkeys(
+    (
+        "bindings/cuda.cpp",
+        "cuda/select.cu",
+        "cuda/divergence.cu",
+        "cuda/scatter.cu",
+        "cuda/version.cu",
+    ),
+    "",
+)
+# The GPUs compiled for, as far as nvcc knows them. Later ones compile the PTX that the last plain
+# one comes with.
+ARCHITECTURES = ("80", "90", "90a", "100", "120")
+
+SANITIZED = os.environ.get("OPD_KERNELS_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
 
 
-def compiler_flags() -> list[str]:
+@dataclass
+class Module:
+    """How one extension module is compiled and linked."""
+
+    sources: dict[str, str]
+    compile: list[str]
+    link: list[str]
+    nvcc: list[str] = field(default_factory=list)  # the command for .cu files
+
+
+def cpu_module() -> Module:
     # No contraction: every instruction set then computes the same bits.
-    flags = [
-        "-std=c++17",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-fopenmp",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-    ]
-    flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
-    if os.environ.get("OPD_KERNELS_SANITIZE") == "1":
-        return [*flags, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    return [*flags, "-O3", "-DNDEBUG"]
+    flags = ["-fopenmp", "-ffp-contract=off", *SANITIZERS]
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    return Module(CPU_SOURCES, flags, ["-fopenmp", *SANITIZERS, *undefined])
 
 
-def ninja_file(compiler: str, target: Path) -> str:
+def cuda_module() -> Module:
+    nvcc = find_nvcc()
+    archs = architectures(nvcc)
+    command = [nvcc, "-ccbin", host_compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo"]
+    # As on the CPU: what a kernel computes does not depend on what is contracted.
+    command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", *gencode(archs)]
+    # The runtime is linked in and its symbols are hidden: the one that torch loads is another.
+    link = [*library_folders(nvcc), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    return Module(
+        CUDA_SOURCES,
+        [f'-DOPD_CUDA_ARCHS="{" ".join(archs)}"'],
+        [*link, "-Wl,--exclude-libs,ALL"],
+        command,
+    )
+
+
+# Each module, what it is to the user, the variable that requires it, and what serves instead.
+MODULES = {
+    "opd_kernels._C": (
+        cpu_module,
+        "native CPU kernels",
+        "OPD_KERNELS_REQUIRE_NATIVE",
+        "CPUs run the reference backend, slowly. Install a C++17 compiler and reinstall.",
+    ),
+    "opd_kernels._cuda": (
+        cuda_module,
+        "CUDA kernels",
+        "OPD_KERNELS_BUILD_CUDA",
+        "GPUs run the Triton backend. Install CUDA 12 or later with its nvcc and reinstall.",
+    ),
+}
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or "c++"
+
+
+def host_compiler() -> str:
+    """The compiler without a launcher such as ccache, which nvcc would take for the compiler."""
+    return [word for word in shlex.split(compiler()) if not word.startswith("-")][-1]
+
+
+def find_nvcc() -> str:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders = [f"{home}/bin" for home in homes if home]
+    folders += [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    folders += ["/usr/local/cuda/bin"]
+    # Where pip builds in an environment of its own, sys.path is that environment's.
+    packages = [sysconfig.get_paths()["platlib"], *sys.path]
+    folders += [f"{package}/nvidia/cu13/bin" for package in packages]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if nvcc is None:
+        raise FileNotFoundError("no nvcc: set CUDA_HOME if there is one")
+    return nvcc
+
+
+def dry_run(nvcc: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """What nvcc says it would do, without doing it."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "none.o", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def library_folders(nvcc: str) -> list[str]:
+    """Linker flags; NVIDIA's wheels have the libraries in lib, where their nvcc does not look."""
+    said = dry_run(nvcc).stderr
+    flags = [flag for line in re.findall("LIBRARIES=(.*)", said) for flag in shlex.split(line)]
+    return [*flags, *(f"-L{top.strip()}/lib" for top in re.findall("#\\$ TOP=(.*)", said))]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags for architectures such as 90a and 120+PTX."""
+    flags = []
+    for arch in archs:
+        number, _, ptx = arch.partition("+")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * bool(ptx)
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
+def architectures(nvcc: str) -> list[str]:
+    """What to compile for: as asked, or those of the default that nvcc knows."""
+
+    def known(arch: str) -> bool:
+        return dry_run(nvcc, *gencode([arch])).returncode == 0
+
+    asked = re.findall(r"[^;,\s]+", os.environ.get("OPD_KERNELS_CUDA_ARCHS", ""))
+    archs = []
+    for word in asked:
+        match = re.fullmatch(r"(\d\d?)\.?(\d[af]?)(\+PTX)?", word)
+        archs.append("".join(match.groups("")) if match else "")
+        if not match or not known(archs[-1]):
+            raise SetupError(
+                f"OPD_KERNELS_CUDA_ARCHS names {word!r}; what is allowed are GPUs that {nvcc} "
+                "compiles for, as in '90a' or '8.0 9.0+PTX'"
+            )
+    if not archs:
+        archs = [arch for arch in ARCHITECTURES if known(arch)]
+        unknown = [arch for arch in ARCHITECTURES if arch not in archs]
+        last = max((at for at, arch in enumerate(archs) if arch.isdigit()), default=None)
+        if last is None:
+            said = dry_run(nvcc, *gencode(["90"])).stderr.strip()
+            raise OSError(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}: {said}")
+        archs[last] += "+PTX"
+        if unknown:
+            say(f"{nvcc} knows no {', '.join(unknown)}; compiling for {', '.join(archs)}")
+    return list(dict.fromkeys(archs))
+
+
+def ninja_file(module: Module, output: str) -> str:
     """The build as ninja text: compile every source, link once."""
     import pybind11
 
-    flags = compiler_flags()
-    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
-    lines = [
-        f"cxx = {compiler}",
-        f"cflags = {' '.join(flags)} {' '.join(f'-isystem {path}' for path in includes)}",
-        f"ldflags = -shared -fopenmp {' '.join(sanitize + undefined)}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $cflags $extra -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx $in $ldflags -o $out",
-    ]
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags += ["-Wno-ignored-attributes", *(["-O1", "-g"] if SANITIZED else ["-O3", "-DNDEBUG"])]
+    for path in (pybind11.get_include(), sysconfig.get_paths()["include"]):
+        flags += ["-isystem", path]
+    lines = []
+    commands = {
+        "cpp": f"{compiler()} {quoted([*flags, *module.compile])}",
+        "cu": quoted(module.nvcc),
+    }
+    for suffix, command in commands.items():
+        lines += [
+            f"rule {suffix}",
+            f"  command = {command} -MMD -MF $out.d $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    lines += ["rule link", f"  command = {compiler()} -shared $in {quoted(module.link)} -o $out"]
     objects = []
-    for source, extra in SOURCES.items():
-        name = source.replace("/", "_").replace(".cpp", ".o")
-        objects.append(name)
-        lines += [f"build {name}: compile {escape(CSRC / source)}", f"  extra = {extra}"]
-    lines += [f"build {escape(target)}: link {' '.join(objects)}", ""]
+    for source, extra in module.sources.items():
+        name, suffix = source.replace("/", "_").split(".")
+        objects.append(f"{name}.o")
+        path = str(CSRC / source).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+        lines += [f"build {name}.o: {suffix} {path}", f"  extra = {extra}"]
+    lines += [f"build {output}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
 
-def escape(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+def quoted(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def say(message: str) -> None:
+    print(f"opd_kernels: {message}", file=sys.stderr)
 
 
 class NinjaBuild(build_ext):
-    """build_ext that writes a ninja file and runs it."""
+    """build_ext that writes a ninja file for each module and runs it."""
 
-    succeeded = False
+    def build_extensions(self) -> None:
+        cuda = os.environ.get("OPD_KERNELS_BUILD_CUDA") or "auto"
+        if cuda not in {"auto", "0", "1"}:
+            raise SetupError(f"OPD_KERNELS_BUILD_CUDA is {cuda!r}, allowed are 0 and 1")
+        self.left_out = []
+        for ext in list(self.extensions):
+            # None of an earlier build where this one fails; a new file where it does not, as a
+            # process may be running the old one.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            _, kernels, required, instead = MODULES[ext.name]
+            try:
+                if ext.name != "opd_kernels._cuda" or (cuda != "0" and not SANITIZED):
+                    self.build_extension(ext)
+                    continue
+            except (OSError, ImportError, subprocess.CalledProcessError) as error:
+                if os.environ.get(required) == "1":
+                    raise
+                say(f"the {kernels} were not built ({error}). {instead}")
+            # setuptools would look for its file.
+            self.extensions.remove(ext)
+            self.left_out.append(ext)
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve()
+        module, *_ = MODULES[ext.name]
+        # pip's folder for editable installations does not live until the next one.
+        base = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        folder = base.resolve() / ext.name
         folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX", "c++")
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        try:
-            (folder / "build.ninja").write_text(ninja_file(compiler, target))
-            subprocess.run([*ninja_command(), *jobs], cwd=folder, check=True)
-            self.succeeded = True
-        except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("OPD_KERNELS_REQUIRE_NATIVE") == "1":
-                raise
-            print(
-                f"opd_kernels: the native CPU kernels were not built ({error}). The package works "
-                "on its reference backend, slowly. Install a C++17 compiler and reinstall.",
-                file=sys.stderr,
-            )
+        (folder / "build.ninja").write_text(ninja_file(module(), "module.so"))
+        subprocess.run([*ninja_command(), *jobs], cwd=folder, check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / "module.so", target)
 
     def copy_extensions_to_source(self) -> None:
-        if self.succeeded:
-            super().copy_extensions_to_source()
+        super().copy_extensions_to_source()
+        for ext in self.left_out:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 
 def ninja_command() -> list[str]:
@@ -127,4 +287,7 @@ def ninja_command() -> list[str]:
     return [str(Path(ninja.BIN_DIR) / "ninja")]
 
 
-setup(ext_modules=[Extension("opd_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
+    cmdclass={"build_ext": NinjaBuild},
+)

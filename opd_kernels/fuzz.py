@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from opd_kernels import backends, testing
 from opd_kernels.testing import Case, inputs
+from opd_kernels.testing.cases import DTYPES, draw_case, snippet
 
 try:
     import hypothesis
@@ -31,17 +32,13 @@ except ImportError as error:
 _BATCH = 200
 # How long a failing case is shrunk; where each attempt compiles, hypothesis would take minutes.
 _SHRINKING_SECONDS = 60.0
-_DTYPES = ("float32", "bfloat16", "float16")
-_WIDE_DTYPES = (*_DTYPES, "float64")
-# Where vectorised loops change gear: register widths, groups, blocks of groups.
-_EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)
 # Backends that compile a kernel, in seconds, for each combination of these.
 _COMPILING = ("triton",)
 _COMPILED_FOR: dict[str, tuple[tuple[Any, ...], ...]] = {
     "vocab": ((1, 128), (129, 512), (513, 1024), (1025, 2048), (2049, 5000)),
     "k": ((1, 16), (17, 32), (33, 64), (65, 128), (129, 256), (257, 512), (513, 1024)),
-    "student_dtype": tuple((name,) for name in _DTYPES),
-    "teacher_dtype": tuple((name,) for name in _DTYPES),
+    "student_dtype": tuple((name,) for name in DTYPES),
+    "teacher_dtype": tuple((name,) for name in DTYPES),
     "student_layout": tuple((name,) for name in inputs.LAYOUTS),
     "teacher_layout": tuple((name,) for name in inputs.LAYOUTS),
     "teacher": (inputs.TEACHERS[:1], inputs.TEACHERS[1:]),
@@ -58,6 +55,19 @@ def family(seed: str) -> dict[str, tuple[Any, ...]]:
     return {name: choose(parts) for name, parts in _COMPILED_FOR.items()}
 
 
+class _Drawing:
+    """Hypothesis as a source of random numbers."""
+
+    def __init__(self, draw: Any) -> None:
+        self._draw = draw
+
+    def choice(self, choices: Sequence[Any]) -> Any:
+        return self._draw(st.sampled_from(choices))
+
+    def randint(self, least: int, most: int) -> int:
+        return int(self._draw(st.integers(least, most)))
+
+
 @st.composite
 def cases(
     draw: Any,
@@ -65,63 +75,8 @@ def cases(
     max_vocab: int = 5000,
     only: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Case:
-    """Hypothesis strategy over ``Case``; shrinks towards the default case.
-
-    ``only`` names what to draw from instead of all there is; for "vocab" and "k" a range.
-    """
-    only = only or {}
-
-    def one_of(name: str, *choices: Any) -> Any:
-        return draw(st.sampled_from(only.get(name, choices)))
-
-    dtypes = _WIDE_DTYPES if float64 else _DTYPES
-    least, most = only.get("vocab", (1, max_vocab))
-    edges = [edge for edge in _EDGES if least <= edge <= most] or [least]
-    small = st.integers(least, min(least + 199, most))
-    vocab = draw(st.one_of(small, st.sampled_from(edges), st.integers(least, most)))
-    teacher_vocab = max(1, vocab + draw(st.sampled_from((0, 0, 0, 1, -1, 40))))
-    k_least, k_most = only.get("k", (1, 1024))
-    k_small = st.integers(k_least, min(k_least + 39, k_most))
-    k = draw(st.one_of(k_small, st.integers(k_least, k_most), st.just(teacher_vocab)))
-    teacher = one_of("teacher", *inputs.TEACHERS)
-    k = min(k, k_most, teacher_vocab if teacher == "logits" else k_most)
-    reduction = draw(st.sampled_from(("mean", "sum", "none")))
-    normalizer = draw(st.sampled_from(inputs.NORMALIZERS)) if reduction == "mean" else "none"
-    sizes = st.sampled_from(((3,), (1,), (), (0,), (5,), (2, 3), (3, 1), (2, 2, 2)))
-    return Case(
-        rows=draw(sizes),
-        student_vocab=vocab,
-        teacher_vocab=teacher_vocab,
-        k=k,
-        student_dtype=one_of("student_dtype", *dtypes),
-        teacher_dtype=one_of("teacher_dtype", *dtypes),
-        student_content=one_of("student_content", *inputs.CONTENTS),
-        teacher_content=one_of("teacher_content", *inputs.CONTENTS),
-        student_layout=one_of("student_layout", *inputs.LAYOUTS),
-        teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
-        teacher=teacher,
-        mask=one_of("mask", *inputs.MASKS),
-        temperature=one_of("temperature", *inputs.TEMPERATURES),
-        teacher_temperature=one_of("teacher_temperature", None, *inputs.TEMPERATURES),
-        weight=one_of("weight", *inputs.WEIGHTS),
-        banned=one_of("banned", *inputs.BANS),
-        vocab_size=draw(st.one_of(st.none(), st.integers(least, vocab + 10))),
-        reduction=reduction,
-        normalizer=normalizer,
-        upstream=draw(st.sampled_from(inputs.UPSTREAMS)) if reduction == "none" else "one",
-        inplace=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**31)),
-    )
-
-
-def snippet(case: Case, backend: str, device: str, error: BaseException) -> str:
-    """A program that repeats a failing case."""
-    reason = "\n".join(f"# {line}" for line in str(error).splitlines()[:6])
-    return (
-        f"# torch {torch.__version__}, opd_kernels backend {backend!r} on {device!r}\n{reason}\n"
-        "from opd_kernels.testing import Case, check\n\n"
-        f"check(\n    {case!r},\n    backend={backend!r},\n    device={device!r},\n)\n"
-    )
+    """Hypothesis strategy over ``Case``; see ``draw_case``."""
+    return draw_case(_Drawing(draw), float64, max_vocab, only)
 
 
 class Fuzzer:
@@ -184,7 +139,8 @@ class Fuzzer:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m opd_kernels.fuzz", description=__doc__)
-    parser.add_argument("--backend", default="cpu", help="cpu, triton or reference (default: cpu)")
+    names = ", ".join(backends.MODULES)
+    parser.add_argument("--backend", default="cpu", help=f"{names} (default: cpu)")
     parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
     parser.add_argument(

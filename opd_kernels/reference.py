@@ -23,9 +23,7 @@ from torch import Tensor
 NEVER = float("-inf")
 
 
-def refusal(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
-) -> None:
+def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0) -> None:
     """The reference serves every device, dtype and K."""
 
 
@@ -93,7 +91,7 @@ def divergence(
     # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
     loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
     grad = torch.where(p == 0, 0, p * (log_ratio - loss) / student_t)
-    grad = grad.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    grad = _finite(grad)
 
     empty = (z == NEVER).all(-1, keepdim=True)
     poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
@@ -172,14 +170,22 @@ def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
     return (scaled - scaled.exp().sum(-1, keepdim=True).log()).clamp(min=torch.finfo(x.dtype).min)
 
 
+def _finite(grad: Tensor) -> Tensor:
+    """Infinities as the largest numbers."""
+    largest = torch.finfo(grad.dtype).max
+    return grad.clamp(-largest, largest)
+
+
 def _merge_duplicates(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Adds gradients of equal ids into the first occurrence; the others become absent."""
     ordered, order = torch.sort(ids, dim=-1, stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
     segment = first.long().cumsum(-1) - 1
-    sums = torch.zeros_like(grad).scatter_add_(-1, segment, grad.gather(-1, order))
-    merged = torch.where(first, sums.gather(-1, segment), 0)
+    # In float64, where no sum of float32 overflows on the way.
+    sums = torch.zeros_like(grad, dtype=torch.float64)
+    sums.scatter_add_(-1, segment, grad.gather(-1, order).double())
+    merged = torch.where(first, _finite(sums.gather(-1, segment).to(grad.dtype)), 0)
     kept = torch.where(first, ordered, -1)
     return torch.empty_like(ids).scatter_(-1, order, kept), torch.empty_like(grad).scatter_(
         -1, order, merged

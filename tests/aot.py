@@ -12,50 +12,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
+import sass
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
 
 @dataclass(frozen=True)
-class Kernel:
-    """A compiled kernel: its resources and its SASS instructions, (address, opcode, operands)."""
+class Kernel(sass.Code):
+    """A compiled kernel, in how many warps it runs and what Triton made of its source."""
 
-    name: str
     warps: int
-    registers: int
-    stack: int
-    local: int
-    shared: int
     ttir: str
-    sass: tuple[tuple[int, str, str], ...]
-
-    def opcodes(self, *prefixes: str) -> list[str]:
-        """Opcodes that begin with one of the prefixes, in order of address."""
-        return [opcode for _, opcode, _ in self.sass if opcode.startswith(prefixes)]
-
-    def loops(self) -> list[list[str]]:
-        """Opcodes of each loop: from a backward branch's target to the branch."""
-        found = []
-        for address, opcode, operands in self.sass:
-            target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-            if target and int(target[1], 16) < address:
-                body = [o for a, o, _ in self.sass if int(target[1], 16) <= a <= address]
-                found.append(body)
-        return found
 
     def resident_programs(self) -> int:
-        """Programs that fit a multiprocessor of 64 K registers, 2048 threads and 227 kB."""
-        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
-        by_threads = 2048 // (32 * self.warps)
-        by_shared = 227 * 1024 // (self.shared + 1024)
-        return min(by_registers, by_threads, by_shared, 32)
+        """Programs that fit a multiprocessor of an H100."""
+        return sass.resident_blocks(90, 32 * self.warps, self.registers, self.shared)
 
 
 class _Driver:
@@ -104,28 +78,15 @@ def _inspect(kernel: Any) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        listing = _run("cuobjdump", "-sass", file.name)
-    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    sass = re.findall(
-        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", listing
-    )
+        command = [*sass.LISTING, file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (code,) = sass.read(listing)
+    shared = max(code.shared, kernel.metadata.shared)
     return Kernel(
-        kernel.metadata.name,
-        kernel.metadata.num_warps,
-        found["REG"],
-        found["STACK"],
-        found["LOCAL"],
-        max(found["SHARED"], kernel.metadata.shared),
-        kernel.asm["ttir"],
-        tuple((int(address, 16), opcode, operands) for address, opcode, operands in sass),
+        **(vars(code) | {"name": kernel.metadata.name, "shared": shared}),
+        warps=kernel.metadata.num_warps,
+        ttir=kernel.asm["ttir"],
     )
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / tool, *arguments], check=True, capture_output=True, text=True
-    ).stdout
 
 
 def unordered_accesses(ttir: str) -> list[str]:
@@ -220,7 +181,7 @@ def main() -> None:
             loops = [body for body in kernel.loops() if any("LDGSTS" in op for op in body)]
             print(
                 f"{architecture:<4} {k:<5} {kernel.registers:<10} {kernel.shared:<7} "
-                f"{kernel.resident_programs():<9} {kernel.warps:<6} {len(kernel.sass):<13} "
+                f"{kernel.resident_programs():<9} {kernel.warps:<6} {len(kernel.instructions):<13} "
                 f"{len(loops[0])}"
             )
 

@@ -19,16 +19,18 @@ from opd_kernels.backends import cuda
 KIND = os.environ.get("OPD_KERNELS_EMULATED", "plain")
 POSSIBLE = KIND != "none" and platform.machine() == "x86_64" and platform.system() == "Linux"
 MULTIPROCESSORS = 4
+SHARED_BYTES = 228 * 1024
 
 
 def install() -> None:
     """From now on the CUDA backend serves CPU tensors."""
     (path,) = build(KIND).glob("_cuda*.so")
-    spec = importlib.util.spec_from_file_location("opd_kernels._cuda", path)
+    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     cuda._C = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cuda._C)
+    assert cuda._C.architectures == "emulation"
     cuda.DEVICE = "cpu"
     cuda._device_refusal = lambda device: None
     pretend(MULTIPROCESSORS)
@@ -37,7 +39,7 @@ def install() -> None:
 
 def pretend(multiprocessors: int, clusters: bool = True) -> None:
     """Of what size the GPU is."""
-    device = cuda._C.Device(0, multiprocessors, clusters, 0)
+    device = cuda._C.Device(0, multiprocessors, SHARED_BYTES, clusters, 0)
     cuda._launch_on = lambda _: device
 
 

@@ -1,9 +1,11 @@
-"""The build: with a compiler, without one, and what the linker could mix up."""
+"""The build: with compilers, without, with broken ones, and what the linker could mix up."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,20 +26,77 @@ print([str(w.message) for w in caught])
 """
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)]
-    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+# setup.py where there is no nvcc, wherever it may be.
+HIDE_NVCC = """
+import runpy, shutil
+which = shutil.which
+shutil.which = lambda name, *rest, **named: None if name == "nvcc" else which(name, *rest, **named)
+runpy.run_path("setup.py", run_name="__main__")
+"""
+IMPORT_CUDA = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("opd_kernels._cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.architectures, module.runtime_version >= 12000, module.driver_version() >= 0, sep="|")
+"""
+# An nvcc that knows what an old one knows and compiles nothing.
+OLD_NVCC = """#!/bin/sh
+case "$*" in
+  *compute_1[0-9][0-9]*) echo "nvcc fatal   : Unsupported gpu architecture" >&2; exit 1;;
+  *--dryrun*) exit 0;;
+esac
+echo "no licence" >&2
+exit 1
+"""
+
+
+def build(
+    folder: Path, hide_nvcc: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", HIDE_NVCC] if hide_nvcc else ["setup.py"]), "-q", "build"]
+    command += ["--build-base", str(folder), "--build-lib", str(folder / "lib")]
+    command += ["--build-temp", str(folder / "temp")]
+    base = {name: x for name, x in os.environ.items() if not name.startswith("OPD_KERNELS_")}
+    return subprocess.run(command, cwd=ROOT, env=base | environment, capture_output=True, text=True)
+
+
+def modules(folder: Path) -> dict[str, Path]:
+    """The compiled modules of a build."""
+    return {path.name.split(".")[0]: path for path in folder.glob("lib/opd_kernels/*.so")}
+
+
+def printed(*command: object) -> str:
+    run = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the CPU module and what was said where no nvcc was found."""
+    folder = tmp_path_factory.mktemp("build")
+    run = build(folder, hide_nvcc=True, OPD_KERNELS_REQUIRE_NATIVE="1")
+    assert run.returncode == 0, run.stderr
+    return folder, run.stderr
+
+
+@pytest.fixture
+def old_nvcc(tmp_path: Path) -> str:
+    """CUDA_HOME of an nvcc that fails."""
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(OLD_NVCC)
+    path.chmod(0o755)
+    return str(tmp_path / "cuda")
 
 
 def test_without_a_compiler_the_package_installs_works_and_says_why_it_is_slow(
     tmp_path: Path,
 ) -> None:
-    built = build(tmp_path, CXX="no-such-compiler", OPD_KERNELS_REQUIRE_NATIVE="0")
-    assert built.returncode == 0, built.stderr
-    assert "not built" in built.stderr
+    run = build(tmp_path, CXX="no-such-compiler")
+    assert run.returncode == 0, run.stderr
+    assert "CPU kernels were not built" in run.stderr
+    assert not modules(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
     environment.pop("OPD_KERNELS_CPU_ISA", None)
     run = subprocess.run(
@@ -59,13 +118,124 @@ def test_a_required_native_build_that_fails_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF objects with nm")
-def test_objects_of_an_instruction_set_share_no_code_with_others(tmp_path: Path) -> None:
+def test_objects_of_an_instruction_set_share_no_code_with_others(built: tuple[Path, str]) -> None:
     # A function that the linker merges across objects could bring AVX-512 to a CPU without it.
-    built = build(tmp_path, OPD_KERNELS_REQUIRE_NATIVE="1")
-    assert built.returncode == 0, built.stderr
-    objects = list((tmp_path / "temp").rglob("cpu_select_*.o"))
+    objects = list((built[0] / "temp").rglob("cpu_select_*.o"))
     assert objects
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
-        weak = [line for line in symbols.stdout.splitlines() if line[17:18] in "WVu"]
+        weak = [line for line in printed("nm", "-C", path).splitlines() if line[17:18] in "WVu"]
         assert not weak, f"{path.name}: {weak}"
+
+
+def test_without_nvcc_the_cpu_module_is_built_alone_and_one_line_says_so(
+    built: tuple[Path, str],
+) -> None:
+    folder, said = built
+    (line,) = [line for line in said.splitlines() if line.startswith("opd_kernels: ")]
+    assert "CUDA kernels were not built (no nvcc" in line
+    run = build(folder, hide_nvcc=True)
+    assert run.returncode == 0
+    assert set(modules(folder)) == {"_C"}
+
+
+def test_a_required_cuda_build_without_nvcc_is_an_error(tmp_path: Path) -> None:
+    # Without a C++ compiler the CPU module takes no time.
+    run = build(tmp_path, hide_nvcc=True, CXX="no-such-compiler", OPD_KERNELS_BUILD_CUDA="1")
+    assert run.returncode != 0
+    assert "no nvcc" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OPD_KERNELS_CUDA_ARCHS", "80 9"),
+        ("OPD_KERNELS_CUDA_ARCHS", "hopper"),
+        ("OPD_KERNELS_CUDA_ARCHS", "9.0-PTX"),
+        ("OPD_KERNELS_CUDA_ARCHS", "120"),  # more than this nvcc knows
+        ("OPD_KERNELS_BUILD_CUDA", "yes"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_an_error_that_names_it(
+    tmp_path: Path, old_nvcc: str, name: str, value: str
+) -> None:
+    run = build(tmp_path, CXX="no-such-compiler", CUDA_HOME=old_nvcc, **{name: value})
+    assert run.returncode != 0
+    last = run.stderr.splitlines()[-1]
+    assert name in last
+    assert repr(value.split()[-1]) in last
+    assert "allowed" in last
+
+
+def test_an_nvcc_that_fails_leaves_the_cpu_module_and_no_older_cuda_module(
+    built: tuple[Path, str], old_nvcc: str
+) -> None:
+    folder, _ = built
+    stale = Path(str(modules(folder)["_C"]).replace("_C.", "_cuda."))
+    for settings in ({}, {"OPD_KERNELS_BUILD_CUDA": "0"}):
+        stale.write_bytes(b"of an earlier build")
+        run = build(folder, CUDA_HOME=old_nvcc, **settings)
+        assert run.returncode == 0, run.stderr
+        assert set(modules(folder)) == {"_C"}
+        assert ("CUDA kernels were not built" in run.stderr) == (not settings)
+    required = build(folder, CUDA_HOME=old_nvcc, OPD_KERNELS_BUILD_CUDA="1")
+    assert required.returncode != 0
+
+
+def test_an_old_nvcc_compiles_for_what_it_knows_and_says_so(
+    built: tuple[Path, str], old_nvcc: str
+) -> None:
+    folder, _ = built
+    run = build(folder, CUDA_HOME=old_nvcc)
+    assert "knows no 100, 120; compiling for 80, 90+PTX, 90a" in run.stderr
+    (ninja,) = folder.rglob("*_cuda/build.ninja")
+    assert re.findall("compute_[0-9a]+,code=[a-z0-9_]+", ninja.read_text()) == [
+        "compute_80,code=sm_80",
+        "compute_90,code=sm_90",
+        "compute_90,code=compute_90",
+        "compute_90a,code=sm_90a",
+    ]
+
+
+@pytest.fixture(scope="module")
+def built_for_one_gpu(built: tuple[Path, str]) -> tuple[Path, Path]:
+    """The folder of a build for compute capability 9.0 alone and a copy of its module."""
+    folder, _ = built
+    run = build(folder, OPD_KERNELS_CUDA_ARCHS="9.0a+PTX")
+    if "(no nvcc" in run.stderr:
+        pytest.skip("needs nvcc")
+    assert run.returncode == 0, run.stderr
+    assert "_cuda" in modules(folder), run.stderr
+    return folder, Path(shutil.copy(modules(folder)["_cuda"], folder))
+
+
+def test_a_build_for_one_gpu_holds_code_for_no_other(built_for_one_gpu: tuple[Path, Path]) -> None:
+    _, module = built_for_one_gpu
+    tools = pytest.importorskip("triton", reason="has cuobjdump").__path__[0]
+    listed = printed(f"{tools}/backends/nvidia/bin/cuobjdump", "--list-elf", "--list-ptx", module)
+    held = {tuple(line.split()[-1].split(".", 1)) for line in listed.splitlines()}
+    for source in ("select", "divergence", "scatter"):
+        assert {kind for name, kind in held if name == source} == {"sm_90a.cubin", "sm_90a.ptx"}
+    assert {kind for _, kind in held} == {"sm_90a.cubin", "sm_90a.ptx"}
+
+
+def test_the_cuda_module_imports_without_a_gpu_and_brings_its_own_runtime(
+    built_for_one_gpu: tuple[Path, Path],
+) -> None:
+    _, module = built_for_one_gpu
+    assert printed(sys.executable, "-c", IMPORT_CUDA, module).strip() == "90a+PTX|True|True"
+    needed = re.findall(r"NEEDED.*\[(.*)\]", printed("readelf", "-d", module))
+    assert needed
+    assert not [name for name in needed if re.match("lib(cuda|torch|c10|nv)", name)]
+    # Else the process's other CUDA runtime, torch's, could be called in its place.
+    symbols = printed("readelf", "--dyn-syms", "--wide", module)
+    assert "PyInit__cuda" in symbols
+    assert not re.findall(r" _{0,2}cuda\w+", symbols)
+
+
+def test_a_changed_device_header_is_compiled_again(built_for_one_gpu: tuple[Path, Path]) -> None:
+    folder, _ = built_for_one_gpu
+    ninja = pytest.importorskip("ninja")
+    (temp,) = folder.glob("temp/*_cuda")
+    known = printed(f"{ninja.BIN_DIR}/ninja", "-C", temp, "-t", "deps")
+    for header in ROOT.glob("csrc/cuda/*.cuh"):
+        assert str(header) in known

@@ -6,6 +6,7 @@ What they compute is tested with all other backends; see emulated.py.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -188,12 +189,32 @@ def test_wide_rows_are_taken_up_to_a_limit(dtype: torch.dtype, k: int) -> None:
         cuda.select(teacher, k, widest + 1, None, None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_compiled_module_is_there_and_a_launch_raises() -> None:
+    module = importlib.import_module("opd_kernels._cuda")
+    assert module is not cuda._C  # the emulated one
+    assert module.driver_version() >= 0
+    assert module.runtime_version >= 12000
+    rows = module.Rows(0, "float32", (1, 8), (8, 1))
+    with pytest.raises(RuntimeError, match=r"CUDA cannot .*: cudaError"):
+        module.select(
+            device=module.Device(0, 132, 228 * 1024, True, 0),
+            logits=rows,
+            allowed=module.Allowed(8),
+            k=2,
+            ids=0,
+            values=0,
+        )
+
+
 @pytest.mark.parametrize(
     ("architectures", "served", "refused"),
     [
         ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
         ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
         ("90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("80+PTX", [(8, 0), (9, 0)], [(7, 5)]),
+        ("100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
         ("80 90+PTX", [(8, 0), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
         ("80 90 90a 100 120+PTX", [(8, 9), (9, 0), (10, 3), (12, 0), (12, 1)], [(7, 0), (11, 0)]),
     ],
@@ -203,3 +224,10 @@ def test_what_a_build_runs_on(
 ) -> None:
     assert all(cuda.serves(architectures, capability) for capability in served)
     assert not any(cuda.serves(architectures, capability) for capability in refused)
+
+
+def test_code_for_less_than_a_device_can_do_does_not_count() -> None:
+    assert not cuda.serves("80+PTX", (9, 0), (9, 0))
+    assert not cuda.serves("80+PTX 90", (10, 0), (9, 0))
+    assert cuda.serves("80+PTX 90", (9, 0), (9, 0))
+    assert cuda.serves("80 90+PTX", (10, 0), (9, 0))

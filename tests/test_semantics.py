@@ -346,6 +346,17 @@ def test_duplicate_ids_are_entries_of_their_own_and_their_gradients_add(backend:
     torch.testing.assert_close(grad.double(), z.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_of_a_repeated_id_do_not_overflow(backend: str) -> None:
+    student = torch.zeros(1, 5, requires_grad=True)
+    ids = torch.tensor([[0, 1, 2, 2]])
+    teacher = TopK(ids, torch.tensor([[3e38, 3e38, -3e38, -3e38]]))
+    loss = topk_rkl(student, teacher, temperature=0.01, reduction="none", backend=backend)
+    for upstream in (0.0, 1.0):
+        (grad,) = torch.autograd.grad(loss, student, torch.tensor([upstream]), retain_graph=True)
+        assert grad.isfinite().all()
+    assert grad[0, 2] == torch.finfo(torch.float32).max
+
+
 def test_spans_that_overflow_never_make_nan(backend: str) -> None:
     largest = torch.finfo(torch.float32).max
     student = torch.tensor([[largest, -largest, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])

@@ -22,10 +22,13 @@ PYBIND11_MODULE(_cuda, m) {
   define_arguments(m);
 
   py::class_<cuda::Device>(m, "Device", py::module_local())
-      .def(py::init([](int index, int multiprocessors, bool clusters, uintptr_t stream) {
-             return cuda::Device{index, multiprocessors, clusters, pointer<void>(stream)};
+      .def(py::init([](int index, int multiprocessors, int shared_bytes, bool clusters,
+                       uintptr_t stream) {
+             return cuda::Device{index, multiprocessors, shared_bytes, clusters,
+                                 pointer<void>(stream)};
            }),
-           py::arg("index"), py::arg("multiprocessors"), py::arg("clusters"), py::arg("stream"));
+           py::arg("index"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+           py::arg("clusters"), py::arg("stream"));
 
   m.def(
       "select",

@@ -25,6 +25,11 @@ OPD_HD inline bool poisons(float student, float teacher) {
 
 OPD_HD inline float entry_loss(float p, float log_ratio) { return p == 0 ? 0.0f : p * log_ratio; }
 
+// Of one entry, or of several that share an id.
+OPD_HD inline float finite_gradient(double value) {
+  return value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : static_cast<float>(value);
+}
+
 OPD_HD inline float entry_gradient(float p, float log_ratio, float loss, float temperature) {
   if (p == 0) return 0.0f;
   const float value = p * (log_ratio - loss) / temperature;

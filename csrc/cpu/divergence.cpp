@@ -109,7 +109,7 @@ void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
       grad[repeat] = 0;
       ids[repeat] = -1;
     }
-    if (j > i + 1) grad[first] = static_cast<float>(sum);
+    if (j > i + 1) grad[first] = finite_gradient(sum);
     i = j;
   }
 }

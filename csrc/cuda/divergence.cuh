@@ -12,13 +12,11 @@
 
 namespace opd::cuda {
 
-// The entries of a row in shared memory. What is there of student and teacher changes: values, then
-// values less the largest, by the temperature.
+// The entries of a row in shared memory. The student's values become their gradients in the end.
 struct Entries {
   int32_t* ids;
   float* student;
   float* teacher;
-  float* grad;  // may be student's place
 };
 
 struct Extremes {
@@ -60,7 +58,7 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
   });
   if (extremes.poisoned || extremes.student == -INFINITY) {
     const float loss = extremes.poisoned ? NAN : 0.0f;
-    for_entries(block, k, [&](int i) { entries.grad[i] = entries.ids[i] < 0 ? 0.0f : loss; });
+    for_entries(block, k, [&](int i) { entries.student[i] = entries.ids[i] < 0 ? 0.0f : loss; });
     return loss;
   }
 
@@ -93,7 +91,7 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
   });
   loss = block.combine(loss, [](float a, float b) { return a + b; });
   for_entries(block, k, [&](int i) {
-    entries.grad[i] =
+    entries.student[i] =
         entries.ids[i] < 0 ? 0.0f
         : isnan(loss)      ? NAN
                            : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
@@ -127,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (found < 0) return;
   auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // which are done with
   auto* student = reinterpret_cast<float*>(ids + k);
-  const Entries entries{ids, student, student + k, student};
+  const Entries entries{ids, student, student + k};
   for_entries(block, k, [&](int i) {
     entries.ids[i] = i < found ? shared.id(i) : -1;
     entries.teacher[i] = i < found ? shared.value(i) : -INFINITY;
@@ -135,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const float loss = row_divergence(block, args, row, entries);
   for_entries(block, k, [&](int i) {
     args.out_ids[row * k + i] = entries.ids[i];
-    args.entry_grad[row * k + i] = entries.grad[i];
+    args.entry_grad[row * k + i] = entries.student[i];
   });
   if (block.thread == 0) args.loss[row] = loss;
 }
@@ -157,7 +155,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   auto* ranks = reinterpret_cast<uint64_t*>(shared_memory());
   auto* ids = reinterpret_cast<int32_t*>(ranks + size);
   auto* student = reinterpret_cast<float*>(ids + k);
-  const Entries entries{ids, student, student + k, student};
+  const Entries entries{ids, student, student + k};
   Block block(reinterpret_cast<char*>(student + 2 * k));
   if (!args.allowed.row(row)) return write_masked_row(block, args, row);
 
@@ -186,15 +184,15 @@ __global__ void __launch_bounds__(kEntryThreads)
     const uint32_t id = ~ranks[i] >> 32;
     if (i > 0 && ~ranks[i - 1] >> 32 == id) continue;  // not the first of its id
     const auto first = static_cast<uint32_t>(~ranks[i]);
-    double sum = entries.grad[first];
+    double sum = entries.student[first];
     for (int j = i + 1; j < size && ranks[j] != 0 && ~ranks[j] >> 32 == id; ++j) {
       const auto repeat = static_cast<uint32_t>(~ranks[j]);
-      sum += entries.grad[repeat];
+      sum += entries.student[repeat];
       out_ids[repeat] = -1;
       out_grad[repeat] = 0;
     }
     out_ids[first] = static_cast<int32_t>(id);
-    out_grad[first] = static_cast<float>(sum);
+    out_grad[first] = finite_gradient(sum);
   }
 }
 

@@ -12,7 +12,8 @@ namespace opd::cuda {
 struct Device {
   int index;
   int multiprocessors;
-  bool clusters;  // whether blocks can form clusters (compute capability 9.0 and above)
+  int shared_bytes;  // of a multiprocessor
+  bool clusters;     // whether blocks can form them (compute capability 9.0 and above)
   void* stream;
 };
 

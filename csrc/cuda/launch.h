@@ -47,13 +47,13 @@ struct Grid {
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes, int cluster,
             const Device& device, const Parameters&... arguments) {
-  constexpr int kSharedWithoutAsking = 48 * 1024;
+  constexpr int kSharedWithoutAsking = 48 * 1024, kMostShared = 99 * 1024;
   if (grid.x > 0x7fffffff || grid.y > 0xffff)
-    throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows at once");
+    throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows, of 4 GB each, at once");
   const OnDevice on_device(device.index);
-  if (shared_bytes > kSharedWithoutAsking)
+  if (shared_bytes > kSharedWithoutAsking)  // the same for all: other threads may launch it, too
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared),
           "give a block its shared memory");
   cudaLaunchAttribute in_clusters{};
   in_clusters.id = cudaLaunchAttributeClusterDimension;

@@ -27,6 +27,7 @@ constexpr int kThreadsOfMultiprocessor = 1024;
 constexpr int kKeysOfThread = 64;
 // What every architecture from 8.0 on has for one block, less what is not for keys.
 constexpr int kMostKeyBytes = 76 * 1024;
+constexpr int kSharedOverhead = 1024;  // of each block
 constexpr int kMaxCluster = 8;
 
 constexpr int kLeastCandidates = 128;
@@ -92,6 +93,10 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   wanted = std::max(wanted, plan.key_bytes / size / kKeysOfThread);
   plan.threads = kEntryThreads;
   while (plan.threads < kMaxThreads && plan.threads * 2 <= wanted) plan.threads *= 2;
+  // Where shared memory lets few blocks in, they are larger.
+  const int blocks = std::max(device.shared_bytes / (plan.shared_bytes + kSharedOverhead), 1);
+  while (plan.threads < kMaxThreads && plan.threads * blocks < kThreadsOfMultiprocessor)
+    plan.threads *= 2;
   plan.cluster = 1;
   while (device.clusters && plan.cluster < kMaxCluster &&
          rows * plan.cluster * 2 <= device.multiprocessors &&

@@ -8,7 +8,7 @@
 // blocks share a multiprocessor: while one chooses, others stream. Where there are few rows, the blocks
 // of a cluster stream pieces of one row into the shared memory of the first.
 //
-// Bytes: V elements, k groups a second time.
+// Bytes: V elements, k groups a second time, and a third where candidates are too many.
 #pragma once
 
 #include "../common/arguments.h"
@@ -183,8 +183,7 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
   const bool first_is_cut = first == 0 && row.whole_begin() > 0;
   const int cut_at_end = row.whole_end();
   if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, keys);
-  if (cut_at_end >= first && cut_at_end < last && !(first_is_cut && cut_at_end == 0) &&
-      block.warp == block.warps - 1)
+  if (cut_at_end < last && !(first_is_cut && cut_at_end == 0) && block.warp == block.warps - 1)
     exact_tile(row, cut_at_end, lane_bits, keys);
 }
 

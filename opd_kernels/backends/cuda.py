@@ -19,7 +19,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 DEVICE = "cuda"
-# The first compute capability with clusters of blocks.
+# The first compute capability with clusters of blocks; code for earlier ones knows nothing of them.
 _CLUSTERS = (9, 0)
 
 
@@ -45,7 +45,7 @@ def refusal(
     reason = _device_refusal(device) or _native.refused(dtypes, k, _C.max_k)
     if reason is not None:
         return reason
-    widest = min(_max_width(k, dtype) for dtype in dtypes)
+    widest = _max_width(k, dtypes[-1])  # the teacher's
     if vocab > widest:
         return (
             f"the vocabulary is {vocab}, above {widest} for k = {k}; backend='triton' and "
@@ -54,21 +54,24 @@ def refusal(
     return None
 
 
-def serves(architectures: str, capability: tuple[int, int]) -> bool:
+def serves(
+    architectures: str, capability: tuple[int, int], least: tuple[int, int] = (0, 0)
+) -> bool:
     """Whether code for ``architectures``, as in "80 90a 120+PTX", runs on a compute capability.
 
-    Machine code runs on its major version from its minor one on, that of "90a" on 9.0 alone; PTX on
-    all that come after, too.
+    Code for less than ``least`` does not count.
+    Machine code runs on its major version from its minor one on, that of "90a" on 9.0 alone; PTX
+    serves all that come after, too.
     """
     for found in re.finditer(r"(\d+)(\d)([a-z]?)(\+PTX)?", architectures):
         built = int(found[1]), int(found[2])
-        if found[3]:
+        if found[3] == "a":
             runs = built == capability
         elif found[4]:
             runs = built <= capability
         else:
             runs = built[0] == capability[0] and built[1] <= capability[1]
-        if runs:
+        if runs and built >= least:
             return True
     return False
 
@@ -195,17 +198,20 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _launch_on(device: torch.device) -> Any:
     """The device and its current stream, as the module takes them."""
-    multiprocessors, clusters = _properties(device)
     return _C.Device(
         torch.cuda.current_device() if device.index is None else device.index,
-        multiprocessors,
-        clusters,
+        *_properties(device),
         torch.cuda.current_stream(device).cuda_stream,
     )
 
 
 @functools.cache
-def _properties(device: torch.device) -> tuple[int, bool]:
-    """(multiprocessors, whether blocks can form clusters)."""
+def _properties(device: torch.device) -> tuple[int, int, bool]:
+    """(multiprocessors, shared memory of each, whether blocks can form clusters)."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor) >= _CLUSTERS
+    capability = properties.major, properties.minor
+    return (
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+        capability >= _CLUSTERS and serves(_C.architectures, capability, _CLUSTERS),
+    )

@@ -1,0 +1,211 @@
+"""``python -m opd_kernels``: what is installed, and whether it computes right here.
+
+Prints versions, devices and backends, then checks every available backend on every device against
+float64 for some ten seconds. Exit status: 0 all right, 1 a check failed, 2 nothing could be
+checked or wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import math
+import platform
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import opd_kernels
+from opd_kernels import backends, testing
+from opd_kernels.backends import cpu
+from opd_kernels.testing import Case
+from opd_kernels.testing.cases import REAL_WIDTHS, draw_case, snippet
+
+FLOAT32 = (torch.float32,)
+
+
+def devices() -> list[torch.device]:
+    """The CPU and each GPU that torch sees."""
+    found = [torch.device("cpu")]
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available():
+            found += [torch.device(kind, index) for index in range(module.device_count())]
+    return found
+
+
+def versions() -> Iterator[str]:
+    """Lines on what is installed."""
+    system = f"{platform.system()} {platform.machine()}"
+    yield f"opd_kernels {opd_kernels.__version__} in {Path(opd_kernels.__file__).parent}"
+    yield f"Python {platform.python_version()}, {system}"
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ImportError as error:
+        triton = f"missing ({error})"
+    cuda = torch.version.cuda or "none"
+    yield f"torch {torch.__version__} for CUDA {cuda}, triton {triton}"
+    try:
+        module = importlib.import_module("opd_kernels._cuda")
+    except ImportError as error:
+        yield f"CUDA kernels missing ({error})"
+        return
+    runtime, driver = module.runtime_version, module.driver_version()
+    yield (
+        f"CUDA kernels for {module.architectures}, runtime {_cuda_version(runtime)}, "
+        f"driver {_cuda_version(driver) if driver else 'missing'}"
+    )
+
+
+def _cuda_version(number: int) -> str:
+    """13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def describe(device: torch.device) -> str:
+    """A line on a device."""
+    if device.type == "cpu":
+        sets = ", ".join(cpu.instruction_sets()) or "none"
+        use = cpu.INSTRUCTION_SET or "no kernels"
+        threads = torch.get_num_threads()
+        return f"cpu: {_cpu_name()}, {threads} threads, uses {use} of {sets}"
+    properties = getattr(torch, device.type).get_device_properties(device)
+    line = f"{device}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        line += f", compute capability {properties.major}.{properties.minor}"
+        line += f", {properties.multi_processor_count} multiprocessors"
+    return line
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def availability(name: str, found: list[torch.device]) -> str:
+    """Where a backend serves calls, and why not where it could be expected to."""
+    module = backends.load(name)
+    kinds = [kind for kind, natives in backends.NATIVE.items() if name in natives]
+    refusals = {device: module.refusal(device, FLOAT32, 1) for device in found}
+    parts = []
+    served = [str(device) for device, reason in refusals.items() if reason is None]
+    if served:
+        parts.append(f"available on {', '.join(served)}")
+    for device, reason in refusals.items():
+        if reason is not None and device.type in kinds:
+            parts.append(f"not on {device}: {reason}")
+    if not parts:
+        missing = getattr(module, "unavailable", lambda: None)()
+        parts.append(f"not available: {missing or 'torch sees no device for it'}")
+    return "; ".join(parts)
+
+
+def default(device: torch.device) -> str:
+    """The backend that ``backend=None`` takes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = backends.resolve(backends.AUTO, device, FLOAT32, 1)
+    return next(name for name in backends.MODULES if backends.load(name) is module)
+
+
+@dataclass
+class Outcome:
+    """What came out of checking a backend on a device."""
+
+    backend: str
+    device: torch.device
+    cases: int = 0
+    failure: tuple[Case, Exception] | None = None
+
+
+def check(name: str, device: torch.device, seconds: float) -> Outcome:
+    """Checks cases until one fails or time is up; the one that has begun is always finished."""
+    end, drawn, outcome = time.monotonic() + seconds, random.Random(0), Outcome(name, device)
+    endless = (draw_case(drawn, float64=name == "reference") for _ in itertools.count())
+    for case in itertools.chain(REAL_WIDTHS, endless):
+        dtypes = tuple(getattr(torch, x) for x in (case.student_dtype, case.teacher_dtype))
+        if backends.load(name).refusal(device, dtypes, case.k, case.teacher_vocab) is None:
+            try:
+                testing.check(case, name, device)
+            except Exception as error:
+                outcome.failure = case, error
+                break
+            outcome.cases += 1
+        if time.monotonic() > end:
+            break
+    return outcome
+
+
+def check_all(found: list[torch.device], seconds: float) -> int:
+    """Checks every backend where it serves and prints what comes out; returns the exit status."""
+    pairs = [
+        (name, device)
+        for device in found
+        for name in backends.MODULES
+        if backends.load(name).refusal(device, FLOAT32, 1) is None
+    ]
+    outcomes: list[Outcome] = []
+    for name, device in pairs:
+        start = time.monotonic()
+        outcome = check(name, device, seconds / len(pairs))
+        outcomes.append(outcome)
+        took = f"{outcome.cases:6} cases in {time.monotonic() - start:4.1f} s"
+        verdict = "FAILED on the next" if outcome.failure else "no failure"
+        print(f"  {name:10} {device!s:8} {took}, {verdict}", flush=True)
+    failed = False
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            failed = True
+            case, error = outcome.failure
+            print(
+                f"\nFAILED: {outcome.backend} on {outcome.device}, {type(error).__name__}: {error}"
+            )
+            print("This program repeats it:\n")
+            print(snippet(case, outcome.backend, str(outcome.device), error))
+    if failed:
+        print("Please report this with everything that is printed here.")
+        return 1
+    if not any(outcome.cases for outcome in outcomes):
+        print("Nothing could be checked.")
+        return 2
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m opd_kernels", description=__doc__)
+    parser.add_argument("--no-check", action="store_true", help="print, check nothing")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of checks (default: 10)")
+    options = parser.parse_args(arguments)
+    if not (options.seconds > 0 and math.isfinite(options.seconds)):
+        parser.error(f"--seconds is {options.seconds}, allowed are finite numbers above 0")
+
+    warnings.filterwarnings("ignore", message="k=1: a support of one entry")
+    found = devices()
+    for line in versions():
+        print(line)
+    for device in found:
+        print(describe(device))
+    print("\nbackends")
+    for name in backends.MODULES:
+        print(f"  {name:10} {availability(name, found)}")
+    for device in found:
+        print(f"  backend=None on {device} takes {default(device)!r}")
+    if options.no_check:
+        return 0
+    print("\nchecks against float64", flush=True)
+    return check_all(found, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Random cases, whatever draws the numbers, and the program that repeats one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from opd_kernels.testing import inputs
+from opd_kernels.testing.inputs import Case
+
+T = TypeVar("T")
+
+DTYPES = ("float32", "bfloat16", "float16")
+WIDE_DTYPES = (*DTYPES, "float64")
+# Where vectorised loops change gear: register widths, groups, blocks of groups.
+_EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)
+
+# Vocabularies of real models, with what a selection or a softmax stumbles over.
+REAL_WIDTHS = (
+    Case(
+        student_vocab=151936,
+        teacher_vocab=151936,
+        k=32,
+        student_dtype="bfloat16",
+        teacher_dtype="bfloat16",
+    ),
+    Case(
+        student_vocab=128256,
+        teacher_vocab=128256,
+        k=64,
+        teacher_content="ascending",
+        mask="bool",
+        temperature="rows",
+        banned="few",
+        inplace=True,
+    ),
+    Case(
+        student_vocab=151936,
+        teacher_vocab=152064,
+        k=100,
+        student_dtype="bfloat16",
+        teacher_dtype="float16",
+        teacher_content="quantised",
+        teacher_layout="sliced",
+        vocab_size=151669,
+        reduction="none",
+        upstream="random",
+    ),
+    Case(
+        student_vocab=256000,
+        teacher_vocab=256000,
+        k=16,
+        student_content="extreme",
+        teacher_content="nan",
+        student_layout="sliced",
+        temperature="float",
+        weight="uniform",
+    ),
+    Case(
+        student_vocab=32000,
+        teacher_vocab=32000,
+        k=1000,
+        student_dtype="float16",
+        teacher_dtype="float16",
+        teacher_content="clustered",
+        banned="half",
+    ),
+    Case(
+        student_vocab=151936,
+        teacher_vocab=151936,
+        k=32,
+        student_dtype="bfloat16",
+        teacher_dtype="bfloat16",
+        student_content="half_neg_inf",
+        teacher_content="equal",
+        inplace=True,
+    ),
+)
+
+
+class Source(Protocol):
+    """Where random numbers come from; ``random.Random`` is one."""
+
+    def choice(self, seq: Sequence[T], /) -> T:
+        """One of them."""
+
+    def randint(self, a: int, b: int, /) -> int:
+        """An integer from a to b."""
+
+
+def draw_case(
+    source: Source,
+    float64: bool = True,
+    max_vocab: int = 5000,
+    only: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Case:
+    """A case; where the source can shrink, towards the default case.
+
+    ``only`` names what to draw from instead of all there is; for "vocab" and "k" a range.
+    """
+    only = only or {}
+    draw = source.choice
+
+    def one_of(name: str, *choices: Any) -> Any:
+        return draw(only.get(name, choices))
+
+    def size(least: int, usual: int, most: int, special: Sequence[int]) -> int:
+        kind = draw(("small", "special", "any"))
+        if kind == "special":
+            return draw(special)
+        return source.randint(least, min(usual, most) if kind == "small" else most)
+
+    dtypes = WIDE_DTYPES if float64 else DTYPES
+    least, most = only.get("vocab", (1, max_vocab))
+    edges = [edge for edge in _EDGES if least <= edge <= most] or [least]
+    vocab = size(least, least + 199, most, edges)
+    teacher_vocab = max(1, vocab + draw((0, 0, 0, 1, -1, 40)))
+    k_least, k_most = only.get("k", (1, 1024))
+    k = size(k_least, k_least + 39, k_most, [teacher_vocab])
+    teacher = one_of("teacher", *inputs.TEACHERS)
+    k = min(k, k_most, teacher_vocab if teacher == "logits" else k_most)
+    reduction = draw(("mean", "sum", "none"))
+    normalizer = draw(inputs.NORMALIZERS) if reduction == "mean" else "none"
+    return Case(
+        rows=draw(((3,), (1,), (), (0,), (5,), (2, 3), (3, 1), (2, 2, 2))),
+        student_vocab=vocab,
+        teacher_vocab=teacher_vocab,
+        k=k,
+        student_dtype=one_of("student_dtype", *dtypes),
+        teacher_dtype=one_of("teacher_dtype", *dtypes),
+        student_content=one_of("student_content", *inputs.CONTENTS),
+        teacher_content=one_of("teacher_content", *inputs.CONTENTS),
+        student_layout=one_of("student_layout", *inputs.LAYOUTS),
+        teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
+        teacher=teacher,
+        mask=one_of("mask", *inputs.MASKS),
+        temperature=one_of("temperature", *inputs.TEMPERATURES),
+        teacher_temperature=one_of("teacher_temperature", None, *inputs.TEMPERATURES),
+        weight=one_of("weight", *inputs.WEIGHTS),
+        banned=one_of("banned", *inputs.BANS),
+        vocab_size=source.randint(least, vocab + 10) if draw((False, True)) else None,
+        reduction=reduction,
+        normalizer=normalizer,
+        upstream=draw(inputs.UPSTREAMS) if reduction == "none" else "one",
+        inplace=draw((False, True)),
+        seed=source.randint(0, 2**31),
+    )
+
+
+def snippet(case: Case, backend: str, device: str, error: BaseException) -> str:
+    """A program that repeats a failing case."""
+    reason = "\n".join(f"# {line}" for line in str(error).splitlines()[:6])
+    return (
+        f"# torch {torch.__version__}, opd_kernels backend {backend!r} on {device!r}\n{reason}\n"
+        "from opd_kernels.testing import Case, check\n\n"
+        f"check(\n    {case!r},\n    backend={backend!r},\n    device={device!r},\n)\n"
+    )

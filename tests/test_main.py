@@ -1,0 +1,119 @@
+"""``python -m opd_kernels``: says what is there, and finds a backend that computes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opd_kernels import __main__ as program
+from opd_kernels import backends
+from opd_kernels.backends import cpu, cuda
+from opd_kernels.testing import Case
+
+CPU = torch.device("cpu")
+# As where hypothesis, which is for tests, is not installed.
+WITHOUT_HYPOTHESIS = """
+import runpy, sys
+sys.modules["hypothesis"] = None
+sys.argv[1:] = ["--seconds", "1"]
+runpy.run_module("opd_kernels", run_name="__main__")
+"""
+
+
+def test_a_sound_installation_says_what_it_is_and_passes() -> None:
+    command = [sys.executable, "-c", WITHOUT_HYPOTHESIS]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"torch {torch.__version__}" in run.stdout
+    assert f"uses {cpu.instruction_sets()[0]}" in run.stdout
+    assert "backend=None on cpu takes 'cpu'" in run.stdout
+    head, _, checks = run.stdout.partition("checks against float64\n")
+    for name in backends.MODULES:
+        assert f"\n  {name} " in head
+    checked = dict.fromkeys(line.split()[0] for line in checks.splitlines())
+    assert {"cpu", "reference"} <= set(checked)
+    assert checks.count("no failure") == len(checks.splitlines())
+
+
+def test_a_backend_that_computes_wrong_is_reported_with_a_program_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = cpu.divergence
+
+    def broken(student: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, ...]:
+        loss, ids, entry_grad = sound(student, *arguments)
+        return loss, ids, entry_grad * 1.001
+
+    monkeypatch.setattr(cpu, "divergence", broken)
+    assert program.main(["--seconds", "1"]) == 1
+    report = capsys.readouterr().out
+    assert "FAILED: cpu on cpu, AssertionError: gradient of Case(" in report
+    assert "Please report this" in report
+    assert report.count("no failure") >= 1  # the others were checked all the same
+    repeats = report.partition("repeats it:\n")[2].partition("Please report")[0]
+    with pytest.raises(AssertionError, match="outside the budget"):
+        exec(compile(repeats, "report", "exec"), {})
+    monkeypatch.setattr(cpu, "divergence", sound)
+    exec(compile(repeats, "report", "exec"), {})
+
+
+def test_a_backend_that_is_not_there_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "install a compiler")
+    monkeypatch.setattr(cuda, "unavailable", lambda: "install CUDA")
+    assert program.main(["--no-check"]) == 0
+    report = capsys.readouterr().out
+    assert "cpu        not on cpu: install a compiler" in report
+    assert "install CUDA" in report
+    assert "backend=None on cpu takes 'reference'" in report
+
+
+def test_nothing_is_checked_where_nothing_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program.testing, "check", lambda *_: pytest.fail("checked"))
+    assert program.main(["--no-check"]) == 0
+    assert "float64" not in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_checked_that_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = SimpleNamespace(refusal=lambda *_: "broken")
+    monkeypatch.setattr(program.backends, "load", lambda _: nothing)
+    assert program.check_all([CPU], 0.1) == 2
+    assert "Nothing could be checked" in capsys.readouterr().out
+
+
+def test_cases_that_a_backend_refuses_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Case] = []
+    monkeypatch.setattr(program.testing, "check", lambda case, *_: checked.append(case))
+    monkeypatch.setattr(
+        cpu,
+        "refusal",
+        lambda device, dtypes, k, vocab: "too wide" if k > 40 or vocab > 140_000 else None,
+    )
+    outcome = program.check("cpu", CPU, 0.2)
+    assert outcome.cases == len(checked) > 10
+    assert max(case.k for case in checked) <= 40
+    assert max(case.teacher_vocab for case in checked) <= 140_000
+
+
+def test_checks_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.testing, "check", lambda *_: time.sleep(0.2))
+    assert 1 <= program.check("cpu", CPU, 0.5).cases <= 3
+    monkeypatch.setattr(cpu, "refusal", lambda *_: "always")
+    assert program.check("cpu", CPU, 0.1).cases == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_time_must_be_finite_and_positive(seconds: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--seconds", seconds])
+    assert ended.value.code == 2
