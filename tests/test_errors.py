@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opd_kernels import TopK, TopKReverseKL, add_topk_grad_, backends, select_topk, topk_rkl
-from opd_kernels.backends import cpu
+from opd_kernels.backends import cpu, cuda
 
 S, T = torch.randn(4, 50), torch.randn(4, 50)
 SUPPORT = TopK(torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3))
@@ -344,6 +344,7 @@ def test_without_the_module_the_reference_runs_and_says_once_why(
     expected = topk_rkl(S, T, 5, backend="reference")
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setattr(cpu, "_IMPORT_ERROR", "No module named _C", raising=False)
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")  # and not emulated
     backends._warn_if_slow.cache_clear()
     with pytest.warns(UserWarning, match="slowly.*compiler"):
         assert torch.equal(topk_rkl(S, T, 5), expected)

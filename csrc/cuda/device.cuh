@@ -60,8 +60,9 @@ __device__ inline char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
-// Clusters: blocks that run together and write into each other's shared memory. Before compute
-// capability 9.0 there are none, and a block is a cluster of its own.
+// Clusters: blocks that run together and write into each other's shared memory. Code for less than
+// compute capability 9.0 has none: there a block is a cluster of its own, and those that were meant to
+// be one all do the same.
 #if __CUDA_ARCH__ >= 900
 
 __device__ inline int cluster_rank() {

@@ -112,7 +112,7 @@ __device__ inline void write_masked_row(const Block& block, const DivergenceArgs
 template <class Format>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     divergence_kernel(const __grid_constant__ DivergenceArgs args, const __grid_constant__ Plan plan) {
-  const int64_t row = blockIdx.x / cluster_size();
+  const int64_t row = blockIdx.x / plan.cluster;
   const int k = args.k;
   const Shared<Format> shared(plan, k);
   Block block(shared.scratch);

@@ -410,7 +410,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
 template <class Format>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     select_kernel(const __grid_constant__ SelectArgs args, const __grid_constant__ Plan plan) {
-  const int64_t row = blockIdx.x / cluster_size();
+  const int64_t row = blockIdx.x / plan.cluster;
   const int k = args.k;
   const Shared<Format> shared(plan, k);
   Block block(shared.scratch);

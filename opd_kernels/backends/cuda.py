@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def _device_refusal(device: torch.device) -> str | None:
             f"opd_kernels with OPD_KERNELS_CUDA_ARCHS={version}"
         )
     driver, runtime = _C.driver_version(), _C.runtime_version
-    if driver < runtime // 1000 * 1000:  # a driver serves all runtimes of its major version
+    # A driver serves all runtimes of its major version, but compiles no PTX later than itself.
+    machine_code = serves(_C.architectures.replace("+PTX", ""), capability)
+    if driver < (runtime // 1000 * 1000 if machine_code else runtime):
         return (
             f"the driver is for CUDA {_version(driver)}, and it is built with {_version(runtime)}; "
             "update the driver, or reinstall opd_kernels with an older nvcc"
@@ -114,8 +117,9 @@ def select(
     ids = _empty((*rows, k), torch.int32, logits.device)
     values = _empty((*rows, k), torch.float32, logits.device)
     mask = None if mask is None else mask.contiguous()
-    _C.select(
-        device=_launch_on(logits.device),
+    _launch(
+        _C.select,
+        logits.device,
         logits=_native.rows(_C, logits),
         allowed=_native.allowed(_C, limit, banned, mask, rows.numel()),
         k=k,
@@ -144,8 +148,9 @@ def divergence(
     mask = None if mask is None else mask.contiguous()
     student_t = _native.row_values(temperature)
     teacher_t = _native.row_values(teacher_temperature)
-    _C.divergence(
-        device=_launch_on(device),
+    _launch(
+        _C.divergence,
+        device,
         student=_native.rows(_C, student),
         teacher=_native.rows(_C, teacher),
         ids=None if teacher_ids is None else _native.rows(_C, teacher_ids),
@@ -181,8 +186,9 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
 
 def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
     entry_grad, ids, upstream = _native.scatter_inputs(out, entry_grad, ids, upstream)
-    _C.scatter(
-        device=_launch_on(out.device),
+    _launch(
+        _C.scatter,
+        out.device,
         out=_native.rows(_C, out),
         ids=ids.data_ptr(),
         entry_grad=entry_grad.data_ptr(),
@@ -196,13 +202,20 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _launch_on(device: torch.device) -> Any:
-    """The device and its current stream, as the module takes them."""
-    return _C.Device(
-        torch.cuda.current_device() if device.index is None else device.index,
-        *_properties(device),
-        torch.cuda.current_stream(device).cuda_stream,
-    )
+def _launch(function: Callable[..., None], device: torch.device, **arguments: Any) -> None:
+    """Calls a launcher of the module for the device's current stream."""
+    current = torch.cuda.current_device()
+    if device.index in (None, current):
+        function(device=_device(device, current), **arguments)
+        return
+    # torch's guard comes back to a device that was never used without making a context there.
+    with torch.cuda.device(device):
+        function(device=_device(device, device.index), **arguments)
+
+
+def _device(device: torch.device, index: int) -> Any:
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _C.Device(index, *_properties(device), stream)
 
 
 @functools.cache

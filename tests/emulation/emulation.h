@@ -7,7 +7,7 @@
 // written. OPD_EMULATION_WITHOUT, "select.cuh:123", makes the barrier of that line do nothing.
 //
 // Shared memory is as large as asked for, a heap block of its own (for AddressSanitizer), and filled
-// with a pattern. A launch fails where threads wait for each other in vain or in different places.
+// with a pattern, which depends on the schedule. A launch fails where threads wait for each other in vain or in different places.
 #pragma once
 
 #include <algorithm>
