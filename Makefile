@@ -12,7 +12,7 @@ SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke test test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
+.PHONY: demo smoke test suite fuzz-briefly test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -21,8 +21,14 @@ demo: $(VENV)/.demo
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
 
-test: $(VENV)/.test sanitize test-triton
+# Two parts at a time; threads that wait leave the core to the other.
+test: $(VENV)/.test $(OLDEST)/.installed
+	OMP_WAIT_POLICY=passive $(MAKE) -j2 --output-sync=target suite test-triton sanitize fuzz-briefly
+
+suite: $(VENV)/.test
 	$(BIN)/pytest
+
+fuzz-briefly: $(VENV)/.test
 	$(BIN)/python -m opd_kernels.fuzz --backend cpu --minutes 0.5
 	$(BIN)/python -m opd_kernels.fuzz --backend reference --minutes 0.25
 
@@ -63,16 +69,17 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cpu.py
 
-# The same suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer. That build goes to a
-# folder of its own, which PYTHONPATH puts before the installed package.
+# The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
+# folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels.
 sanitize: $(VENV)/.test
 	OPD_KERNELS_SANITIZE=1 OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	  OPD_KERNELS_EXPECT=$(SANITIZED) $(BIN)/pytest -p no:cacheprovider \
-	  tests/test_differential.py tests/test_semantics.py \
-	  tests/test_memory.py -k "not needs_memory and not allocates and not same_bits"
+	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
+	  -p no:cacheprovider tests/test_cuda.py tests/test_differential.py tests/test_semantics.py \
+	  tests/test_memory.py \
+	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
 
 clean:
 	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so opd_kernels/_cuda*.so

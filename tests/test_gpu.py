@@ -299,9 +299,9 @@ def test_a_launch_that_fails_raises_and_harms_nothing(
     loss = topk_rkl(student, teacher, K, backend="cuda")
     step = functools.partial(loss_and_grad, student, teacher, k=K, backend="cuda")
     expected = step()
-    nowhere = cuda._C.Device(torch.cuda.device_count(), 132, False, 0)
+    nowhere = cuda._C.Device(torch.cuda.device_count(), 132, 228 * 1024, False, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "_launch_on", lambda _: nowhere)
+        patch.setattr(cuda, "_device", lambda *_: nowhere)
         for call in (step, loss.backward, lambda: select_topk(teacher, K, backend="cuda")):
             with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
                 call()
@@ -317,7 +317,7 @@ def test_more_rows_than_a_launch_takes_raise(device: torch.device) -> None:
     memory = rows.data_ptr()
     with pytest.raises(ValueError, match="at most 2\\^31 - 1 rows"):
         cuda._C.scatter(
-            device=cuda._launch_on(CUDA),
+            device=cuda._device(CUDA, 0),
             out=cuda._native.rows(cuda._C, rows),
             ids=memory,
             entry_grad=memory,
