@@ -9,6 +9,7 @@ import faulthandler
 import itertools
 import os
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_kernels import backends
 from opd_kernels.backends import cpu, cuda
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -96,8 +98,8 @@ def scenarios(backend: object) -> Iterator[Outputs]:
         teacher = rows(1, 70_000, offset=9)
         teacher[:, banned] += 50
         yield logits_call(backend, teacher, 200, banned)
-    with emulated.gpu(8):
-        yield logits_call(backend, rows(1, 40_000, offset=1), 70)  # a cluster
+    with emulated.gpu(2):
+        yield logits_call(backend, rows(1, 40_000, offset=1), 70)  # a cluster of two blocks
         yield logits_call(backend, rows(1, 40_000, FP32), 1)
 
 
@@ -232,6 +234,50 @@ def test_without_a_gpu_the_compiled_module_is_there_and_a_launch_raises() -> Non
             ids=0,
             values=0,
         )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "driver", "vocab", "reason"),
+    [
+        ("80 90", (9, 0), 13000, 151936, None),
+        ("80 90", (8, 6), 13020, 151936, None),
+        ("80", (9, 0), 13000, 151936, "OPD_KERNELS_CUDA_ARCHS=90"),
+        ("80 90", (9, 0), 12080, 151936, "update the driver"),
+        ("80 90+PTX", (10, 0), 13000, 151936, "update the driver"),
+        ("80 90+PTX", (10, 0), 13010, 151936, None),
+        ("90", (9, 0), 13010, 10**7, "above 1000000"),
+    ],
+)
+def test_gpu_tensors_take_these_kernels_where_they_run_and_triton_s_elsewhere(
+    architectures: str,
+    capability: tuple[int, int],
+    driver: int,
+    vocab: int,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    module = types.SimpleNamespace(
+        max_k=1024,
+        architectures=architectures,
+        runtime_version=13010,
+        driver_version=lambda: driver,
+        max_width=lambda k, dtype: 10**6,
+    )
+    emulated.device_refusal.cache_clear()
+    cuda._max_width.cache_clear()
+    monkeypatch.setattr(cuda, "_C", module)
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "_device_refusal", emulated.device_refusal)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    call = torch.device("cuda", 0), (BF16, BF16), 64, vocab
+    chosen = backends.resolve(backends.AUTO, *call)
+    assert chosen is backends.load("cuda" if reason is None else "triton")
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            backends.resolve("cuda", *call)
+    cuda._max_width.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,27 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+// Under ThreadSanitizer every thread of a block is one of its threads, and nothing orders what they do
+// but barriers: not the order in which they happen to run, nor exchanges between lanes. This file is
+// compiled without it and tells it so.
+#if defined(OPD_EMULATION_RACES)
+constexpr bool kRaces = true;
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* token);
+void __tsan_release(void* token);
+}
+#else
+constexpr bool kRaces = false;
+inline void* __tsan_get_current_fiber() { return nullptr; }
+inline void* __tsan_create_fiber(unsigned) { return nullptr; }
+inline void __tsan_switch_to_fiber(void*, unsigned) {}
+inline void __tsan_acquire(void*) {}
+inline void __tsan_release(void*) {}
+#endif
+
 // Saves what a call preserves, and the stack, in *from; continues where `to` was saved.
 extern "C" void switch_stacks(void** from, void* to);
 asm(R"(
@@ -62,11 +83,15 @@ struct Group {
   const char* file = nullptr;
   int line = 0;
   bool started = false;
+  // Who leaves a barrier has seen what was written before it; whoever is already at the next one uses
+  // the other token.
+  char tokens[2];
+  int turn = 0;
 };
 
 struct Warp : Group {
   uint32_t values[2][kWarp];
-  int turn = 0;
+  int value_turn = 0;
 };
 
 struct Fiber : Thread {
@@ -78,10 +103,12 @@ struct Fiber : Thread {
   char* stack = nullptr;
   void* stack_pointer = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
+  void* sanitizer_thread = nullptr;  // ThreadSanitizer's
 };
 
 struct Memory {
   explicit Memory(int bytes) : at(new char[static_cast<size_t>(bytes)]), size(bytes) {}
+  void fill(int pattern) const { memset(at.get(), pattern, static_cast<size_t>(size)); }
   std::unique_ptr<char[]> at;
   int size;
 };
@@ -122,6 +149,8 @@ struct Running {
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
+  void* sanitizer_thread = nullptr;
+  char launched, ended;  // ThreadSanitizer's tokens
 } running;
 
 void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* bottom,
@@ -147,6 +176,7 @@ void make_ready(int number) {
 
 void to_scheduler() {
   Fiber& fiber = self();
+  __tsan_switch_to_fiber(running.sanitizer_thread, 1);
   before_switch(fiber.done ? nullptr : &fiber.fake_stack, running.stack_bottom, running.stack_size);
   switch_stacks(&fiber.stack_pointer, running.stack_pointer);
   after_switch(fiber.fake_stack, nullptr, nullptr);
@@ -154,12 +184,13 @@ void to_scheduler() {
 
 [[noreturn]] void fiber_main() {
   after_switch(nullptr, &running.stack_bottom, &running.stack_size);
-  if (!self().of_block->started) {  // what another block wrote here before is lost
+  __tsan_acquire(&running.launched);
+  if (!kRaces && !self().of_block->started) {  // what another block wrote here before is lost
     self().of_block->started = true;
-    const Memory& memory = running.memories[static_cast<size_t>(self().cluster_rank)];
-    memset(memory.at.get(), running.schedule->pattern(), static_cast<size_t>(memory.size));
+    running.memories[static_cast<size_t>(self().cluster_rank)].fill(running.schedule->pattern());
   }
   (*running.body)();
+  __tsan_release(&running.ended);
   self().done = true;
   to_scheduler();
   std::abort();
@@ -167,28 +198,31 @@ void to_scheduler() {
 
 void run_fiber(Fiber& fiber) {
   current = &fiber;
+  __tsan_switch_to_fiber(fiber.sanitizer_thread, 1);
   before_switch(&running.fake_stack, fiber.stack, kStackBytes);
   switch_stacks(&running.stack_pointer, fiber.stack_pointer);
   after_switch(running.fake_stack, nullptr, nullptr);
 }
 
-// Stacks are kept for the next launch.
-char* stack_of(size_t number) {
-  static std::vector<char*> stacks;
-  while (stacks.size() <= number) {
+// A stack, and what ThreadSanitizer takes for a thread: kept for the next launch.
+void give_stack(Fiber& fiber) {
+  static std::vector<std::pair<char*, void*>> kept;
+  const auto number = static_cast<size_t>(fiber.number);
+  while (kept.size() <= number) {
     void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks.push_back(static_cast<char*>(memory));
+    kept.emplace_back(static_cast<char*>(memory), __tsan_create_fiber(0));
   }
+  fiber.stack = kept[number].first;
+  fiber.sanitizer_thread = kept[number].second;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stacks[number], kStackBytes);  // of a launch that failed
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // of a launch that failed
 #endif
-  return stacks[number];
 }
 
 void start(Fiber& fiber) {
-  fiber.stack = stack_of(static_cast<size_t>(fiber.number));
+  give_stack(fiber);
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
   *--top = nullptr;  // where a caller's return address would be, which aligns the stack
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -211,14 +245,28 @@ void wait(Group& group, const char* file, int line) {
   if (group.waiting.size() == group.size) {
     for (const int number : group.waiting) make_ready(number);
     group.waiting.clear();
+    group.turn ^= 1;
   }
   to_scheduler();
+}
+
+void barrier(Group& group, const char* file, int line) {
+  if (left_out(file, line)) return;
+  char* token = &group.tokens[group.turn];
+  __tsan_release(token);
+  wait(group, file, line);
+  __tsan_acquire(token);
+}
+
+void reset(Group& group, int size) {
+  group.size = static_cast<size_t>(size);
+  group.waiting.reserve(group.size);  // a thread of the block allocates nothing
 }
 
 template <class AnyGroup>
 void reset(std::vector<AnyGroup>& groups, int count, int size) {
   groups.assign(static_cast<size_t>(count), AnyGroup{});
-  for (AnyGroup& group : groups) group.size = static_cast<size_t>(size);
+  for (AnyGroup& group : groups) reset(group, size);
 }
 
 // The blocks from `first` on that make up a cluster.
@@ -227,12 +275,17 @@ void run_cluster(Index first, int threads, int shared_bytes) {
   running.ready.clear();
   running.failure.clear();
   running.fibers.assign(static_cast<size_t>(count), Fiber{});
+  running.ready.reserve(static_cast<size_t>(count));
   running.cluster = Group{};
-  running.cluster.size = static_cast<size_t>(count);
+  reset(running.cluster, count);
   reset(running.warps, count / kWarp, kWarp);
   reset(running.blocks, blocks, threads);
   running.memories.clear();
-  for (int block = 0; block < blocks; ++block) running.memories.emplace_back(shared_bytes);
+  for (int block = 0; block < blocks; ++block) {
+    running.memories.emplace_back(shared_bytes);
+    if (kRaces) running.memories.back().fill(running.schedule->pattern());
+  }
+  __tsan_release(&running.launched);
   for (int number = 0; number < count; ++number) {
     Fiber& fiber = running.fibers[static_cast<size_t>(number)];
     const int block = number / threads;
@@ -255,29 +308,22 @@ void run_cluster(Index first, int threads, int shared_bytes) {
   }
   if (running.failure.empty() && left > 0)
     running.failure = std::to_string(left) + " threads wait for others in vain";
+  __tsan_acquire(&running.ended);
   if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
 }
 
 }  // namespace
 
-void barrier_of_block(const char* file, int line) {
-  if (!left_out(file, line)) wait(*self().of_block, file, line);
-}
-
-void barrier_of_cluster(const char* file, int line) {
-  if (!left_out(file, line)) wait(running.cluster, file, line);
-}
-
-void barrier_of_warp(const char* file, int line) {
-  if (!left_out(file, line)) wait(*self().warp, file, line);
-}
+void barrier_of_block(const char* file, int line) { barrier(*self().of_block, file, line); }
+void barrier_of_cluster(const char* file, int line) { barrier(running.cluster, file, line); }
+void barrier_of_warp(const char* file, int line) { barrier(*self().warp, file, line); }
 
 const uint32_t* exchange(uint32_t value, const char* file, int line) {
   Warp& warp = *self().warp;
   // All lanes read before the exchange after the next, which is the first to write here again.
-  uint32_t* values = warp.values[warp.turn];
+  uint32_t* values = warp.values[warp.value_turn];
   values[lane()] = value;
-  if (warp.waiting.size() + 1 == warp.size) warp.turn ^= 1;
+  if (warp.waiting.size() + 1 == warp.size) warp.value_turn ^= 1;
   wait(warp, file, line);
   return values;
 }
@@ -299,6 +345,7 @@ void run(Index grid, int threads, int shared_bytes, int cluster, const std::func
   running.without = without ? without : "";
   running.schedule = &schedule;
   running.body = &body;
+  running.sanitizer_thread = __tsan_get_current_fiber();
   shape = {{static_cast<unsigned>(threads), 1}, grid, cluster};
   std::vector<std::pair<int64_t, Index>> clusters;
   for (Index first{0, 0}; first.y < grid.y; ++first.y)

@@ -114,9 +114,7 @@ T reduced(T value, Combine combine, const char* file, int line) {
 }
 
 inline int fetch_add(int* address, int value) {
-  const int before = *address;
-  *address += value;
-  return before;
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 }  // namespace emulation
