@@ -56,8 +56,8 @@ class Block {
     total = __reduce_add_sync(kAllLanes, other);
   }
 
-  // Combines a struct of up to three 32-bit members over the first kEntryThreads threads, in an order
-  // that does not depend on the number of threads.
+  // Combines a struct of up to three 32-bit members over the first kEntryThreads threads, in an
+  // order that does not depend on the number of threads.
   template <class Value, class Combine>
   __device__ Value combine(Value value, Combine combine) {
     constexpr int kWords = sizeof(Value) / sizeof(uint32_t);
@@ -110,8 +110,8 @@ __device__ inline void sort_descending(const Block& block, uint64_t* values, int
           values[high] = a;
         }
       }
-      // The next step reads what this one wrote: of the same warp, or of others; and so do the readers
-      // of the result.
+      // The next step reads what this one wrote: of the same warp, or of others; and so do the
+      // readers of the result.
       const int next = stride > 1 ? stride / 2 : run < size ? run : kMaxThreads;
       if (stride > kWarp || next > kWarp) {
         __syncthreads();

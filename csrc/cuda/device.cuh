@@ -1,7 +1,7 @@
 // The hardware in the words that the kernels use, where CUDA C++ has none without a large header.
 //
-// Kernels are compiled by nvcc, and by g++ with OPD_EMULATION, where the header emulation.h stands in
-// for the language and for what is between the two branches below.
+// Kernels are compiled by nvcc, and by g++ with OPD_EMULATION, where the header emulation.h stands
+// in for the language and for what is between the two branches below.
 #pragma once
 
 #include <cmath>
@@ -61,8 +61,8 @@ __device__ inline char* shared_memory() {
 }
 
 // Clusters: blocks that run together and write into each other's shared memory. Code for less than
-// compute capability 9.0 has none: there a block is a cluster of its own, and those that were meant to
-// be one all do the same.
+// compute capability 9.0 has none: there a block is a cluster of its own, and those that were meant
+// to be one all do the same.
 #if __CUDA_ARCH__ >= 900
 
 __device__ inline int cluster_rank() {

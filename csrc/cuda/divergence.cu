@@ -10,7 +10,8 @@ void divergence(const DivergenceArgs& args, const Device& device) {
   const int64_t rows = args.student.count;
   if (rows == 0) return;
   if (args.given_support) {
-    launch(support_divergence_kernel, Grid{rows}, kEntryThreads, support_bytes(args.k), 1, device, args);
+    launch(support_divergence_kernel, Grid{rows}, kEntryThreads, support_bytes(args.k), 1, device,
+           args);
     return;
   }
   const DType dtype = args.teacher.dtype;
@@ -18,8 +19,8 @@ void divergence(const DivergenceArgs& args, const Device& device) {
   const auto kernel = dtype == DType::kFloat32   ? divergence_kernel<Float32>
                       : dtype == DType::kFloat16 ? divergence_kernel<Float16>
                                                  : divergence_kernel<BFloat16>;
-  launch(kernel, Grid{rows * plan.cluster}, plan.threads, plan.shared_bytes, plan.cluster, device, args,
-         plan);
+  launch(kernel, Grid{rows * plan.cluster}, plan.threads, plan.shared_bytes, plan.cluster, device,
+         args, plan);
 }
 
 }  // namespace opd::cuda

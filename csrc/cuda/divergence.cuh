@@ -1,9 +1,9 @@
 // The renormalised reverse KL of each row and its entry gradients.
 //
-// Where the teacher is logits the row's support is selected first, in the same kernel: the teacher's
-// row is read once, then k of the student's values; nothing of the vocabulary's size is written. Where
-// the support is given a row costs its k entries, and repeated ids are merged. An entry is its thread's
-// from reading to writing, so that only sums need barriers.
+// Where the teacher is logits the row's support is selected first, in the same kernel: the
+// teacher's row is read once, then k of the student's values; nothing of the vocabulary's size is
+// written. Where the support is given a row costs its k entries, and repeated ids are merged. An
+// entry is its thread's from reading to writing, so that only sums need barriers.
 #pragma once
 
 #include "../common/divergence.h"
@@ -35,8 +35,9 @@ __device__ void for_entries(const Block& block, int k, const Body& body) {
     for (int i = block.thread; i < k; i += kEntryThreads) body(i);
 }
 
-// Gathers the student on the row's ids, marks entries of value -inf as absent, and turns all into the
-// row's loss and gradients: zero where an entry is absent, NaN throughout where the loss is NaN.
+// Gathers the student on the row's ids, marks entries of value -inf as absent, and turns all into
+// the row's loss and gradients: zero where an entry is absent, NaN throughout where the loss is
+// NaN.
 __device__ inline float row_divergence(Block& block, const DivergenceArgs& args, int64_t row,
                                        const Entries& entries) {
   const int k = args.k;
@@ -93,14 +94,15 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
   for_entries(block, k, [&](int i) {
     entries.student[i] =
         entries.ids[i] < 0 ? 0.0f
-        : isnan(loss)      ? NAN
-                           : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
+        : isnan(loss) ? NAN
+                      : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
   });
   return loss;
 }
 
 // A row that is not read.
-__device__ inline void write_masked_row(const Block& block, const DivergenceArgs& args, int64_t row) {
+__device__ inline void write_masked_row(const Block& block, const DivergenceArgs& args,
+                                        int64_t row) {
   for_entries(block, args.k, [&](int i) {
     args.out_ids[row * args.k + i] = -1;
     args.entry_grad[row * args.k + i] = 0;
@@ -111,7 +113,8 @@ __device__ inline void write_masked_row(const Block& block, const DivergenceArgs
 // Selection and divergence against a teacher's logits; a block or a cluster for each row.
 template <class Format>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    divergence_kernel(const __grid_constant__ DivergenceArgs args, const __grid_constant__ Plan plan) {
+    divergence_kernel(const __grid_constant__ DivergenceArgs args,
+                      const __grid_constant__ Plan plan) {
   const int64_t row = blockIdx.x / plan.cluster;
   const int k = args.k;
   const Shared<Format> shared(plan, k);
@@ -145,7 +148,8 @@ inline int support_bytes(int k) {
 }
 
 // Divergence on a support that is given, in any order; a block for each row. The gradients of a
-// repeated id go to the first of its entries, and the others become absent, so that scatter can assign.
+// repeated id go to the first of its entries, and the others become absent, so that scatter can
+// assign.
 __global__ void __launch_bounds__(kEntryThreads)
     support_divergence_kernel(const __grid_constant__ DivergenceArgs args) {
   const int64_t row = blockIdx.x;
@@ -175,7 +179,8 @@ __global__ void __launch_bounds__(kEntryThreads)
   float* out_grad = args.entry_grad + row * k;
   for (int i = block.thread; i < size; i += block.threads) {
     const bool present = i < k && entries.ids[i] >= 0;
-    ranks[i] = present ? ~(static_cast<uint64_t>(entries.ids[i]) << 32 | static_cast<uint32_t>(i)) : 0;
+    ranks[i] =
+        present ? ~(static_cast<uint64_t>(entries.ids[i]) << 32 | static_cast<uint32_t>(i)) : 0;
     if (i < k && !present) out_ids[i] = -1, out_grad[i] = 0;
   }
   __syncthreads();  // ranks and gradients are there for all

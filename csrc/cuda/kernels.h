@@ -1,5 +1,5 @@
-// The CUDA primitives. A launcher takes one struct, the device and a stream; it neither allocates nor
-// synchronises, and throws what CUDA says of a launch.
+// The CUDA primitives. A launcher takes one struct, the device and a stream; it neither allocates
+// nor synchronises, and throws what CUDA says of a launch.
 #pragma once
 
 #include <stdexcept>

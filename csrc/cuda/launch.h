@@ -16,8 +16,8 @@ namespace opd::cuda {
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error that is no fault of the device is not left for others to find
-  throw std::runtime_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorName(error) +
+                           ", " + cudaGetErrorString(error));
 }
 
 // Until the object goes, what is launched goes to this device.
@@ -45,8 +45,8 @@ struct Grid {
 };
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes, int cluster,
-            const Device& device, const Parameters&... arguments) {
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes,
+            int cluster, const Device& device, const Parameters&... arguments) {
   constexpr int kSharedWithoutAsking = 48 * 1024, kMostShared = 99 * 1024;
   if (grid.x > 0x7fffffff || grid.y > 0xffff)
     throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows, of 4 GB each, at once");

@@ -1,8 +1,9 @@
 // How a launch is cut, in one place: sizes of groups and blocks, given k, a row and the device.
 //
 // Small groups mean more group keys to search, large ones more elements to read a second time (k
-// groups of them): 3 % of a row of 150 000 for k up to 64, 10 % at 1024. Blocks are small where there
-// are rows enough to fill a multiprocessor with blocks at different stages, and large where not.
+// groups of them): 3 % of a row of 150 000 for k up to 64, 10 % at 1024. Blocks are small where
+// there are rows enough to fill a multiprocessor with blocks at different stages, and large where
+// not.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,9 @@
 
 namespace opd::cuda {
 
-// Rows are cut from an address of 128 bytes on, a line of the cache, into chunks of 16 bytes, one load
-// of a thread; tiles, one load of a warp; and groups of a power of two of chunks within a tile.
+// Rows are cut from an address of 128 bytes on, a line of the cache, into chunks of 16 bytes, one
+// load of a thread; tiles, one load of a warp; and groups of a power of two of chunks within a
+// tile.
 constexpr int kAlignment = 128;
 constexpr int kChunkBytes = 16;
 constexpr int kTileBytes = kChunkBytes * kWarp;

@@ -1,8 +1,9 @@
 // The dense gradient of a row from its k entries, written once.
 //
-// A block for each row and piece of it: zeros by 16-byte stores, a barrier, then the entries that fall
-// into the piece, while its lines are in the cache. Bytes: V elements written, k ids and gradients
-// read. To zeros that are there already, and to a gradient that is added to, entries alone go.
+// A block for each row and piece of it: zeros by 16-byte stores, a barrier, then the entries that
+// fall into the piece, while its lines are in the cache. Bytes: V elements written, k ids and
+// gradients read. To zeros that are there already, and to a gradient that is added to, entries
+// alone go.
 #pragma once
 
 #include "../common/arguments.h"
@@ -23,7 +24,8 @@ __device__ void clear(Bits* start, int64_t first, int64_t last) {
   if (tail < last) start[tail] = 0;
 }
 
-// Pieces of `piece` elements are counted from the aligned address at or before a row's first element.
+// Pieces of `piece` elements are counted from the aligned address at or before a row's first
+// element.
 template <class Format>
 __global__ void __launch_bounds__(1024)
     scatter_kernel(const __grid_constant__ ScatterArgs args, int64_t piece) {

@@ -14,8 +14,8 @@ void select(const SelectArgs& args, const Device& device) {
   const auto kernel = dtype == DType::kFloat32   ? select_kernel<Float32>
                       : dtype == DType::kFloat16 ? select_kernel<Float16>
                                                  : select_kernel<BFloat16>;
-  launch(kernel, Grid{rows * plan.cluster}, plan.threads, plan.shared_bytes, plan.cluster, device, args,
-         plan);
+  launch(kernel, Grid{rows * plan.cluster}, plan.threads, plan.shared_bytes, plan.cluster, device,
+         args, plan);
 }
 
 int64_t max_width(int k, DType dtype) {

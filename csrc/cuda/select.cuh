@@ -2,11 +2,11 @@
 //
 // A row is cut into groups of adjacent elements. One pass leaves each group's largest key in shared
 // memory; the k best elements all lie in the k best groups (ties go to the lower group), which are
-// read again. None of the k best is below the least of those groups' keys: elements that reach it are
-// listed, few more than k as a rule, and sorted. Where they are too many (equal values, clusters) they
-// are thinned out first as the groups were: the k-th key is found by bisecting with counts. Several
-// blocks share a multiprocessor: while one chooses, others stream. Where there are few rows, the blocks
-// of a cluster stream pieces of one row into the shared memory of the first.
+// read again. None of the k best is below the least of those groups' keys: elements that reach it
+// are listed, few more than k as a rule, and sorted. Where they are too many (equal values,
+// clusters) they are thinned out first as the groups were: the k-th key is found by bisecting with
+// counts. Several blocks share a multiprocessor: while one chooses, others stream. Where there are
+// few rows, the blocks of a cluster stream pieces of one row into the shared memory of the first.
 //
 // Bytes: V elements, k groups a second time, and a third where candidates are too many.
 #pragma once
@@ -102,8 +102,8 @@ __device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bit
   if ((lane & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
 }
 
-// What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in pairs,
-// those of two tiles in a word.
+// What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in
+// pairs, those of two tiles in a word.
 template <class Format>
 struct ChunkMaxima {
   static constexpr int kOfWord = sizeof(uint32_t) / sizeof(typename Format::Bits);
@@ -149,8 +149,8 @@ struct ChunkMaxima {
   }
 };
 
-// The group keys of the tiles [first, last): of those that lie whole in the row without looking at single
-// elements, then of those that do not or hold banned ids.
+// The group keys of the tiles [first, last): of those that lie whole in the row without looking at
+// single elements, then of those that do not or hold banned ids.
 template <class Format>
 __device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
                        int lane_bits, typename Format::Bits* keys) {
@@ -221,9 +221,10 @@ struct KeyVector {
   }
 };
 
-// Of the keys in shared memory, whole vectors of them, tells emit(place, index) the k best in the order
-// they lie in, of equals the first, and returns how many there are: k, or those that can be selected.
-// `low` and `high` bound the k-th key; `low` comes back as one that no more keys than k exceed.
+// Of the keys in shared memory, whole vectors of them, tells emit(place, index) the k best in the
+// order they lie in, of equals the first, and returns how many there are: k, or those that can be
+// selected. `low` and `high` bound the k-th key; `low` comes back as one that no more keys than k
+// exceed.
 template <class Bits, class Emit>
 __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, int& low, int high,
                            const Emit& emit) {
@@ -285,13 +286,14 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
   return above + wanted;
 }
 
-// Bounds of the k-th largest key. Vectors are disjoint: where k threads or more hold some, the least of
-// these threads' largest keys is reached by k keys.
+// Bounds of the k-th largest key. Vectors are disjoint: where k threads or more hold some, the
+// least of these threads' largest keys is reached by k keys.
 template <class Bits>
 __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, int& low, int& high) {
   int best = KeyLimits<Bits>::kNotSelectable;
   for (int i = block.thread; i < vectors; i += block.threads)
-    for (const Bits key : KeyVector<Bits>::load(keys, i).keys) best = max(best, static_cast<int>(key));
+    for (const Bits key : KeyVector<Bits>::load(keys, i).keys)
+      best = max(best, static_cast<int>(key));
   low = block.thread < vectors ? best : KeyLimits<Bits>::kNaN;
   high = best;
   block.range(low, high);
@@ -319,7 +321,9 @@ class Shared {
         count(list + k) {}
 
   __device__ int id(int place) const { return rank_key_id(ranks[place]); }
-  __device__ float value(int place) const { return value_of_key<Format>(rank_key_key(ranks[place])); }
+  __device__ float value(int place) const {
+    return value_of_key<Format>(rank_key_key(ranks[place]));
+  }
 
   Bits* const keys;       // of groups, then of the elements of k groups
   uint64_t* const ranks;  // of the candidates, and at last of the k best, in order
@@ -387,16 +391,14 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   __syncthreads();
   int found = *shared.count;
   if (found > shared.most) {
-    for_chunks(block, row, shared.list, listed, lane_bits, [&](int, int place, const Vector& vector) {
-      vector.store(shared.keys, place);
-    });
+    for_chunks(block, row, shared.list, listed, lane_bits,
+               [&](int, int place, const Vector& vector) { vector.store(shared.keys, place); });
     __syncthreads();
-    found = choose_best(block, shared.keys, listed << lane_bits, k, low, high,
-                        [&](int place, int index) {
-                          const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
-                          shared.ranks[place] = rank_key(shared.keys[index],
-                                                         row.id_of(chunk, index % Row::kChunk));
-                        });
+    found = choose_best(
+        block, shared.keys, listed << lane_bits, k, low, high, [&](int place, int index) {
+          const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
+          shared.ranks[place] = rank_key(shared.keys[index], row.id_of(chunk, index % Row::kChunk));
+        });
     for (int i = found + block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
     __syncthreads();
   }

@@ -19,9 +19,9 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-// Under ThreadSanitizer every thread of a block is one of its threads, and nothing orders what they do
-// but barriers: not the order in which they happen to run, nor exchanges between lanes. This file is
-// compiled without it and tells it so.
+// Under ThreadSanitizer every thread of a block is one of its threads, and nothing orders what they
+// do but barriers: not the order in which they happen to run, nor exchanges between lanes. This
+// file is compiled without it and tells it so.
 #if defined(OPD_EMULATION_RACES)
 constexpr bool kRaces = true;
 extern "C" {
@@ -83,8 +83,8 @@ struct Group {
   const char* file = nullptr;
   int line = 0;
   bool started = false;
-  // Who leaves a barrier has seen what was written before it; whoever is already at the next one uses
-  // the other token.
+  // Who leaves a barrier has seen what was written before it; whoever is already at the next one
+  // uses the other token.
   char tokens[2];
   int turn = 0;
 };
@@ -102,7 +102,7 @@ struct Fiber : Thread {
   Group* of_block = nullptr;
   char* stack = nullptr;
   void* stack_pointer = nullptr;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;        // AddressSanitizer's
   void* sanitizer_thread = nullptr;  // ThreadSanitizer's
 };
 
@@ -332,13 +332,14 @@ char* shared_memory() { return self().shared; }
 
 char* in_leader(char* at) { return running.memories[0].at.get() + (at - self().shared); }
 
-void run(Index grid, int threads, int shared_bytes, int cluster, const std::function<void()>& body) {
+void run(Index grid, int threads, int shared_bytes, int cluster,
+         const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (threads < 1 || threads > 1024 || threads % kWarp != 0 || shared_bytes > 99 * 1024 ||
       cluster < 1 || cluster > 8 || grid.x % static_cast<unsigned>(cluster) != 0 || grid.y > 0xffff)
-    throw std::runtime_error("emulation: no GPU launches " + std::to_string(threads) + " threads, " +
-                             std::to_string(shared_bytes) + " bytes, clusters of " +
+    throw std::runtime_error("emulation: no GPU launches " + std::to_string(threads) +
+                             " threads, " + std::to_string(shared_bytes) + " bytes, clusters of " +
                              std::to_string(cluster));
   Schedule schedule;
   const char* without = std::getenv("OPD_EMULATION_WITHOUT");

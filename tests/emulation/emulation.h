@@ -1,13 +1,15 @@
 // CUDA C++ on a CPU: what the kernels use of the language, for g++, and a launch that runs them.
 //
-// Every thread of a block is a fiber with a stack of its own; a fiber runs until it waits for others, at
-// a barrier or in an exchange between the lanes of a warp. Which one runs next is the schedule:
-// OPD_EMULATION_SCHEDULE is 0 (lowest thread first, so each runs as far as it can), 1 (highest first)
-// or the seed of a random order. A barrier that is missing lets some schedule read what is not yet
-// written. OPD_EMULATION_WITHOUT, "select.cuh:123", makes the barrier of that line do nothing.
+// Every thread of a block is a fiber with a stack of its own; a fiber runs until it waits for
+// others, at a barrier or in an exchange between the lanes of a warp. Which one runs next is the
+// schedule: OPD_EMULATION_SCHEDULE is 0 (lowest thread first, so each runs as far as it can), 1
+// (highest first) or the seed of a random order. A barrier that is missing lets some schedule read
+// what is not yet written. OPD_EMULATION_WITHOUT, "select.cuh:123", makes the barrier of that line
+// do nothing.
 //
-// Shared memory is as large as asked for, a heap block of its own (for AddressSanitizer), and filled
-// with a pattern, which depends on the schedule. A launch fails where threads wait for each other in vain or in different places.
+// Shared memory is as large as asked for, a heap block of its own (for AddressSanitizer), and
+// filled with a pattern, which depends on the schedule. A launch fails where threads wait for each
+// other in vain or in different places.
 #pragma once
 
 #include <algorithm>
@@ -163,10 +165,10 @@ struct Grid {
 };
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes, int cluster,
-            const Device&, const Parameters&... arguments) {
-  emulation::run({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads, shared_bytes,
-                 cluster, [&] { kernel(arguments...); });
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes,
+            int cluster, const Device&, const Parameters&... arguments) {
+  emulation::run({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads,
+                 shared_bytes, cluster, [&] { kernel(arguments...); });
 }
 
 }  // namespace opd::cuda

@@ -1,5 +1,5 @@
-// Prints how a launch is cut: lane bits, threads and blocks for a row, bytes of shared memory, threads
-// and bytes for a support that is given, and the tiles that a warp loads at once.
+// Prints how a launch is cut: lane bits, threads and blocks for a row, bytes of shared memory,
+// threads and bytes for a support that is given, and the tiles that a warp loads at once.
 
 #include <cstdio>
 #include <cstdlib>
