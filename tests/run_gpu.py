@@ -41,6 +41,7 @@ NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
 SUITE_PARTS = (
     ("tests/test_differential.py",),
     ("tests/test_aot.py", "tests/test_build.py"),
+    ("tests/test_cubins.py", "tests/test_races.py", "tests/test_cuda.py"),
 )
 # Together less than ten minutes, with what is left for the profile; fuzzers have their own.
 BUILD_SECONDS = 180

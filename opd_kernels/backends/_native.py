@@ -5,6 +5,7 @@ A struct holds addresses: what it was made of must outlive the call.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def refused(dtypes: tuple[torch.dtype, ...], k: int, max_k: int) -> str | None:
     return None
 
 
+@functools.cache
 def name(dtype: torch.dtype) -> str:
     """A dtype as the modules know it."""
     return str(dtype).removeprefix("torch.")
