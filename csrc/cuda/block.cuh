@@ -96,6 +96,20 @@ class Block {
   int turn_ = 0;
 };
 
+// Sorts `count` integers, all different and at most one for a thread, into descending order: each is
+// put behind as many as are larger. Stands between barriers: the caller's and its own.
+__device__ inline void place_descending(const Block& block, uint64_t* values, int count) {
+  uint64_t mine = 0;
+  int place = 0;
+  if (block.thread < count) {
+    mine = values[block.thread];
+    for (int i = 0; i < count; ++i) place += values[i] > mine;
+  }
+  __syncthreads();  // all have read
+  if (block.thread < count) values[place] = mine;
+  __syncthreads();
+}
+
 // Sorts `size` integers, a power of two, into descending order: a bitonic network whose steps stay
 // within a warp's 64 elements where they can. Stands between barriers: the caller's and its own.
 __device__ inline void sort_descending(const Block& block, uint64_t* values, int size) {

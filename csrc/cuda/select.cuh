@@ -402,9 +402,13 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
     for (int i = found + block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
     __syncthreads();
   }
-  int size = 1;
-  while (size < found) size *= 2;
-  sort_descending(block, shared.ranks, size);
+  if (found <= kEntryThreads) {
+    place_descending(block, shared.ranks, found);
+  } else {
+    int size = 2 * kEntryThreads;
+    while (size < found) size *= 2;
+    sort_descending(block, shared.ranks, size);
+  }
   return min(found, k);
 }
 
