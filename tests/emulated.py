@@ -41,7 +41,7 @@ def install() -> None:
 def pretend(multiprocessors: int, clusters: bool = True) -> None:
     """Of what size the GPU is."""
     device = cuda._C.Device(0, multiprocessors, SHARED_BYTES, clusters, 0)
-    cuda._launch = lambda function, _, **arguments: function(device=device, **arguments)
+    cuda._launch = lambda name, _, **arguments: getattr(cuda._C, name)(device=device, **arguments)
 
 
 @contextmanager

@@ -318,7 +318,7 @@ def test_more_rows_than_a_launch_takes_raise(device: torch.device) -> None:
     with pytest.raises(ValueError, match="at most 2\\^31 - 1 rows"):
         cuda._C.scatter(
             device=cuda._device(CUDA, 0),
-            out=cuda._native.rows(cuda._C, rows),
+            out=cuda._native._rows(cuda._C, rows),
             ids=memory,
             entry_grad=memory,
             upstream=memory,

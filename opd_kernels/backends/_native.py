@@ -1,17 +1,22 @@
-"""What the backends of compiled modules share: tensors as the modules' structs.
+"""What the backends of compiled modules share: from tensors to the modules' structs and back.
 
-A struct holds addresses: what it was made of must outlive the call.
+A backend passes its module; ``launch(name, device, **arguments)``, which calls one of its
+functions; and ``empty``, which allocates. A struct holds addresses: what it was made of has to
+outlive the call.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Launch = Callable[..., None]
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 
 def refused(dtypes: tuple[torch.dtype, ...], k: int, max_k: int) -> str | None:
@@ -30,17 +35,113 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rows(module: Any, tensor: Tensor) -> Any:
-    """A tensor of rows, with any leading strides."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a result."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def select(
+    module: Any,
+    launch: Launch,
+    empty: Empty,
+    logits: Tensor,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The k best ids and their values; see ``opd_kernels.reference.select``."""
+    rows, device = logits.shape[:-1], logits.device
+    ids = empty((*rows, k), torch.int32, device)
+    values = empty((*rows, k), torch.float32, device)
+    mask = None if mask is None else mask.contiguous()
+    launch(
+        "select",
+        device,
+        logits=_rows(module, logits),
+        allowed=_allowed(module, limit, banned, mask, rows.numel()),
+        k=k,
+        ids=ids.data_ptr(),
+        values=values.data_ptr(),
+    )
+    return ids, values
+
+
+def divergence(
+    module: Any,
+    launch: Launch,
+    empty: Empty,
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
+    rows, device = student.shape[:-1], student.device
+    loss = empty(rows, torch.float32, device)
+    ids = empty((*rows, k), torch.int32, device)
+    entry_grad = empty((*rows, k), torch.float32, device)
+    mask = None if mask is None else mask.contiguous()
+    temperature, teacher_temperature = _float32(temperature), _float32(teacher_temperature)
+    launch(
+        "divergence",
+        device,
+        student=_rows(module, student),
+        teacher=_rows(module, teacher),
+        ids=None if teacher_ids is None else _rows(module, teacher_ids),
+        allowed=_allowed(module, limit, banned, mask, rows.numel()),
+        k=k,
+        temperature=_temperature(module, temperature),
+        teacher_temperature=_temperature(module, teacher_temperature),
+        loss=loss.data_ptr(),
+        out_ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+    )
+    return loss, ids, entry_grad
+
+
+def scatter(
+    module: Any,
+    launch: Launch,
+    out: Tensor,
+    entry_grad: Tensor,
+    ids: Tensor,
+    upstream: Tensor,
+    mode: str,
+) -> None:
+    """The gradient's entries into zeros ("assign"), anything ("clear") or a gradient ("add")."""
+    counts = {ids.shape[:-1].numel(), out.shape[:-1].numel()}
+    if counts != {upstream.numel()} or entry_grad.shape != ids.shape:
+        raise ValueError("ids and entry gradients are not (rows, k)")
+    ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
+    upstream = upstream.to(torch.float32).contiguous()
+    launch(
+        "scatter",
+        out.device,
+        out=_rows(module, out),
+        ids=ids.data_ptr(),
+        entry_grad=entry_grad.data_ptr(),
+        upstream=upstream.data_ptr(),
+        k=ids.shape[-1],
+        mode=mode,
+    )
+
+
+def _rows(module: Any, tensor: Tensor) -> Any:
     return module.Rows(tensor.data_ptr(), name(tensor.dtype), tuple(tensor.shape), tensor.stride())
 
 
-def allowed(module: Any, limit: int, banned: Tensor | None, mask: Tensor | None, count: int) -> Any:
-    """What may enter the support of ``count`` rows; the mask is contiguous."""
+def _allowed(
+    module: Any, limit: int, banned: Tensor | None, mask: Tensor | None, count: int
+) -> Any:
     if mask is not None and (mask.dtype != torch.bool or mask.numel() != count):
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool for {count} rows"
-        )
+        shape = tuple(mask.shape)
+        raise ValueError(f"mask is {mask.dtype} {shape}, expected bool for {count} rows")
     if banned is not None and banned.nbytes * 8 < limit:
         raise ValueError(f"the bitmap of banned ids has {banned.nbytes * 8} bits for {limit} ids")
     return module.Allowed(
@@ -50,25 +151,14 @@ def allowed(module: Any, limit: int, banned: Tensor | None, mask: Tensor | None,
     )
 
 
-def row_values(temperature: float | Tensor) -> float | Tensor:
+def _float32(temperature: float | Tensor) -> float | Tensor:
     """Per-row temperatures as the kernels read them."""
     if isinstance(temperature, Tensor):
         return temperature.to(torch.float32).contiguous()
     return temperature
 
 
-def temperature(module: Any, values: float | Tensor) -> Any:
-    """One side's temperature, from ``row_values``."""
-    if isinstance(values, Tensor):
-        return module.Temperature(1.0, values.data_ptr())
-    return module.Temperature(values)
-
-
-def scatter_inputs(
-    out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(entry gradients, ids, upstream gradients) as the kernels read them."""
-    counts = {ids.shape[:-1].numel(), out.shape[:-1].numel()}
-    if counts != {upstream.numel()} or entry_grad.shape != ids.shape:
-        raise ValueError("ids and entry gradients are not (rows, k)")
-    return entry_grad.contiguous(), ids.contiguous(), upstream.to(torch.float32).contiguous()
+def _temperature(module: Any, temperature: float | Tensor) -> Any:
+    if isinstance(temperature, Tensor):
+        return module.Temperature(1.0, temperature.data_ptr())
+    return module.Temperature(temperature)

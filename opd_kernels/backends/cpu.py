@@ -60,19 +60,7 @@ def select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The k best ids and their values; see ``opd_kernels.reference.select``."""
-    ids = torch.empty(*logits.shape[:-1], k, dtype=torch.int32)
-    values = torch.empty(*logits.shape[:-1], k, dtype=torch.float32)
-    mask = None if mask is None else mask.contiguous()
-    _C.select(
-        isa=INSTRUCTION_SET,
-        threads=torch.get_num_threads(),
-        logits=_native.rows(_C, logits),
-        allowed=_native.allowed(_C, limit, banned, mask, values.shape[:-1].numel()),
-        k=k,
-        ids=ids.data_ptr(),
-        values=values.data_ptr(),
-    )
-    return ids, values
+    return _native.select(_C, _launch, _native.empty, logits, k, limit, banned, mask)
 
 
 def divergence(
@@ -87,28 +75,20 @@ def divergence(
     teacher_temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
-    rows = student.shape[:-1]
-    loss = torch.empty(rows, dtype=torch.float32)
-    ids = torch.empty(*rows, k, dtype=torch.int32)
-    entry_grad = torch.empty(*rows, k, dtype=torch.float32)
-    mask = None if mask is None else mask.contiguous()
-    student_t = _native.row_values(temperature)
-    teacher_t = _native.row_values(teacher_temperature)
-    _C.divergence(
-        isa=INSTRUCTION_SET,
-        threads=torch.get_num_threads(),
-        student=_native.rows(_C, student),
-        teacher=_native.rows(_C, teacher),
-        ids=None if teacher_ids is None else _native.rows(_C, teacher_ids),
-        allowed=_native.allowed(_C, limit, banned, mask, loss.numel()),
-        k=k,
-        temperature=_native.temperature(_C, student_t),
-        teacher_temperature=_native.temperature(_C, teacher_t),
-        loss=loss.data_ptr(),
-        out_ids=ids.data_ptr(),
-        entry_grad=entry_grad.data_ptr(),
+    return _native.divergence(
+        _C,
+        _launch,
+        _native.empty,
+        student,
+        teacher,
+        teacher_ids,
+        k,
+        limit,
+        banned,
+        mask,
+        temperature,
+        teacher_temperature,
     )
-    return loss, ids, entry_grad
 
 
 def scatter(
@@ -119,33 +99,27 @@ def scatter(
     out = _fresh_zero_pages(shape, dtype)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-        _scatter(out, entry_grad, ids, upstream, "clear")
+        _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
     else:
-        _scatter(out, entry_grad, ids, upstream, "assign")
+        _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "assign")
     return out
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, into memory that is there already."""
-    _scatter(out, entry_grad, ids, upstream, "clear")
+    _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, added to what the memory holds."""
-    _scatter(out, entry_grad, ids, upstream, "add")
+    _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "add")
 
 
-def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
-    entry_grad, ids, upstream = _native.scatter_inputs(out, entry_grad, ids, upstream)
-    _C.scatter(
-        threads=torch.get_num_threads(),
-        out=_native.rows(_C, out),
-        ids=ids.data_ptr(),
-        entry_grad=entry_grad.data_ptr(),
-        upstream=upstream.data_ptr(),
-        k=ids.shape[-1],
-        mode=mode,
-    )
+def _launch(name: str, _: torch.device, **arguments: Any) -> None:
+    """Calls the module on torch's number of threads."""
+    if name != "scatter":
+        arguments["isa"] = INSTRUCTION_SET
+    getattr(_C, name)(threads=torch.get_num_threads(), **arguments)
 
 
 def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

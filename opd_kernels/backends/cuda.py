@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 DEVICE = "cuda"
+_empty = _native.empty
 # The first compute capability with clusters of blocks; code for earlier ones knows nothing of them.
 _CLUSTERS = (9, 0)
 
@@ -113,20 +113,7 @@ def select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The k best ids and their values; see ``opd_kernels.reference.select``."""
-    rows = logits.shape[:-1]
-    ids = _empty((*rows, k), torch.int32, logits.device)
-    values = _empty((*rows, k), torch.float32, logits.device)
-    mask = None if mask is None else mask.contiguous()
-    _launch(
-        _C.select,
-        logits.device,
-        logits=_native.rows(_C, logits),
-        allowed=_native.allowed(_C, limit, banned, mask, rows.numel()),
-        k=k,
-        ids=ids.data_ptr(),
-        values=values.data_ptr(),
-    )
-    return ids, values
+    return _native.select(_C, _launch, _empty, logits, k, limit, banned, mask)
 
 
 def divergence(
@@ -141,28 +128,20 @@ def divergence(
     teacher_temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
-    rows, device = student.shape[:-1], student.device
-    loss = _empty(rows, torch.float32, device)
-    ids = _empty((*rows, k), torch.int32, device)
-    entry_grad = _empty((*rows, k), torch.float32, device)
-    mask = None if mask is None else mask.contiguous()
-    student_t = _native.row_values(temperature)
-    teacher_t = _native.row_values(teacher_temperature)
-    _launch(
-        _C.divergence,
-        device,
-        student=_native.rows(_C, student),
-        teacher=_native.rows(_C, teacher),
-        ids=None if teacher_ids is None else _native.rows(_C, teacher_ids),
-        allowed=_native.allowed(_C, limit, banned, mask, rows.numel()),
-        k=k,
-        temperature=_native.temperature(_C, student_t),
-        teacher_temperature=_native.temperature(_C, teacher_t),
-        loss=loss.data_ptr(),
-        out_ids=ids.data_ptr(),
-        entry_grad=entry_grad.data_ptr(),
+    return _native.divergence(
+        _C,
+        _launch,
+        _empty,
+        student,
+        teacher,
+        teacher_ids,
+        k,
+        limit,
+        banned,
+        mask,
+        temperature,
+        teacher_temperature,
     )
-    return loss, ids, entry_grad
 
 
 def scatter(
@@ -170,41 +149,23 @@ def scatter(
 ) -> Tensor:
     """The dense gradient; see ``opd_kernels.reference.scatter``."""
     out = _empty((*ids.shape[:-1], width), dtype, ids.device)
-    _scatter(out, entry_grad, ids, upstream, "clear")
+    _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
     return out
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, into memory that is there already."""
-    _scatter(out, entry_grad, ids, upstream, "clear")
+    _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, added to what the memory holds."""
-    _scatter(out, entry_grad, ids, upstream, "add")
+    _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "add")
 
 
-def _scatter(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, mode: str) -> None:
-    entry_grad, ids, upstream = _native.scatter_inputs(out, entry_grad, ids, upstream)
-    _launch(
-        _C.scatter,
-        out.device,
-        out=_native.rows(_C, out),
-        ids=ids.data_ptr(),
-        entry_grad=entry_grad.data_ptr(),
-        upstream=upstream.data_ptr(),
-        k=ids.shape[-1],
-        mode=mode,
-    )
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _launch(function: Callable[..., None], device: torch.device, **arguments: Any) -> None:
+def _launch(name: str, device: torch.device, **arguments: Any) -> None:
     """Calls a launcher of the module for the device's current stream."""
-    current = torch.cuda.current_device()
+    function, current = getattr(_C, name), torch.cuda.current_device()
     if device.index in (None, current):
         function(device=_device(device, current), **arguments)
         return
