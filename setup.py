@@ -59,7 +59,7 @@ CUDA_SOURCES = dict.fromkeys(
         "cuda/select.cu",
         "cuda/divergence.cu",
         "cuda/scatter.cu",
-        "cuda/version.cu",
+        "cuda/device.cu",
     ),
     "",
 )

@@ -20,7 +20,6 @@ KIND = os.environ.get("OPD_KERNELS_EMULATED", "plain")
 POSSIBLE = KIND != "none" and platform.machine() == "x86_64" and platform.system() == "Linux"
 MULTIPROCESSORS = 4
 device_refusal = cuda._device_refusal  # what is asked on real devices
-SHARED_BYTES = 228 * 1024
 
 
 def install() -> None:
@@ -40,7 +39,7 @@ def install() -> None:
 
 def pretend(multiprocessors: int, clusters: bool = True) -> None:
     """Of what size the GPU is."""
-    device = cuda._C.Device(0, multiprocessors, SHARED_BYTES, clusters, 0)
+    device = cuda._C.Device(0, multiprocessors, cuda._C.shared_bytes(0), clusters, 0)
     cuda._launch = lambda name, _, **arguments: getattr(cuda._C, name)(device=device, **arguments)
 
 

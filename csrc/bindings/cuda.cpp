@@ -15,6 +15,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = OPD_CUDA_ARCHS;
   m.attr("runtime_version") = cuda::runtime_version();
   m.def("driver_version", &cuda::driver_version);
+  m.def("shared_bytes", &cuda::shared_bytes, py::arg("index"));
   m.def(
       "max_width",
       [](int k, const std::string& dtype) { return cuda::max_width(k, dtype_of(dtype)); },

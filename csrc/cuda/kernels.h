@@ -29,4 +29,7 @@ int64_t max_width(int k, DType dtype);
 int driver_version();
 int runtime_version();
 
+// Of a multiprocessor of a device.
+int shared_bytes(int index);
+
 }  // namespace opd::cuda

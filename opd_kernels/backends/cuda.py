@@ -176,16 +176,16 @@ def _launch(name: str, device: torch.device, **arguments: Any) -> None:
 
 def _device(device: torch.device, index: int) -> Any:
     stream = torch.cuda.current_stream(device).cuda_stream
-    return _C.Device(index, *_properties(device), stream)
+    return _C.Device(index, *_properties(index), stream)
 
 
 @functools.cache
-def _properties(device: torch.device) -> tuple[int, int, bool]:
+def _properties(index: int) -> tuple[int, int, bool]:
     """(multiprocessors, shared memory of each, whether blocks can form clusters)."""
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
     return (
         properties.multi_processor_count,
-        properties.shared_memory_per_multiprocessor,
+        _C.shared_bytes(index),
         capability >= _CLUSTERS and serves(_C.architectures, capability, _CLUSTERS),
     )

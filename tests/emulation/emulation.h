@@ -151,6 +151,12 @@ inline int fetch_add(int* address, int value) {
 // What the runtime's headers have.
 #define CUDART_VERSION 0
 inline int cudaDriverGetVersion(int* version) { return *version = 0; }
+constexpr int cudaDevAttrMaxSharedMemoryPerMultiprocessor = 0;
+inline int cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 228 * 1024;
+  return 0;
+}
+inline void check(int, const char*) {}
 
 namespace opd::cuda {
 
