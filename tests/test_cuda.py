@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
+import guards
 import pytest
 import torch
 from torch import Tensor
@@ -173,6 +174,36 @@ def test_rows_may_end_anywhere_in_a_tile(dtype: torch.dtype) -> None:
             with emulated.gpu(multiprocessors):
                 ours = cuda.select(teacher, k, vocab, None, None)
             assert same([*ours], [*cpu.select(teacher, k, vocab, None, None)])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_a_narrow_gradient_leaves_what_lies_around_alone(dtype: torch.dtype) -> None:
+    for vocab, offset in itertools.product(range(1, 20), range(16 // dtype.itemsize)):
+        outcomes = [rows(2, vocab, dtype, offset) for _ in range(2)]
+        ids, grad = torch.tensor([[0], [vocab - 1]]).int(), torch.ones(2, 1)
+        for backend, out in zip((cuda, cpu), outcomes, strict=True):
+            backend.scatter_(out, grad, ids, torch.ones(2))
+        with_gaps = [
+            out.as_strided((2, vocab + 3), out.stride(), out.storage_offset()) for out in outcomes
+        ]
+        assert same(*([gaps] for gaps in with_gaps))
+
+
+def test_all_outputs_of_masked_rows_are_written() -> None:
+    teacher, mask = rows(4, 300), torch.tensor([True, False, True, False])
+    ids = torch.arange(9).expand(4, 9)
+    with guards.around_allocations(cuda):  # which fill what they hand out
+        for arguments in (
+            (teacher, None),
+            (rows(4, 9, FP32), ids),
+        ):
+            loss, out_ids, grad = cuda.divergence(teacher, *arguments, 9, 300, None, mask, 1.0, 1.0)
+            assert (loss[~mask] == 0).all()
+            assert (out_ids[~mask] == -1).all()
+            assert (grad[~mask] == 0).all()
+        out_ids, values = cuda.select(teacher, 9, 300, None, mask)
+        assert (out_ids[~mask] == -1).all()
+        assert (values[~mask] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

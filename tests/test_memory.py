@@ -76,7 +76,7 @@ def careful(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [1, 63, 1000, 5000])
+@pytest.mark.parametrize("vocab", [1, 63, 1000, 4096, 5000])
 def test_nothing_is_read_past_a_row_nor_in_masked_rows(
     careful: str, guarded: list[GuardedRows], dtype: torch.dtype, vocab: int
 ) -> None:
