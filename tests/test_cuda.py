@@ -221,6 +221,24 @@ def test_gradients_may_end_anywhere_in_a_piece(dtype: torch.dtype) -> None:
             assert around[0][vocab:].isnan().all()
 
 
+def test_a_row_is_spread_over_as_many_blocks_as_any_gpu_takes() -> None:
+    teacher = rows(1, 66_000, FP32)
+    with emulated.gpu(32):
+        assert same(
+            [*cuda.select(teacher, 9, 66_000, None, None)],
+            [*cpu.select(teacher, 9, 66_000, None, None)],
+        )
+
+
+def test_a_temperature_that_is_nan_makes_all_of_its_row_nan() -> None:
+    student = torch.tensor([[0.0, -1.0, -200.0, -torch.inf]])
+    teacher = -torch.arange(4.0)[None]
+    bad = torch.tensor([torch.nan])
+    loss, _, grad = cuda.divergence(student, teacher, None, 4, 4, None, None, 1.0, bad)
+    assert loss.isnan().all()
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("k", [1, 64, 200])
 def test_a_row_has_the_same_bits_in_every_batch_and_on_every_gpu(k: int) -> None:
     teacher = rows(9, 20_000)
