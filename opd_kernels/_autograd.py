@@ -39,7 +39,7 @@ class _Signature(inspect.Signature):
 
 
 def _signed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Spares ``Function.apply`` to inspect and bind the signature anew at every call: 35 µs."""
+    """Spares ``Function.apply`` to inspect and bind the signature anew at every call: 30 µs."""
     parameters = inspect.signature(forward).parameters.values()
     forward.__signature__ = _Signature(list(parameters))  # type: ignore[attr-defined]
     return forward
