@@ -1,14 +1,17 @@
 """Fused kernels for top-K on-policy distillation.
 
-``topk_rkl`` is the loss, ``select_topk`` the teacher's support by itself, ``TopK`` a support that
-was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath and
-``add_topk_grad_`` a way to add its gradient to another loss's.
+``topk_rkl`` is the loss, ``linear_topk_rkl`` the same from hidden states and a head, of which
+``LinearLogits`` is a teacher's. ``select_topk`` is the teacher's support by itself, ``TopK`` a
+support that was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function``
+underneath and ``add_topk_grad_`` a way to add its gradient to another loss's.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.gradient import add_topk_grad_
+from opd_kernels.head import LinearLogits
+from opd_kernels.linear import linear_topk_rkl
 from opd_kernels.losses import topk_rkl
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
@@ -20,11 +23,13 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "LinearLogits",
     "Stats",
     "TopK",
     "TopKReverseKL",
     "add_topk_grad_",
     "anchor_of",
+    "linear_topk_rkl",
     "select_topk",
     "topk_rkl",
 ]

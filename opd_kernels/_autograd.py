@@ -1,7 +1,8 @@
 """Autograd around the operators: gradients are computed in forward and scattered in backward.
 
 What is kept between them: ids and entry gradients, 8 bytes * N * K (12 in float64), and with
-``inplace`` the student logits, whose memory the gradient takes.
+``inplace`` the student logits, whose memory the gradient takes. Of hidden states and a head the
+few logits are gathered first, by a Function of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from torch import Tensor
 
 from opd_kernels import _ops
 from opd_kernels._checks import check_inplace
+from opd_kernels._ops import leading
 
-__all__ = ["TopKReverseKL"]
+__all__ = ["GatherDot", "TopKReverseKL"]
+
+_TWICE = (
+    "{} cannot be differentiated twice: its gradient is computed in forward and held constant; "
+    "where a second derivative is needed, build the loss from torch.topk, gather and log_softmax"
+)
 
 
 class _Complete(inspect.BoundArguments):
@@ -115,7 +122,7 @@ class TopKReverseKL(torch.autograd.Function):
         """A mapped dimension is one more leading dimension."""
         if in_dims[7] is not None:
             raise ValueError("banned_ids cannot be mapped by vmap; pass one list for all")
-        rows = [_leading(arg, dim, info) for arg, dim in zip(args[:7], in_dims[:7], strict=True)]
+        rows = [leading(arg, dim, info) for arg, dim in zip(args[:7], in_dims[:7], strict=True)]
         return TopKReverseKL.apply(*rows, *args[7:]), (0, 0, 0)
 
 
@@ -146,18 +153,132 @@ class _ScatterGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "topk_rkl cannot be differentiated twice: its gradient is computed in forward and held "
-            "constant; where a second derivative is needed, build the loss from torch.topk, gather "
-            "and log_softmax"
-        )
+        raise RuntimeError(_TWICE.format("topk_rkl"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         if args[4] is not None:
             raise ValueError("inplace_grad=True does not work under vmap; pass inplace_grad=False")
-        rows = [_leading(arg, dim, info) for arg, dim in zip(args[:4], in_dims[:4], strict=True)]
+        rows = [leading(arg, dim, info) for arg, dim in zip(args[:4], in_dims[:4], strict=True)]
         return _ScatterGradient.apply(*rows, *args[4:]), 0
+
+
+class GatherDot(torch.autograd.Function):
+    """A head's logits at a few ids of each row: z_k = W[id_k] . h + b[id_k].
+
+    ``apply`` returns ``(logits, slots)``, (..., K) each: logits with gradients for ``hidden``,
+    ``weight`` and ``bias``, each computed only if it is asked for, and the constant slots, k or -1
+    where id k takes no part. Kept for backward: the ids, and of hidden and weight what the other's
+    gradient is made of; nothing is copied.
+    """
+
+    @staticmethod
+    @_signed
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        banned: Tensor | None,
+        limit: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the operator."""
+        return _ops.gather_dot(hidden, weight, bias, ids, limit, banned, mask, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps references to inputs."""
+        hidden, weight, bias, ids, *_, backend = inputs
+        for_hidden, for_weight, *_ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(ids, hidden if for_weight else None, weight if for_hidden else None)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.vocab, ctx.backend = weight.shape[0], backend
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients for hidden, weight and bias, as far as they are asked for."""
+        grads: list[Tensor | None] = [None] * 8
+        if upstream is None:
+            return tuple(grads)
+        ids, hidden, weight = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        if for_hidden:
+            grads[0] = _HiddenGradient.apply(upstream, ids, weight, ctx.dtypes[0], ctx.backend)
+        if for_weight:
+            grads[1] = _WeightGradient.apply(
+                upstream, ids, hidden, ctx.vocab, ctx.dtypes[1], ctx.backend
+            )
+        if for_bias:  # the weight of an input that is 1
+            ones = upstream.new_ones((*ids.shape[:-1], 1))
+            bias_grad = _WeightGradient.apply(
+                upstream, ids, ones, ctx.vocab, ctx.dtypes[2], ctx.backend
+            )
+            grads[2] = bias_grad.squeeze(-1)
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+        """A mapped dimension is one more leading dimension."""
+        if any(dim is not None for dim in (*in_dims[1:3], in_dims[5])):
+            raise ValueError(
+                "student_weight, student_bias and banned_ids cannot be mapped by vmap; pass one "
+                "for all"
+            )
+        hidden, ids, mask = (leading(args[i], in_dims[i], info) for i in (0, 3, 4))
+        return GatherDot.apply(hidden, *args[1:3], ids, mask, *args[5:]), (0, 0)
+
+
+class _HiddenGradient(torch.autograd.Function):
+    """Part of the backward of ``GatherDot`` as a Function, so that differentiating it raises."""
+
+    @staticmethod
+    @_signed
+    def forward(
+        upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        return _ops.gather_dot_hidden(upstream, ids, weight, dtype, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(_TWICE.format("linear_topk_rkl"))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        rows = [leading(arg, dim, info) for arg, dim in zip(args[:2], in_dims[:2], strict=True)]
+        return _HiddenGradient.apply(*rows, *args[2:]), 0
+
+
+class _WeightGradient(torch.autograd.Function):
+    """The other part."""
+
+    @staticmethod
+    @_signed
+    def forward(
+        upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        return _ops.gather_dot_weight(upstream, ids, hidden, vocab, dtype, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(_TWICE.format("linear_topk_rkl"))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        rows = [leading(arg, dim, info) for arg, dim in zip(args[:3], in_dims[:3], strict=True)]
+        each = zip(*(row.unbind(0) for row in rows), strict=True)
+        return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in each]), 0
 
 
 def anchor_of(student: Tensor) -> Tensor:
@@ -167,12 +288,3 @@ def anchor_of(student: Tensor) -> Tensor:
     for backward would do that too, but would keep the logits alive.
     """
     return student[..., :0].clone()
-
-
-def _leading(arg: Tensor | None, dim: int | None, info: Any) -> Tensor | None:
-    """The mapped dimension moved to the front, or added there without a copy."""
-    if arg is None:
-        return None
-    if dim is None:
-        return arg.expand(info.batch_size, *arg.shape)
-    return arg.movedim(dim, 0)

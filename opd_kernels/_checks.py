@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -120,12 +121,12 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} is {layout}, expected a dense tensor; call .to_dense() or pad it")
 
 
-def check_same_rows(student: Tensor, teacher: Tensor, name: str) -> None:
+def check_same_rows(rows: torch.Size, teacher_rows: torch.Size) -> None:
     """Student and teacher have one row per token each."""
-    if student.shape[:-1] != teacher.shape[:-1]:
+    if rows != teacher_rows:
         raise ValueError(
-            f"{name} has leading shape {tuple(teacher.shape[:-1])}, student_logits "
-            f"{tuple(student.shape[:-1])}; they must be equal, one row per token"
+            f"teacher has leading shape {tuple(teacher_rows)}, the student {tuple(rows)}; they "
+            "must be equal, one row per token"
         )
 
 
@@ -135,6 +136,82 @@ def check_same_device(
     """Everything lies on the student's device."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {others} on {device}; move one of them")
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for tensors of the kind of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def check_local(tensor: Tensor, name: str) -> None:
+    """A tensor whose elements are all here."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise ValueError(
+            f"{name} is a DTensor, of which this rank holds a part; under FSDP2 compute the loss "
+            "in the forward of the module that fully_shard wraps, where its parameters are whole "
+            "(docs/recipes.md, 'Sharded parameters'), else pass the result of .full_tensor()"
+        )
+
+
+def check_head(hidden: object, weight: object, bias: object, prefix: str) -> None:
+    """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them."""
+    for tensor, name, what in ((hidden, "hidden", "hidden states (..., H)"),
+                               (weight, "weight", "a head's weight (V, H)"),
+                               (bias, "bias", "a head's bias (V,)")):  # fmt: skip
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name} is a {type(tensor).__name__}, expected {what}")
+        check_local(tensor, prefix + name)
+        check_dense(tensor, prefix + name)
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{prefix}{name} has dtype {tensor.dtype}, allowed are float16, bfloat16, float32 "
+                "and float64; convert it with .float()"
+            )
+    assert isinstance(hidden, Tensor)
+    assert isinstance(weight, Tensor)
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}hidden has shape {tuple(hidden.shape)} and {prefix}weight "
+            f"{tuple(weight.shape)}; expected (..., H) and (V, H)"
+        )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{prefix}weight has shape {tuple(weight.shape)}, expected V, H of 1 or more"
+        )
+    for tensor, name in ((hidden, "hidden"), (weight, "weight")):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{prefix}{name} has stride {tensor.stride(-1)} along H, allowed is 1; call "
+                ".contiguous() once where it is made"
+            )
+    tensors = [weight]
+    if isinstance(bias, Tensor):
+        tensors.append(bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{prefix}bias has shape {tuple(bias.shape)}, expected one per id: "
+                f"{tuple(weight.shape[:1])}"
+            )
+    for tensor, name in zip(tensors, ("weight", "bias"), strict=False):
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{prefix}{name} is on {tensor.device}, {prefix}hidden on {hidden.device}; move one"
+            )
+        if tensor.dtype != hidden.dtype and not autocasts(hidden.device.type):
+            raise TypeError(
+                f"{prefix}{name} has dtype {tensor.dtype}, {prefix}hidden {hidden.dtype}; convert "
+                "one of them, or call under torch.autocast, which takes both"
+            )
+
+
+def check_factor(value: object, name: str) -> None:
+    """A finite number above 0 that float32 holds."""
+    check_number(value, name)
+    if not LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value}, allowed are finite numbers above 0")
 
 
 def check_int(value: object, name: str) -> None:

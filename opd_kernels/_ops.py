@@ -7,11 +7,15 @@ never while it is traced.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from opd_kernels import backends
+from opd_kernels.head import head_logits, shaped
 from opd_kernels.reference import compute_dtype
+from opd_kernels.stats import row_logsumexp
 
 _LIBRARY = torch.library.Library("opd_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -29,6 +33,15 @@ _SCHEMAS = {
     " -> ()",
     "scatter_add_": "(Tensor(a!) out, Tensor entry_grad, Tensor ids, Tensor upstream, str backend)"
     " -> ()",
+    "select_linear": "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap,"
+    " SymInt k, SymInt limit, Tensor? banned, Tensor? mask, bool with_logsumexp, str backend)"
+    " -> (Tensor ids, Tensor values, Tensor logsumexp)",
+    "gather_dot": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, SymInt limit,"
+    " Tensor? banned, Tensor? mask, str backend) -> (Tensor logits, Tensor slots)",
+    "gather_dot_hidden": "(Tensor upstream, Tensor ids, Tensor weight, ScalarType dtype,"
+    " str backend) -> Tensor",
+    "gather_dot_weight": "(Tensor upstream, Tensor ids, Tensor hidden, SymInt vocab,"
+    " ScalarType dtype, str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=_TAGS)
@@ -38,6 +51,10 @@ divergence = torch.ops.opd_kernels.divergence.default
 scatter = torch.ops.opd_kernels.scatter.default
 scatter_ = torch.ops.opd_kernels.scatter_.default
 scatter_add_ = torch.ops.opd_kernels.scatter_add_.default
+select_linear = torch.ops.opd_kernels.select_linear.default
+gather_dot = torch.ops.opd_kernels.gather_dot.default
+gather_dot_hidden = torch.ops.opd_kernels.gather_dot_hidden.default
+gather_dot_weight = torch.ops.opd_kernels.gather_dot_weight.default
 
 
 def _select(
@@ -132,12 +149,144 @@ def _scatter_backend(
     return backends.resolve(backend, ids.device, (dtype, entry_grad.dtype), ids.shape[-1])
 
 
+def _select_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    with_logsumexp: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``select`` on the logits of a head, of a few rows at a time; no others are computed."""
+    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
+    module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
+    ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
+    values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
+    logsumexp = hidden.new_zeros(rows if with_logsumexp else 0, dtype=dtype)
+    out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    kept: Tensor | None = None
+    if mask is not None and mask.device.type == "cpu":
+        # Elsewhere leaving rows out would synchronise; there select skips them.
+        kept, mask = mask.nonzero().squeeze(-1), None
+    weight, bias = weight[:limit], None if bias is None else bias[:limit]
+    for here, logits in head_logits(hidden, weight, bias, kept):
+        piece_mask = None if mask is None else mask[here]
+        out_ids[here], picked = module.select(logits, k, limit, banned, piece_mask)
+        out_values[here] = shaped(picked, scale, softcap)
+        if with_logsumexp:
+            out_sums[here] = row_logsumexp(shaped(logits, scale, softcap), limit, piece_mask)
+    return ids, values, logsumexp
+
+
+def _select_linear_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    k: int,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    with_logsumexp: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
+    ids = hidden.new_empty((*rows, k), dtype=torch.int32)
+    sums = hidden.new_empty(rows if with_logsumexp else (0,), dtype=dtype)
+    return ids, torch.empty_like(ids, dtype=dtype), sums
+
+
+def _gather_dot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+    module = backends.resolve_linear(backend, hidden.device, dtypes, ids.shape[-1])
+    return module.gather_dot(hidden, weight, bias, ids, limit, banned, mask)
+
+
+def _gather_dot_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    logits = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight))
+    return logits, torch.empty_like(logits, dtype=torch.int32)
+
+
+def _gather_dot_hidden(
+    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    dtypes = (upstream.dtype, weight.dtype, dtype)
+    module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
+    return module.gather_dot_hidden(upstream, ids, weight, dtype)
+
+
+def _gather_dot_hidden_fake(
+    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return weight.new_empty((*ids.shape[:-1], weight.shape[1]), dtype=dtype)
+
+
+def _gather_dot_weight(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    dtypes = (upstream.dtype, hidden.dtype, dtype)
+    module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
+    return module.gather_dot_weight(upstream, ids, hidden, vocab, dtype)
+
+
+def _gather_dot_weight_fake(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return hidden.new_empty((vocab, hidden.shape[-1]), dtype=dtype)
+
+
 for _name, _impl, _fake in (
     ("select", _select, _select_fake),
     ("divergence", _divergence, _divergence_fake),
     ("scatter", _scatter, _scatter_fake),
     ("scatter_", _scatter_inplace, lambda *_: None),
     ("scatter_add_", _scatter_add, lambda *_: None),
+    ("select_linear", _select_linear, _select_linear_fake),
+    ("gather_dot", _gather_dot, _gather_dot_fake),
+    ("gather_dot_hidden", _gather_dot_hidden, _gather_dot_hidden_fake),
+    ("gather_dot_weight", _gather_dot_weight, _gather_dot_weight_fake),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"opd_kernels::{_name}", _fake, lib=_LIBRARY)
+
+
+def _select_vmap(
+    info: Any, in_dims: tuple[int | None, ...], logits: Tensor, *rest: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """A mapped dimension is one more leading dimension."""
+    k, limit, banned, mask, backend = rest
+    if in_dims[3] is not None:
+        raise ValueError("banned_ids cannot be mapped by vmap; pass one list for all")
+    logits, mask = leading(logits, in_dims[0], info), leading(mask, in_dims[4], info)
+    return select(logits, k, limit, banned, mask, backend), (0, 0)
+
+
+torch.library.register_vmap("opd_kernels::select", _select_vmap, lib=_LIBRARY)
+
+
+def leading(arg: Any, dim: int | None, info: Any) -> Any:
+    """The mapped dimension moved to the front, or added there without a copy."""
+    if arg is None:
+        return None
+    if dim is None:
+        return arg.expand(info.batch_size, *arg.shape)
+    return arg.movedim(dim, 0)

@@ -142,42 +142,24 @@ def topk_rkl(
     _checks.check_vocab_size(vocab_size)
     _checks.check_backend(backend)
     rows, device = student_logits.shape[:-1], student_logits.device
-    _checks.check_reduction(reduction, normalizer, device)
     backend = AUTO if backend is None else backend
-    values, ids, k, limit = _teacher_tensors(student_logits, teacher, k)
-    if k == 1:
-        _warn_about_one_entry()
+    if isinstance(teacher, TopK):
+        values, ids, k, limit = given_support(teacher, k, rows, student_logits.shape[-1], device)
+    else:
+        values, ids = teacher_logits(teacher, rows, device), None
+        k, limit = support_size(k, student_logits.shape[-1], values.shape[-1])
     if vocab_size is not None:
         limit = min(limit, vocab_size)
-    mask = bool_mask(mask, student_logits)
-    if weight is not None:
-        _checks.check_weight(weight, rows, device)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    student_t = _temperature(temperature, rows, device, "temperature")
-    teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
+    mask = bool_mask(mask, rows, device)
+    call = Call(
+        rows, device, k, mask, temperature, teacher_temperature, weight, reduction, normalizer
+    )
     banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
     if return_stats and ids is None:
         # The support is needed by name: select it first, then go on as with a given one.
         ids, values = _ops.select(values, k, limit, banned, mask, backend)
-
-    loss, _, _ = TopKReverseKL.apply(
-        student_logits,
-        anchor_of(student_logits),
-        values,
-        ids,
-        mask,
-        student_t[1],
-        teacher_t[1],
-        banned,
-        student_t[0],
-        teacher_t[0],
-        k,
-        limit,
-        inplace_grad and not torch.compiler.is_compiling(),
-        backend,
-    )
-    loss = _reduce(loss, weight, mask, reduction, normalizer)
+    inplace = inplace_grad and not torch.compiler.is_compiling()
+    loss = call.loss(student_logits, values, ids, limit, banned, inplace, backend)
     if ids is None or not return_stats:
         return loss
     stats = _stats.measure(
@@ -185,7 +167,7 @@ def topk_rkl(
         teacher,
         TopK(ids, values),
         temperature=temperature,
-        teacher_temperature=teacher_temperature,
+        teacher_temperature=call.teacher_temperature,
         limit=limit,
         vocab_size=vocab_size,
         mask=mask,
@@ -194,27 +176,88 @@ def topk_rkl(
     return loss, stats
 
 
-def _teacher_tensors(
-    student: Tensor, teacher: Tensor | TopK, k: int | None
-) -> tuple[Tensor, Tensor | None, int, int]:
-    """(values, ids or None, k, limit) of a teacher given as logits or as a support."""
-    if isinstance(teacher, TopK):
-        _checks.check_same_rows(student, teacher.ids, "teacher")
-        _checks.check_same_device(teacher.ids, student.device, "teacher")
-        _checks.check_k_matches(k, teacher.k)
-        return (
-            _adjacent(teacher.logits.detach()),
-            _adjacent(teacher.ids),
-            teacher.k,
-            student.shape[-1],
+class Call:
+    """What a loss takes besides student and teacher: checked, and as the operators take it."""
+
+    def __init__(
+        self,
+        rows: torch.Size,
+        device: torch.device,
+        k: int,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+        teacher_temperature: float | Tensor | None,
+        weight: Tensor | None,
+        reduction: str,
+        normalizer: float | Tensor | None,
+    ) -> None:
+        _checks.check_reduction(reduction, normalizer, device)
+        if k == 1:
+            _warn_about_one_entry()
+        if weight is not None:
+            _checks.check_weight(weight, rows, device)
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self._student_t = _temperature(temperature, rows, device, "temperature")
+        self._teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
+        self._k, self._mask, self._weight = k, mask, weight
+        self._reduction, self._normalizer = reduction, normalizer
+
+    def loss(
+        self,
+        student: Tensor,
+        values: Tensor,
+        ids: Tensor | None,
+        limit: int,
+        banned: Tensor | None,
+        inplace: bool,
+        backend: str,
+    ) -> Tensor:
+        """The reduced loss of a student's logits to a teacher's, or to its values at ``ids``."""
+        (student_t, student_ts), (teacher_t, teacher_ts) = self._student_t, self._teacher_t
+        loss, _, _ = TopKReverseKL.apply(
+            student,
+            anchor_of(student),
+            values,
+            ids,
+            self._mask,
+            student_ts,
+            teacher_ts,
+            banned,
+            student_t,
+            teacher_t,
+            self._k,
+            limit,
+            inplace,
+            backend,
         )
-    _checks.check_logits(teacher, "teacher")
-    _checks.check_same_rows(student, teacher, "teacher")
-    _checks.check_same_device(teacher, student.device, "teacher")
-    vocab = teacher.shape[-1]
-    k = min(DEFAULT_K, vocab) if k is None else k
-    _checks.check_k(k, vocab)
-    return teacher.detach(), None, k, min(student.shape[-1], vocab)
+        return _reduce(loss, self._weight, self._mask, self._reduction, self._normalizer)
+
+
+def given_support(
+    teacher: TopK, k: int | None, rows: torch.Size, vocab: int, device: torch.device
+) -> tuple[Tensor, Tensor, int, int]:
+    """(values, ids, k, limit) of a teacher that is a support."""
+    _checks.check_same_rows(rows, teacher.shape)
+    _checks.check_same_device(teacher.ids, device, "teacher")
+    _checks.check_k_matches(k, teacher.k)
+    return _adjacent(teacher.logits.detach()), _adjacent(teacher.ids), teacher.k, vocab
+
+
+def teacher_logits(teacher: object, rows: torch.Size, device: torch.device) -> Tensor:
+    """The logits of a teacher that is logits."""
+    logits = _checks.check_logits(teacher, "teacher").detach()
+    _checks.check_same_rows(rows, logits.shape[:-1])
+    _checks.check_same_device(logits, device, "teacher")
+    return logits
+
+
+def support_size(k: int | None, vocab: int, teacher_vocab: int) -> tuple[int, int]:
+    """(k, limit) of a support that is selected."""
+    k = min(DEFAULT_K, teacher_vocab) if k is None else k
+    _checks.check_k(k, teacher_vocab)
+    return k, min(vocab, teacher_vocab)
 
 
 def _warn_about_one_entry() -> None:
@@ -223,7 +266,7 @@ def _warn_about_one_entry() -> None:
     warnings.warn(
         "k=1: a support of one entry renormalises to probability 1 on both sides, so the loss and "
         "its gradient are identically 0; use k=2 or more (the paper's is 32)",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -7,8 +7,9 @@ best allowed ids:
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
 
 Three primitives, the same in every backend: ``select``, ``divergence`` and ``scatter``, the last
-also into memory that is there, over it or added to it. Shapes: student (..., V), teacher (..., V_t)
-or (..., K), ids int32 (..., K), everything per row (...).
+also into memory that is there, over it or added to it; and for students that are hidden states and
+a head ``gather_dot`` with its gradients. Shapes: student (..., V), teacher (..., V_t) or (..., K),
+ids int32 (..., K), hidden (..., H), weight (V, H), everything per row (...).
 Arithmetic is float32, or float64 where an input is. Temporaries are as large as the logits: this
 module is for reading, for checking, for float64 and for K above what the kernels take.
 
@@ -16,6 +17,8 @@ Source: arXiv 2603.25562, teacher top-K local support matching.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -77,7 +80,7 @@ def divergence(
     if teacher_ids is None:
         ids, values = select(teacher, k, limit, banned, mask)
     else:
-        ids, values = _restrict(teacher_ids, teacher, limit, banned, mask)
+        ids, values = _allowed_ids(teacher_ids, limit, banned, mask), teacher
     present = (ids >= 0) & (values != NEVER)
     ids = torch.where(present, ids, -1)
     t = torch.where(present, values.to(dtype), NEVER)
@@ -132,6 +135,60 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
     out[at] = (out[at].to(dtype) + added).to(out.dtype)
 
 
+def gather_dot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The head's logits at the ids: z_k = W[id_k] . h + b[id_k], and the slots (..., K).
+
+    Slot k is k, or -1 where the id must not take part; z_k is 0 there. With the slots as ids, z is
+    a student of K logits.
+    """
+    ids = _allowed_ids(ids, limit, banned, mask)
+    dtype, present = compute_dtype(hidden, weight), ids >= 0
+    logits = torch.empty(ids.shape, dtype=dtype, device=ids.device)
+    for slot, at in enumerate(ids.clamp(min=0).long().unbind(-1)):
+        z = (weight[at].to(dtype) * hidden.to(dtype)).sum(-1)
+        logits[..., slot] = z if bias is None else z + bias[at].to(dtype)
+    slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
+    return torch.where(present, logits, 0), torch.where(present, slots, -1)
+
+
+def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dL/dh = sum over k of dL/dz_k W[id_k], over the k whose dL/dz_k is not 0."""
+    out = upstream.new_zeros((*ids.shape[:-1], weight.shape[1]), dtype=compute_dtype(upstream))
+    for factor, at in _terms(upstream, ids):
+        out += torch.where(factor == 0, 0, factor * weight[at].to(out.dtype))
+    return out.to(dtype)
+
+
+def gather_dot_weight(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """dL/dW[v] = sum of dL/dz_k h over the rows and k with id_k = v whose dL/dz_k is not 0."""
+    width = hidden.shape[-1]
+    out = upstream.new_zeros((vocab, width), dtype=compute_dtype(upstream))
+    for factor, at in _terms(upstream, ids):
+        term = torch.where(factor == 0, 0, factor * hidden.to(out.dtype)).reshape(-1, width)
+        # Of the two the one that is deterministic on the device.
+        if out.device.type == "cpu":
+            out.index_add_(0, at.reshape(-1), term)
+        else:
+            out.index_put_((at.reshape(-1),), term, accumulate=True)
+    return out.to(dtype)
+
+
+def _terms(upstream: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(dL/dz_k (..., 1), id_k (...)) for each k; the id is 0 where the gradient is."""
+    for factor, at in zip(upstream.unbind(-1), ids.long().unbind(-1), strict=True):
+        yield factor[..., None], torch.where(factor == 0, 0, at)
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -143,17 +200,15 @@ def unpack_bitmap(bitmap: Tensor, width: int) -> Tensor:
     return ((bitmap[:, None] >> bits) & 1).flatten()[:width].bool()
 
 
-def _restrict(
-    ids: Tensor, values: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A given support with everything that may not take part made absent."""
+def _allowed_ids(ids: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None) -> Tensor:
+    """A given support's ids as int32, -1 for all that may not take part."""
     allowed = (ids >= 0) & (ids < limit)
     if banned is not None:
         excluded = unpack_bitmap(banned, limit)
         allowed &= ~excluded[torch.where(allowed, ids, 0).long()]
     if mask is not None:
         allowed &= mask[..., None]
-    return torch.where(allowed, ids, -1).to(torch.int32), values
+    return torch.where(allowed, ids, -1).to(torch.int32)
 
 
 def _per_row(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opd_kernels.head import LinearLogits, pieces, shaped
 from opd_kernels.reference import compute_dtype, unpack_bitmap
 from opd_kernels.support import TopK, repeats
 
@@ -39,8 +40,8 @@ class Stats(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | TopK,
     support: TopK,
     *,
     temperature: float | Tensor,
@@ -59,9 +60,10 @@ def measure(
         present &= mask[..., None]
     counted = present & ~repeats(torch.where(present, ids, -1))
 
-    def held(logits: Tensor, temperature: float | Tensor) -> Tensor:
-        width = logits.shape[-1] if vocab_size is None else min(logits.shape[-1], vocab_size)
-        return _mass(logits[..., :width], ids, counted, temperature, mask)
+    def held(logits: Tensor | LinearLogits, temperature: float | Tensor) -> Tensor:
+        if isinstance(logits, LinearLogits):
+            return _head_mass(logits, vocab_size, ids, counted, temperature, mask)
+        return _mass(logits[..., :vocab_size], ids, counted, temperature, mask)
 
     if isinstance(teacher, TopK):
         teacher_mass = _given_mass(support.logits, teacher.logsumexp, counted, mask)
@@ -86,6 +88,36 @@ def _mass(
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
 
     return _reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
+
+
+def _head_mass(
+    head: LinearLogits,
+    vocab_size: int | None,
+    ids: Tensor,
+    counted: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The same of a head's logits, of a few rows at a time."""
+    rows, hidden = head.shape, head.hidden.flatten(0, -2)
+    weight, bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
+    ids, counted = ids.flatten(0, -2), counted.flatten(0, -2)
+    mask = None if mask is None else mask.flatten()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(rows).flatten()
+    parts = []
+    for piece in pieces(hidden.shape[0], head.vocab, hidden.dtype, hidden.device):
+        logits = torch.nn.functional.linear(hidden[piece], weight, bias)
+        parts.append(
+            _mass(
+                shaped(logits, head.scale, head.softcap),
+                ids[piece],
+                counted[piece],
+                temperature[piece] if isinstance(temperature, Tensor) else temperature,
+                None if mask is None else mask[piece],
+            )
+        )
+    return torch.cat(parts).view(rows) if parts else hidden.new_zeros(rows, dtype=torch.float32)
 
 
 def _given_mass(

@@ -67,8 +67,39 @@ class Backend(Protocol):
         """The dense gradient, added to what is there."""
 
 
+class LinearBackend(Backend, Protocol):
+    """What a backend's module has besides where it serves ``linear_topk_rkl``."""
+
+    def gather_dot(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        limit: int,
+        banned: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits at the ids, slots)."""
+
+    def gather_dot_hidden(
+        self, upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the hidden states."""
+
+    def gather_dot_weight(
+        self, upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the weight."""
+
+
 def resolve(
-    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+    name: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    k: int,
+    vocab: int = 0,
+    needed: str = "divergence",
 ) -> Backend:
     """The module for a request; one asked for by name is used or raises, it never falls back."""
     if name != AUTO:
@@ -78,17 +109,35 @@ def resolve(
                 f"{', '.join(map(repr, MODULES))}, and backend=None picks the best for the device"
             )
         module = load(name)
-        reason = module.refusal(device, dtypes, k, vocab)
+        reason = module.refusal(device, dtypes, k, vocab) or _lack(name, needed)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
         return module
     for candidate in MODULES:
         module = load(candidate)
-        if module.refusal(device, dtypes, k, vocab) is None:
+        if module.refusal(device, dtypes, k, vocab) is None and not _lack(candidate, needed):
             break
     if candidate == "reference":
         _warn_if_slow(device)
     return module
+
+
+def resolve_linear(
+    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int
+) -> LinearBackend:
+    """The same for the operators on hidden states."""
+    return cast(LinearBackend, resolve(name, device, dtypes, k, needed="gather_dot"))
+
+
+def _lack(name: str, needed: str) -> str | None:
+    """What a backend does not have, and what does."""
+    if hasattr(load(name), needed):
+        return None
+    having = [other for other in MODULES if hasattr(load(other), needed)]
+    return (
+        "it has no kernels for hidden states; backend=None takes the best for the device of "
+        f"{', '.join(map(repr, having))}"
+    )
 
 
 @functools.cache

@@ -1,0 +1,144 @@
+"""Logits of a linear head that are never whole: ``LinearLogits``, and how a head is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opd_kernels import _checks
+
+__all__ = ["LinearLogits"]
+
+# What the logits of a few rows may take. A matrix product is bound by its arithmetic, and not by
+# reading the weight anew for these rows, from about 500 rows on where a GPU computes it.
+WORKSPACE_BYTES = {"cpu": 32 << 20}
+GPU_WORKSPACE_BYTES = 256 << 20
+# A matrix product's tile: fewer rows are rounded up to it.
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogits:
+    """The teacher's logits as hidden states and a head: they are computed a few rows at a time.
+
+    With hidden states h, weight W, bias b, scale s and softcap c::
+
+        logits = cap(s (W h + b))    cap(x) = c tanh(x / c), or x without a softcap
+
+    Shapes and dtypes: ``hidden`` (..., H), ``weight`` (V, H), ``bias`` (V,) or None, floating and
+    of one dtype; under autocast of any, as ``torch.nn.functional.linear`` takes them.
+
+    The product W h + b is what the framework's own matrix product gives, rounded to the dtype: the
+    same numbers as the model's head returns. Selection happens on these; scale and softcap, which
+    keep their order, are applied to the selected ones in float32. All of it is constant: no
+    gradient reaches the teacher.
+
+    Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 32 MB on CPUs or
+    the logits of 128 rows if these are more.
+
+    Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for shapes and devices that do
+    not fit, for a sharded (DTensor) weight, for a scale or softcap that is not above 0.
+
+    Example::
+
+        teacher = LinearLogits(teacher_hidden, teacher_model.lm_head.weight)
+        support = select_topk(teacher, 32)
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks shapes, dtypes and devices; values are not read."""
+        _checks.check_head(self.hidden, self.weight, self.bias, "LinearLogits ")
+        _checks.check_factor(self.scale, "LinearLogits scale")
+        if self.softcap is not None:
+            _checks.check_factor(self.softcap, "LinearLogits softcap")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Leading shape: one element per row."""
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocab(self) -> int:
+        """Logits of a row."""
+        return self.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.hidden.device
+
+
+def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """cap(scale * logits), differentiable."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as ``linear`` would take them: in autocast's dtype where it is on."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not _checks.autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return tensors if wide else tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
+    """Rows of which the logits fit the workspace."""
+    nbytes = WORKSPACE_BYTES.get(device.type, GPU_WORKSPACE_BYTES)
+    rows = max(nbytes // (max(vocab, 1) * dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """(rows, their logits) of hidden states (N, H), or of the rows that are kept.
+
+    One workspace holds the logits: the next rows overwrite it.
+    """
+    count, vocab = hidden.shape[0] if kept is None else len(kept), weight.shape[0]
+    memory: Tensor | None = None
+    for piece in pieces(count, vocab, hidden.dtype, hidden.device):
+        if memory is None:
+            memory = hidden.new_empty(piece.stop, vocab)
+        here = piece if kept is None else kept[piece]
+        logits = memory[: piece.stop - piece.start]
+        if bias is None:
+            torch.mm(hidden[here], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden[here], weight.t(), out=logits)
+        yield here, logits
+
+
+def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, float]]:
+    leaves = [head.hidden, head.weight]
+    return leaves if head.bias is None else [*leaves, head.bias], (head.softcap, head.scale)
+
+
+def _unflatten(leaves: Any, context: tuple[float | None, float]) -> LinearLogits:
+    # Not through __init__: tree_map may put anything at the leaves.
+    hidden, weight, *bias = leaves
+    head = object.__new__(LinearLogits)
+    values = (hidden, weight, bias[0] if bias else None, *context)
+    for name, value in zip(("hidden", "weight", "bias", "softcap", "scale"), values, strict=True):
+        object.__setattr__(head, name, value)
+    return head
+
+
+pytree.register_pytree_node(
+    LinearLogits, _flatten, _unflatten, serialized_type_name="opd_kernels.LinearLogits"
+)

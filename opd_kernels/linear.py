@@ -1,0 +1,197 @@
+"""``linear_topk_rkl``: the loss from hidden states and a head, without the student's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from torch import Tensor
+
+from opd_kernels import _checks, _ops
+from opd_kernels import stats as _stats
+from opd_kernels._autograd import GatherDot
+from opd_kernels.backends import AUTO
+from opd_kernels.head import LinearLogits, shaped
+from opd_kernels.losses import Call, given_support, support_size, teacher_logits
+from opd_kernels.selection import ban_bitmap, bool_mask, select_linear
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+
+__all__ = ["linear_topk_rkl"]
+
+
+@overload
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Stats]: ...
+
+
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    """``topk_rkl`` of the logits of a head, of which k per row are computed and no others.
+
+    With hidden states h, head W and b, scale s, softcap c and S the teacher's k best allowed ids::
+
+        z_v = cap(s (W_v . h + b_v))  for v in S       cap(x) = c tanh(x / c), or x
+        L = sum over S of p (log p - log q)            p = softmax(z[S] / T), q as in topk_rkl
+        dL/dh = sum of dL/dz_v z'_v W_v    dL/dW_v = sum over rows of dL/dz_v z'_v h
+
+    Per row that is k H multiplications where the head has V H, forward and backward, and no tensor
+    of shape (N, V) exists.
+
+    Shapes and dtypes: ``student_hidden`` (..., H), ``student_weight`` (V, H), ``student_bias`` (V,)
+    or None, of one dtype of float16, bfloat16, float32 or float64, last strides 1; under autocast
+    of any, as ``torch.nn.functional.linear`` takes them, but read in the precision that they have:
+    nothing is cast. Products, sums and the student's logits are float32 (float64 where an input
+    is) and never rounded to a narrower dtype; the loss is float32 (float64).
+
+    Args:
+        student_hidden: what the head gets: after the model's last norm.
+        student_weight: the head's weight; the embedding's where they are tied.
+        teacher: constant, with the same leading shape: logits (..., V_t), a ``TopK``, or
+            ``LinearLogits``, its hidden states and head, whose logits are computed a few hundred
+            rows at a time.
+        k: size of the support; 32 (the paper's), for a ``TopK`` its width.
+        student_bias: the head's bias.
+        logit_softcap: c, above 0, where the model has one (Gemma 2: 30).
+        logit_scale: s, above 0, where the model multiplies its logits (Cohere) or divides them
+            (Granite: 1 / logits_scaling).
+
+    All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
+    rows, which are not read, NaN and reductions. ``return_stats`` computes the student's logits
+    after all, a few hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states;
+    None takes "triton" there.
+
+    Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
+    it is asked for: with a frozen head nothing of shape (V, H) is made. The head's gradient is
+    dense; it is the same bits on every run, and ids that occur in every row cost no more than
+    others. Kept for backward: 8 bytes per row and entry, ids and references to hidden states and
+    weight. Differentiating twice raises ``RuntimeError``.
+
+    Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a sharded
+    (DTensor) weight, under FSDP2 call it inside of the wrapped module's forward.
+
+    Example::
+
+        hidden = student.model(input_ids).last_hidden_state          # (B, T, H)
+        with torch.no_grad():
+            teacher_hidden = teacher.model(input_ids).last_hidden_state
+        head = LinearLogits(teacher_hidden, teacher.lm_head.weight)
+        loss = linear_topk_rkl(hidden, student.lm_head.weight, head, k=32, mask=mask)
+        loss.backward()
+
+    Source: arXiv 2603.25562, teacher top-K local support matching; what its loss needs of a head.
+    """
+    _checks.check_head(student_hidden, student_weight, student_bias, "student_")
+    _checks.check_factor(logit_scale, "logit_scale")
+    if logit_softcap is not None:
+        _checks.check_factor(logit_softcap, "logit_softcap")
+    _checks.check_vocab_size(vocab_size)
+    _checks.check_backend(backend)
+    rows, device = student_hidden.shape[:-1], student_hidden.device
+    vocab = student_weight.shape[0]
+    backend = AUTO if backend is None else backend
+    mask = bool_mask(mask, rows, device)
+
+    if isinstance(teacher, TopK):
+        values, ids, k, limit = given_support(teacher, k, rows, vocab, device)
+    else:
+        if isinstance(teacher, LinearLogits):
+            _checks.check_same_rows(rows, teacher.shape)
+            _checks.check_same_device(teacher.hidden, device, "teacher")
+            k, limit = support_size(k, vocab, teacher.vocab)
+        else:
+            values = teacher_logits(teacher, rows, device)
+            k, limit = support_size(k, vocab, values.shape[-1])
+    if vocab_size is not None:
+        limit = min(limit, vocab_size)
+    call = Call(
+        rows, device, k, mask, temperature, teacher_temperature, weight, reduction, normalizer
+    )
+    banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
+    if isinstance(teacher, LinearLogits):
+        support = select_linear(teacher, k, limit, banned, mask, False, backend)
+        values, ids = support.logits, support.ids
+    elif not isinstance(teacher, TopK):
+        ids, values = _ops.select(values, k, limit, banned, mask, backend)
+
+    logits, slots = GatherDot.apply(
+        student_hidden, student_weight, student_bias, ids, mask, banned, limit, backend
+    )
+    logits = shaped(logits, logit_scale, logit_softcap)
+    loss = call.loss(logits, values, slots, k, None, False, backend)
+    if not return_stats:
+        return loss
+    bias = None if student_bias is None else student_bias.detach()
+    stats = _stats.measure(
+        LinearLogits(
+            student_hidden.detach(), student_weight.detach(), bias, logit_softcap, logit_scale
+        ),
+        teacher,
+        TopK(ids, values),
+        temperature=temperature,
+        teacher_temperature=call.teacher_temperature,
+        limit=limit,
+        vocab_size=vocab_size,
+        mask=mask,
+        banned=banned,
+    )
+    return loss, stats
