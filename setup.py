@@ -50,8 +50,9 @@ CPU_SOURCES = {
     "cpu/select.cpp": "",
     "cpu/divergence.cpp": "",
     "cpu/scatter.cpp": "",
-    "cpu/select_baseline.cpp": "",
-    **({"cpu/select_avx512.cpp": AVX512, "cpu/select_avx2.cpp": AVX2} if X86 else {}),
+    "cpu/linear.cpp": "",
+    "cpu/baseline.cpp": "",
+    **({"cpu/avx512.cpp": AVX512, "cpu/avx2.cpp": AVX2} if X86 else {}),
 }
 CUDA_SOURCES = dict.fromkeys(
     (

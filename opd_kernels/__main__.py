@@ -133,8 +133,7 @@ def check(name: str, device: torch.device, seconds: float) -> Outcome:
     end, drawn, outcome = time.monotonic() + seconds, random.Random(0), Outcome(name, device)
     endless = (draw_case(drawn, float64=name == "reference") for _ in itertools.count())
     for case in itertools.chain(REAL_WIDTHS, endless):
-        dtypes = tuple(getattr(torch, x) for x in (case.student_dtype, case.teacher_dtype))
-        if backends.load(name).refusal(device, dtypes, case.k, case.teacher_vocab) is None:
+        if testing.serves(case, name, device):
             try:
                 testing.check(case, name, device)
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from opd_kernels import _checks, _ops
@@ -173,6 +174,9 @@ def linear_topk_rkl(
     elif not isinstance(teacher, TopK):
         ids, values = _ops.select(values, k, limit, banned, mask, backend)
 
+    if logit_softcap is not None:
+        # Absent entries have gradient 0, which the softcap's slope at a NaN would make NaN.
+        ids = ids.masked_fill(values == -torch.inf, -1)
     logits, slots = GatherDot.apply(
         student_hidden, student_weight, student_bias, ids, mask, banned, limit, backend
     )

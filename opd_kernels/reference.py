@@ -19,11 +19,14 @@ Source: arXiv 2603.25562, teacher top-K local support matching.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+# Gathered rows of a head are widened in pieces of this many elements.
+_PIECE_ELEMENTS = 1 << 22
 
 
 def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0) -> None:
@@ -152,9 +155,10 @@ def gather_dot(
     ids = _allowed_ids(ids, limit, banned, mask)
     dtype, present = compute_dtype(hidden, weight), ids >= 0
     logits = torch.empty(ids.shape, dtype=dtype, device=ids.device)
-    for slot, at in enumerate(ids.clamp(min=0).long().unbind(-1)):
-        z = (weight[at].to(dtype) * hidden.to(dtype)).sum(-1)
-        logits[..., slot] = z if bias is None else z + bias[at].to(dtype)
+    for piece in _pieces(ids, hidden.shape[-1]):
+        at = ids[piece].clamp(min=0).long()
+        z = (weight[at].to(dtype) * hidden[..., None, :].to(dtype)).sum(-1)
+        logits[piece] = z if bias is None else z + bias[at].to(dtype)
     slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
     return torch.where(present, logits, 0), torch.where(present, slots, -1)
 
@@ -162,8 +166,10 @@ def gather_dot(
 def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """dL/dh = sum over k of dL/dz_k W[id_k], over the k whose dL/dz_k is not 0."""
     out = upstream.new_zeros((*ids.shape[:-1], weight.shape[1]), dtype=compute_dtype(upstream))
-    for factor, at in _terms(upstream, ids):
-        out += torch.where(factor == 0, 0, factor * weight[at].to(out.dtype))
+    for piece in _pieces(ids, weight.shape[1]):
+        factor = upstream[piece][..., None]
+        at = torch.where(upstream[piece] == 0, 0, ids[piece]).long()
+        out += torch.where(factor == 0, 0, factor * weight[at].to(out.dtype)).sum(-2)
     return out.to(dtype)
 
 
@@ -173,20 +179,23 @@ def gather_dot_weight(
     """dL/dW[v] = sum of dL/dz_k h over the rows and k with id_k = v whose dL/dz_k is not 0."""
     width = hidden.shape[-1]
     out = upstream.new_zeros((vocab, width), dtype=compute_dtype(upstream))
-    for factor, at in _terms(upstream, ids):
-        term = torch.where(factor == 0, 0, factor * hidden.to(out.dtype)).reshape(-1, width)
+    for piece in _pieces(ids, width):
+        factor = upstream[piece][..., None]
+        at = torch.where(upstream[piece] == 0, 0, ids[piece]).long().flatten()
+        terms = torch.where(factor == 0, 0, factor * hidden[..., None, :].to(out.dtype))
         # Of the two the one that is deterministic on the device.
         if out.device.type == "cpu":
-            out.index_add_(0, at.reshape(-1), term)
+            out.index_add_(0, at, terms.view(-1, width))
         else:
-            out.index_put_((at.reshape(-1),), term, accumulate=True)
+            out.index_put_((at,), terms.view(-1, width), accumulate=True)
     return out.to(dtype)
 
 
-def _terms(upstream: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(dL/dz_k (..., 1), id_k (...)) for each k; the id is 0 where the gradient is."""
-    for factor, at in zip(upstream.unbind(-1), ids.long().unbind(-1), strict=True):
-        yield factor[..., None], torch.where(factor == 0, 0, at)
+def _pieces(ids: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
+    """Some of the K entries of all rows, as many as have about _PIECE_ELEMENTS factors."""
+    k = ids.shape[-1]
+    step = max(1, _PIECE_ELEMENTS // max(ids.shape[:-1].numel() * width, 1))
+    return ((..., slice(start, start + step)) for start in range(0, k, step))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -52,6 +52,11 @@ class Bridge:
     def scatter_add_(self, out: Tensor, *arguments: Any) -> None:
         self._call_into(self._backend.scatter_add_, out, arguments)
 
+    def __getattr__(self, name: str) -> Any:
+        """``gather_dot`` and its gradients, where the backend has them."""
+        function = getattr(self._backend, name)
+        return lambda *arguments: self._call(function, arguments)
+
     def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         result = function(*copied_to(self._device, arguments))
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), result)

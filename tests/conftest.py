@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         interpreter.speed_up()
     if INTERPRETED or bridge.DEVICE:
-        wanted = {"backend"} if bridge.DEVICE else {"backend", "careful"}
+        wanted = {"backend", "linear_backend"} | ({"careful"} if INTERPRETED else set())
         kept = [item for item in items if wanted & set(getattr(item, "fixturenames", ()))]
         if bridge.DEVICE:
             kept = [item for item in kept if item.originalname not in bridge.LEFT_OUT]
@@ -81,10 +81,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+LINEAR = [name for name in names_of_backends() if hasattr(backends.load(name), "gather_dot")]
+
+
+@pytest.fixture(params=LINEAR)
+def linear_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend that serves float32 on the CPU, hidden states as well."""
+    yield from _named(request.param)
+
+
 @pytest.fixture(params=names_of_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend that serves float32 on the CPU."""
-    name: str = request.param
+    yield from _named(request.param)
+
+
+def _named(name: str) -> Iterator[str]:
     backends.resolve(name, CPU, (torch.float32,), 1)
     guarded = {"triton": triton, "cuda": cuda}.get(name)
     if guarded is None or bridge.DEVICE:

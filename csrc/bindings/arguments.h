@@ -106,4 +106,32 @@ inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_
           scatter_mode(mode)};
 }
 
+// The rows of a support's ids and of what belongs to them.
+inline void require_support(const Rows& ids, const Rows& hidden, const Rows& weight, int k) {
+  require(ids.width == k && ids.count == hidden.count, "ids are not (rows, k)");
+  require(hidden.width == weight.width, "hidden states and weight differ in width");
+}
+
+inline GatherDotArgs gather_dot_args(const Rows& hidden, const Rows& weight, uintptr_t bias,
+                                     const std::string& bias_dtype, const Rows& ids,
+                                     const Allowed& allowed, int k, uintptr_t logits,
+                                     uintptr_t slots) {
+  require_support(ids, hidden, weight, k);
+  require(allowed.limit <= weight.count, "the limit is beyond the weight's rows");
+  return {hidden,  weight, pointer<const char>(bias), dtype_of(bias_dtype), ids,
+          allowed, k,      pointer<float>(logits),    pointer<int32_t>(slots)};
+}
+
+inline GatherDotHiddenArgs gather_dot_hidden_args(uintptr_t upstream, const Rows& ids,
+                                                  const Rows& weight, int k, const Rows& out) {
+  require_support(ids, out, weight, k);
+  return {pointer<const float>(upstream), ids, weight, k, out};
+}
+
+inline GatherDotWeightArgs gather_dot_weight_args(uintptr_t upstream, const Rows& ids,
+                                                  const Rows& hidden, int k, const Rows& out) {
+  require_support(ids, hidden, out, k);
+  return {pointer<const float>(upstream), ids, hidden, k, out};
+}
+
 }  // namespace opd

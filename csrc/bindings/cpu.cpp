@@ -14,9 +14,9 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-const cpu::RowSelectors& selectors(const std::string& name) {
+const cpu::KernelsByDType& kernels(const std::string& name) {
   for (const auto& isa : cpu::instruction_sets())
-    if (name == isa.name && isa.supported) return *isa.selectors;
+    if (name == isa.name && isa.supported) return *isa.kernels;
   throw std::invalid_argument("this CPU or build has no instruction set '" + name + "'");
 }
 
@@ -33,7 +33,7 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& isa, int threads, const Rows& logits, const Allowed& allowed, int k,
          uintptr_t ids, uintptr_t values) {
         const auto args = select_args(logits, allowed, k, ids, values);
-        const auto& chosen = selectors(isa);
+        const auto& chosen = kernels(isa);
         py::gil_scoped_release release;
         cpu::select(args, chosen, threads);
       },
@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t out_ids, uintptr_t entry_grad) {
         const auto args = divergence_args(student, teacher, ids, allowed, k, temperature,
                                           teacher_temperature, loss, out_ids, entry_grad);
-        const auto& chosen = selectors(isa);
+        const auto& chosen = kernels(isa);
         py::gil_scoped_release release;
         cpu::divergence(args, chosen, threads);
       },
@@ -66,4 +66,43 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("threads"), py::arg("out"), py::arg("ids"), py::arg("entry_grad"),
       py::arg("upstream"), py::arg("k"), py::arg("mode"));
+
+  m.def(
+      "gather_dot",
+      [](const std::string& isa, int threads, const Rows& hidden, const Rows& weight,
+         uintptr_t bias, const std::string& bias_dtype, const Rows& ids, const Allowed& allowed,
+         int k, uintptr_t logits, uintptr_t slots) {
+        const auto args =
+            gather_dot_args(hidden, weight, bias, bias_dtype, ids, allowed, k, logits, slots);
+        const auto& chosen = kernels(isa);
+        py::gil_scoped_release release;
+        cpu::gather_dot(args, chosen, threads);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("hidden"), py::arg("weight"),
+      py::arg("bias"), py::arg("bias_dtype"), py::arg("ids"), py::arg("allowed"), py::arg("k"),
+      py::arg("logits"), py::arg("slots"));
+
+  m.def(
+      "gather_dot_hidden",
+      [](const std::string& isa, int threads, uintptr_t upstream, const Rows& ids,
+         const Rows& weight, int k, const Rows& out) {
+        const auto args = gather_dot_hidden_args(upstream, ids, weight, k, out);
+        const auto& chosen = kernels(isa);
+        py::gil_scoped_release release;
+        cpu::gather_dot_hidden(args, chosen, threads);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("upstream"), py::arg("ids"),
+      py::arg("weight"), py::arg("k"), py::arg("out"));
+
+  m.def(
+      "gather_dot_weight",
+      [](const std::string& isa, int threads, uintptr_t upstream, const Rows& ids,
+         const Rows& hidden, int k, const Rows& out) {
+        const auto args = gather_dot_weight_args(upstream, ids, hidden, k, out);
+        const auto& chosen = kernels(isa);
+        py::gil_scoped_release release;
+        cpu::gather_dot_weight(args, chosen, threads);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("upstream"), py::arg("ids"),
+      py::arg("hidden"), py::arg("k"), py::arg("out"));
 }

@@ -67,4 +67,34 @@ struct ScatterArgs {
   ScatterMode mode;
 };
 
+// A head's logits at the ids of a support: logits[n, k] = weight[ids[n, k]] . hidden[n] + bias.
+struct GatherDotArgs {
+  Rows hidden;  // (N, H)
+  Rows weight;  // (V, H)
+  const char* bias;  // (V), or null
+  DType bias_dtype;
+  Rows ids;  // (N, K)
+  Allowed allowed;
+  int k;
+  float* logits;   // (N, K), 0 where absent
+  int32_t* slots;  // (N, K) k, or -1 where absent
+};
+
+// Entries whose upstream gradient is 0 are not read.
+struct GatherDotHiddenArgs {
+  const float* upstream;  // (N, K)
+  Rows ids;               // (N, K)
+  Rows weight;            // (V, H)
+  int k;
+  Rows out;  // (N, H)
+};
+
+struct GatherDotWeightArgs {
+  const float* upstream;  // (N, K)
+  Rows ids;               // (N, K)
+  Rows hidden;            // (N, H)
+  int k;
+  Rows out;  // (V, H), zeros
+};
+
 }  // namespace opd

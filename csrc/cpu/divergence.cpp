@@ -116,11 +116,11 @@ void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
 
 }  // namespace
 
-void divergence(const DivergenceArgs& args, const RowSelectors& selectors, int threads) {
+void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int threads) {
   const int k = args.k;
   const bool given = args.given_support;
   const int64_t limit = args.allowed.limit;
-  const SelectRow select_row = given ? nullptr : selectors.of(args.teacher.dtype);
+  const SelectRow select_row = given ? nullptr : kernels.of(args.teacher.dtype).select;
   const size_t bytes =
       RowBuffers::bytes(k) +
       (given ? 0 : 64 + select_scratch_bytes(limit, k, element_size(args.teacher.dtype)));

@@ -1,7 +1,7 @@
 // Which compiled variants exist and which of them the running CPU can execute. Kept apart from the
 // variants, whose files may hold instructions that this CPU does not have.
 
-#include "select.h"
+#include "instruction_sets.h"
 
 namespace opd::cpu {
 
@@ -12,11 +12,11 @@ const std::vector<InstructionSet>& instruction_sets() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("bmi2"),
-       &kAvx512Selectors},
+       &kAvx512Kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"),
-       &kAvx2Selectors},
+       &kAvx2Kernels},
 #endif
-      {"baseline", true, &kBaselineSelectors}};
+      {"baseline", true, &kBaselineKernels}};
   return sets;
 }
 

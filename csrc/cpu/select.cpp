@@ -15,9 +15,9 @@ size_t select_scratch_bytes(int64_t limit, int k, int element_size) {
          round_up(k * sizeof(int32_t), kScratchAlignment) + keys * element_size;
 }
 
-void select(const SelectArgs& args, const RowSelectors& selectors, int threads) {
+void select(const SelectArgs& args, const KernelsByDType& kernels, int threads) {
   const int k = args.k;
-  const SelectRow select_row = selectors.of(args.logits.dtype);
+  const SelectRow select_row = kernels.of(args.logits.dtype).select;
   const size_t bytes =
       select_scratch_bytes(args.allowed.limit, k, element_size(args.logits.dtype));
   for_each_row(args.logits.count, args.allowed.limit, threads, bytes,

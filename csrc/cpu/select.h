@@ -11,7 +11,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "../common/formats.h"
 
@@ -36,27 +35,5 @@ size_t select_scratch_bytes(int64_t limit, int k, int element_size);
 // be selected. `banned` holds one bit per id, padded to whole 64-bit words, or is null.
 using SelectRow = void (*)(const void* row, int64_t limit, const uint64_t* banned, int k,
                            void* scratch, int32_t* ids);
-
-// The same function compiled for one instruction set, by the logits' dtype.
-struct RowSelectors {
-  SelectRow float32;
-  SelectRow float16;
-  SelectRow bfloat16;
-
-  SelectRow of(DType dtype) const {
-    return dtype == DType::kFloat32 ? float32 : dtype == DType::kFloat16 ? float16 : bfloat16;
-  }
-};
-
-extern const RowSelectors kAvx512Selectors, kAvx2Selectors, kBaselineSelectors;
-
-struct InstructionSet {
-  const char* name;
-  bool supported;  // by the running CPU
-  const RowSelectors* selectors;
-};
-
-// Those compiled in, best first; the last one runs anywhere.
-const std::vector<InstructionSet>& instruction_sets();
 
 }  // namespace opd::cpu

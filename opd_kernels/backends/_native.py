@@ -132,6 +132,77 @@ def scatter(
     )
 
 
+def gather_dot(
+    module: Any,
+    launch: Launch,
+    empty: Empty,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The head's logits at the ids; see ``opd_kernels.reference.gather_dot``."""
+    device = hidden.device
+    logits, slots = (empty(ids.shape, dtype, device) for dtype in (torch.float32, torch.int32))
+    mask = None if mask is None else mask.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    launch(
+        "gather_dot",
+        device,
+        hidden=_rows(module, hidden),
+        weight=_rows(module, weight),
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_dtype=name(torch.float32 if bias is None else bias.dtype),
+        ids=_rows(module, ids),
+        allowed=_allowed(module, limit, banned, mask, ids.shape[:-1].numel()),
+        k=ids.shape[-1],
+        logits=logits.data_ptr(),
+        slots=slots.data_ptr(),
+    )
+    return logits, slots
+
+
+def gather_dot_hidden(
+    module: Any, launch: Launch, out: Tensor, upstream: Tensor, ids: Tensor, weight: Tensor
+) -> Tensor:
+    """The gradient of the hidden states, into memory that is there."""
+    if upstream.shape != ids.shape:
+        raise ValueError("ids and upstream gradients are not (rows, k)")
+    upstream = upstream.contiguous()
+    launch(
+        "gather_dot_hidden",
+        out.device,
+        upstream=upstream.data_ptr(),
+        ids=_rows(module, ids),
+        weight=_rows(module, weight),
+        k=ids.shape[-1],
+        out=_rows(module, out),
+    )
+    return out
+
+
+def gather_dot_weight(
+    module: Any, launch: Launch, out: Tensor, upstream: Tensor, ids: Tensor, hidden: Tensor
+) -> Tensor:
+    """The gradient of the weight, into zeros."""
+    if upstream.shape != ids.shape:
+        raise ValueError("ids and upstream gradients are not (rows, k)")
+    upstream = upstream.contiguous()
+    launch(
+        "gather_dot_weight",
+        out.device,
+        upstream=upstream.data_ptr(),
+        ids=_rows(module, ids),
+        hidden=_rows(module, hidden),
+        k=ids.shape[-1],
+        out=_rows(module, out),
+    )
+    return out
+
+
 def _rows(module: Any, tensor: Tensor) -> Any:
     return module.Rows(tensor.data_ptr(), name(tensor.dtype), tuple(tensor.shape), tensor.stride())
 

@@ -115,6 +115,38 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
     _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "add")
 
 
+def gather_dot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The head's logits at the ids; see ``opd_kernels.reference.gather_dot``."""
+    return _native.gather_dot(
+        _C, _launch, _native.empty, hidden, weight, bias, ids, limit, banned, mask
+    )
+
+
+def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the hidden states; see ``opd_kernels.reference.gather_dot_hidden``."""
+    out = torch.empty((*ids.shape[:-1], weight.shape[1]), dtype=dtype)
+    return _native.gather_dot_hidden(_C, _launch, out, upstream, ids, weight)
+
+
+def gather_dot_weight(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of the weight; see ``opd_kernels.reference.gather_dot_weight``."""
+    shape = (vocab, hidden.shape[-1])
+    out = _fresh_zero_pages(shape, dtype)
+    if out is None:
+        out = torch.zeros(shape, dtype=dtype)
+    return _native.gather_dot_weight(_C, _launch, out, upstream, ids, hidden)
+
+
 def _launch(name: str, _: torch.device, **arguments: Any) -> None:
     """Calls the module on torch's number of threads."""
     if name != "scatter":

@@ -112,6 +112,7 @@ def draw_case(
             return draw(special)
         return source.randint(least, min(usual, most) if kind == "small" else most)
 
+    linear = one_of("form", "logits", "logits", "linear") == "linear"
     dtypes = WIDE_DTYPES if float64 else DTYPES
     least, most = only.get("vocab", (1, max_vocab))
     edges = [edge for edge in _EDGES if least <= edge <= most] or [least]
@@ -120,7 +121,9 @@ def draw_case(
     k_least, k_most = only.get("k", (1, 1024))
     k = size(k_least, k_least + 39, k_most, [teacher_vocab])
     teacher = one_of("teacher", *inputs.TEACHERS)
-    k = min(k, k_most, teacher_vocab if teacher == "logits" else k_most)
+    if linear and teacher == "logits":
+        teacher = draw(("logits", "linear"))
+    k = min(k, k_most, k_most if teacher.startswith("topk") else teacher_vocab)
     reduction = draw(("mean", "sum", "none"))
     normalizer = draw(inputs.NORMALIZERS) if reduction == "mean" else "none"
     return Case(
@@ -130,7 +133,9 @@ def draw_case(
         k=k,
         student_dtype=one_of("student_dtype", *dtypes),
         teacher_dtype=one_of("teacher_dtype", *dtypes),
-        student_content=one_of("student_content", *inputs.CONTENTS),
+        student_content=(
+            draw(inputs.HIDDEN_CONTENTS) if linear else one_of("student_content", *inputs.CONTENTS)
+        ),
         teacher_content=one_of("teacher_content", *inputs.CONTENTS),
         student_layout=one_of("student_layout", *inputs.LAYOUTS),
         teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
@@ -144,7 +149,10 @@ def draw_case(
         reduction=reduction,
         normalizer=normalizer,
         upstream=draw(inputs.UPSTREAMS) if reduction == "none" else "one",
-        inplace=draw((False, True)),
+        inplace=not linear and draw((False, True)),
+        hidden=one_of("hidden", *inputs.HIDDEN_SIZES) if linear else 0,
+        head=draw(inputs.HEADS) if linear else "plain",
+        frozen=linear and draw((False, True)),
         seed=source.randint(0, 2**31),
     )
 

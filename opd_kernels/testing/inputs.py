@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from opd_kernels.head import LinearLogits, shaped
 from opd_kernels.support import TopK
 
 CONTENTS = (
@@ -28,6 +29,11 @@ CONTENTS = (
 )
 LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
 TEACHERS = ("logits", "topk_int32", "topk_int64")
+# Where the student is hidden states and a head, its contents are those of the hidden states. All
+# of them keep float32 sums finite, or make them infinite or NaN as float64 does.
+HIDDEN_CONTENTS = ("normal", "equal", "quantised", "zeros", "nan", "half_neg_inf", "offset")
+HIDDEN_SIZES = (1, 3, 16, 17, 64, 100)
+HEADS = ("plain", "bias", "scale", "softcap", "all")
 MASKS = ("none", "bool", "integer", "all", "nothing")
 TEMPERATURES = ("one", "float", "scalar", "rows")
 WEIGHTS = ("none", "uniform", "poisoned")
@@ -38,7 +44,11 @@ UPSTREAMS = ("one", "stride0", "random", "zero")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``topk_rkl``, described by names and a seed."""
+    """One call of ``topk_rkl``, described by names and a seed.
+
+    With a ``hidden`` size it is one of ``linear_topk_rkl``: what is said of the student's logits is
+    meant of its hidden states, and the teacher may be "linear", hidden states and a head as well.
+    """
 
     rows: tuple[int, ...] = (3,)
     student_vocab: int = 64
@@ -61,18 +71,39 @@ class Case:
     normalizer: str = "none"
     upstream: str = "one"
     inplace: bool = False
+    hidden: int = 0
+    head: str = "plain"
+    frozen: bool = False
     seed: int = 0
 
 
 @dataclass
+class Head:
+    """A student that is hidden states (..., H) and a head."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass
 class Inputs:
-    """The tensors of a case and the keyword arguments of the call."""
+    """The tensors of a case and the keyword arguments of the call.
+
+    ``student`` and ``teacher`` are logits or a support; where the call gets a head instead, in
+    float64, up to its rounding what the head computes.
+    """
 
     student: Tensor
     teacher: Tensor | TopK
     k: int
+    wide: bool  # computed in float64
     options: dict[str, Any] = field(default_factory=dict)
     upstream: Tensor | None = None
+    head: Head | None = None
+    teacher_head: LinearLogits | None = None
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
@@ -80,7 +111,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     generator = torch.Generator().manual_seed(case.seed)
     student = _logits(case, "student", generator)
     teacher: Tensor | TopK = _logits(case, "teacher", generator)
-    if case.teacher != "logits":
+    if case.teacher in ("topk_int32", "topk_int64"):
         teacher = _support(case, generator)
     options: dict[str, Any] = {"reduction": case.reduction}
     options["mask"] = _mask(case, generator)
@@ -97,11 +128,73 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     if not isinstance(teacher, TopK):
         _poison_masked_rows(teacher, options["mask"])
     _poison_masked_rows(student, options["mask"])
+    wide = case.student_dtype == "float64" or case.teacher_dtype == "float64"
+    inputs = Inputs(student, teacher, case.k, wide, options, upstream)
+    if case.hidden:
+        _make_heads(case, inputs, generator)
+    if torch.device(device).type != "cpu":
+        for name, value in vars(inputs).items():
+            setattr(inputs, name, copied_to(device, value))
+        if inputs.head is not None:
+            inputs.head = Head(**copied_to(device, vars(inputs.head)))
+    return inputs
 
-    if torch.device(device).type == "cpu":
-        return Inputs(student, teacher, case.k, options, upstream)
-    student, teacher, options, upstream = copied_to(device, (student, teacher, options, upstream))
-    return Inputs(student, teacher, case.k, options, upstream)
+
+def _make_heads(case: Case, inputs: Inputs, generator: torch.Generator) -> None:
+    """Heads instead of the student's and, for a "linear" one, of the teacher's logits."""
+    if case.teacher == "linear":
+        inputs.teacher, inputs.teacher_head = _teacher_head(case, generator)
+        _poison_masked_rows(inputs.teacher_head.hidden, inputs.options["mask"])
+    head = _student_head(case, inputs, generator)
+    logits = head.hidden.double() @ head.weight.double().t()
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    inputs.student, inputs.head = shaped(logits, head.scale, head.softcap), head
+
+
+def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Head:
+    """A head for the hidden states; what must not be read of it is NaN."""
+    hidden, vocab, dtype = inputs.student, case.student_vocab, inputs.student.dtype
+    normal = torch.randn(vocab, case.hidden + 3, generator=generator, dtype=torch.float64)
+    weight = (normal * case.hidden**-0.5).to(dtype)[:, 1:-2]
+    if case.seed % 2:
+        weight = weight.contiguous()
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    for rows in (weight, bias):
+        rows[allowed_below(case) :] = torch.nan
+        banned = inputs.options["banned_ids"]
+        ids = torch.as_tensor([] if banned is None else banned, dtype=torch.long)
+        rows[ids[(ids >= 0) & (ids < vocab)]] = torch.nan
+    chosen = HEADS[1:4] if case.head == "all" else (case.head,)
+    return Head(
+        hidden,
+        weight,
+        bias if "bias" in chosen else None,
+        0.625 if "scale" in chosen else 1.0,
+        5.0 if "softcap" in chosen else None,
+    )
+
+
+def _teacher_head(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearLogits]:
+    """Logits and what they are made of: integers that every order of summation gives exactly."""
+    dtype = getattr(torch, case.teacher_dtype)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    hidden, weight = integers(*case.rows, 7), integers(case.teacher_vocab, 7)
+    bias = integers(case.teacher_vocab) if case.head in ("bias", "all") else None
+    head = LinearLogits(hidden, weight, bias, scale=0.5)
+    logits = hidden.double() @ weight.double().t()
+    return (logits if bias is None else logits + bias.double()) * head.scale, head
+
+
+def allowed_below(case: Case) -> int:
+    """The ids from which on none can be selected."""
+    limits = [case.student_vocab]
+    if case.teacher in ("logits", "linear"):
+        limits.append(case.teacher_vocab)
+    return min(limits if case.vocab_size is None else [*limits, case.vocab_size])
 
 
 def copied_to(device: torch.device | str, tree: Any) -> Any:
@@ -128,7 +221,7 @@ def storage_bytes(tensor: Tensor) -> Tensor:
 
 def _logits(case: Case, side: str, generator: torch.Generator) -> Tensor:
     """Logits of a side with the wanted content, dtype and strides."""
-    vocab = case.student_vocab if side == "student" else case.teacher_vocab
+    vocab = (case.hidden or case.student_vocab) if side == "student" else case.teacher_vocab
     content = case.student_content if side == "student" else case.teacher_content
     layout = case.student_layout if side == "student" else case.teacher_layout
     dtype = getattr(torch, case.student_dtype if side == "student" else case.teacher_dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.support import TopK
-from opd_kernels.testing.inputs import Inputs
+from opd_kernels.testing.inputs import Head, Inputs
 
 
 @dataclass
@@ -25,10 +25,8 @@ class Expected:
 
     loss: np.ndarray  # scalar or per row, as reduction says
     loss_budget: np.ndarray
-    grad: np.ndarray  # as the student's logits
-    grad_budget: np.ndarray
-    weight_grad: np.ndarray
-    weight_budget: np.ndarray
+    grads: dict[str, tuple[np.ndarray, np.ndarray]]  # and their budgets, of "student", or "hidden",
+    # "weight" and "bias" of its head, and of "row_weight"
     support: np.ndarray  # ids in selection order, -1 where there are fewer
 
 
@@ -38,10 +36,13 @@ def oracle(inputs: Inputs) -> Expected:
     student, teacher = inputs.student.detach().cpu(), inputs.teacher
     rows, vocab = student.shape[:-1], student.shape[-1]
     count = math.prod(rows)
-    wide = student.dtype == torch.float64 or _teacher_dtype(teacher) == torch.float64
-    unit = 2.0**-53 if wide else 2.0**-24
-    tiny = float(torch.finfo(torch.float64 if wide else torch.float32).tiny)
-    largest = float(torch.finfo(torch.float64 if wide else torch.float32).max)
+    arithmetic = torch.finfo(torch.float64 if inputs.wide else torch.float32)
+    unit, tiny, largest = arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max)
+    # A head is computed in float32 whatever the teacher is.
+    head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
+    head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
+    head_unit, head_largest = head_arithmetic.eps / 2, float(head_arithmetic.max)
+    student_error, slope, slope_error = _head_errors(inputs, head_unit)
 
     mask = _flat(options["mask"], count, True).astype(bool)
     weight = np.where(mask, _flat(options["weight"], count, 1.0), 0.0)
@@ -62,8 +63,8 @@ def oracle(inputs: Inputs) -> Expected:
         support[row] = ids
         used = (ids >= 0) & (values != -np.inf)
         ids, t = ids[used], values[used]
-        z = student[at].double().numpy()[ids]
-        numbers = _row_oracle(z, t, student_t[row], teacher_t[row], unit, tiny, largest)
+        z, z_error = student[at].double().numpy()[ids], student_error[row][ids]
+        numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], unit, tiny, largest)
         loss[row], loss_budget[row] = numbers.loss, numbers.loss_budget
         scale = weight[row] * upstream[row] * factor
         with np.errstate(all="ignore"):
@@ -71,7 +72,17 @@ def oracle(inputs: Inputs) -> Expected:
             budget = abs(scale) * (numbers.grad_budget + 8 * unit * abs(numbers.grad))
             np.add.at(grad_budget[row], ids, np.nan_to_num(budget + tiny, posinf=np.inf))
     with np.errstate(all="ignore"):
-        grad_budget += _rounding(grad, student.dtype)
+        if inputs.head is None:
+            grad_budget += _rounding(grad, student.dtype)
+            grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
+        else:
+            # Logits that are not used may be NaN.
+            used = (grad != 0) | (grad_budget != 0)
+            slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
+            grad_budget = grad_budget * slope + abs(grad) * (slope_error + head_unit)
+            grads = _head_grads(
+                inputs.head, grad * slope, grad_budget, head_unit, tiny, head_largest
+            )
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
         weight_budget += _rounding(weight_grad, torch.float32)
@@ -87,15 +98,71 @@ def oracle(inputs: Inputs) -> Expected:
             total, total_budget = np.array(weighted.sum() * factor), np.array(summed * abs(factor))
     else:
         total, total_budget = total.reshape(rows), total_budget.reshape(rows)
-    return Expected(
-        total,
-        total_budget + tiny,
-        grad.reshape(student.shape),
-        grad_budget.reshape(student.shape),
-        weight_grad.reshape(rows),
-        weight_budget.reshape(rows),
-        support.reshape(*rows, inputs.k),
-    )
+    grads["row_weight"] = weight_grad.reshape(rows), weight_budget.reshape(rows)
+    return Expected(total, total_budget + tiny, grads, support.reshape(*rows, inputs.k))
+
+
+def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
+    """Of each logit of a head (N, V): a bound on its error, its slope d z / d (W h + b), and a
+    bound on that one's.
+
+    A sum of H products in whatever order is off by at most (H + 1) u times the sum of absolute
+    values; tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
+    """
+    head, shape = inputs.head, (math.prod(inputs.student.shape[:-1]), inputs.student.shape[-1])
+    if head is None:
+        return np.zeros(shape), np.ones(shape), np.zeros(shape)
+    hidden = head.hidden.detach().double().cpu().reshape(shape[0], head.weight.shape[1])
+    weight = head.weight.detach().double().cpu()
+    size = hidden.abs() @ weight.abs().t()
+    if head.bias is not None:
+        size = size + head.bias.detach().double().cpu().abs()
+    error = (hidden.shape[1] + 2) * unit * size.numpy() * head.scale
+    z = abs(inputs.student.detach().double().cpu().reshape(shape).numpy())
+    error = error + 2 * unit * z
+    if head.softcap is None:
+        return error, np.full(shape, head.scale), np.full(shape, 2 * unit * head.scale)
+    tanh = z / head.softcap
+    tanh_error = np.minimum(error / head.softcap, 1) + 4 * unit
+    slope_error = head.scale * (2 * tanh * tanh_error + 8 * unit)
+    return error + 8 * unit * z, head.scale * (1 - tanh**2), slope_error
+
+
+def _head_grads(
+    head: Head, grad: np.ndarray, budget: np.ndarray, unit: float, tiny: float, largest: float
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Gradients of hidden states, weight and bias, and budgets, of those of the logits (N, V)."""
+    hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
+    weight = head.weight.detach().double().cpu().numpy()
+    rows, ids = np.nonzero((grad != 0) | (budget != 0))
+    factor, error = grad[rows, ids][:, None], budget[rows, ids][:, None]
+    error = np.where(abs(factor) > largest / 8, np.inf, error)
+
+    def summed(to: np.ndarray, count: int, terms: np.ndarray, dtype: torch.dtype) -> Any:
+        shape = (count, terms.shape[1])
+        total, bound = np.zeros(shape), np.zeros(shape)
+        terms_of = np.bincount(to, minlength=count)[:, None] + 3
+        with np.errstate(all="ignore"):
+            products = np.where(factor == 0, 0.0, factor * terms)  # what has no weight is not read
+            np.add.at(total, to, products)
+            np.add.at(bound, to, terms_of[to] * unit * abs(products) + error * abs(terms))
+            np.add.at(bound, to, tiny)
+            bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf) + _rounding(total, dtype)
+        poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
+        overflows = np.isnan(total) & ~poisoned & np.isinf(bound)
+        return np.where(overflows, 0.0, total), bound
+
+    dtype = head.weight.dtype
+    hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
+    bias_grad, bias_budget = summed(ids, len(weight), np.ones((len(ids), 1)), dtype)
+    return {
+        "hidden": (
+            hidden_grad.reshape(head.hidden.shape),
+            hidden_budget.reshape(head.hidden.shape),
+        ),
+        "weight": summed(ids, len(weight), hidden[rows], dtype),
+        "bias": (bias_grad[:, 0], bias_budget[:, 0]),
+    }
 
 
 @dataclass
@@ -108,6 +175,7 @@ class _RowNumbers:
 
 def _row_oracle(
     z: np.ndarray,
+    z_error: np.ndarray,
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
@@ -117,7 +185,7 @@ def _row_oracle(
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
-    u is the unit roundoff. A scaled logit s = (z - max) / T carries 3 u |s| (difference, division,
+    u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T carries 3 u |s| (difference, division,
     T's own rounding); exp and log add 2 u each; a sum over K entries, pairwise or better, adds
     (log2 K + 1) u. From there the bounds follow the formulas term by term.
     """
@@ -129,11 +197,12 @@ def _row_oracle(
     if (z == -np.inf).all():
         return _RowNumbers(0.0, 0.0, nothing, nothing)
     with np.errstate(all="ignore"):
-        return _finite_row_oracle(z, t, student_t, teacher_t, unit, tiny, largest)
+        return _finite_row_oracle(z, z_error, t, student_t, teacher_t, unit, tiny, largest)
 
 
 def _finite_row_oracle(
     z: np.ndarray,
+    z_error: np.ndarray,
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
@@ -143,8 +212,8 @@ def _finite_row_oracle(
 ) -> _RowNumbers:
     nothing = np.zeros(len(z))
     depth = math.ceil(math.log2(max(len(z), 2))) + 1
-    log_p, log_p_error, p_span = _log_softmax(z, student_t, unit, depth)
-    log_q, log_q_error, q_span = _log_softmax(t, teacher_t, unit, depth)
+    log_p, log_p_error, p_span = _log_softmax(z, z_error, student_t, unit, depth)
+    log_q, log_q_error, q_span = _log_softmax(t, nothing, teacher_t, unit, depth)
     p = np.exp(log_p)
     live = z != -np.inf
     ratio = nothing.copy()
@@ -175,14 +244,14 @@ def _finite_row_oracle(
 
 
 def _log_softmax(
-    x: np.ndarray, temperature: float, unit: float, depth: int
+    x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float, depth: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """log softmax(x / T), a bound on its error, and the largest finite |s|."""
     finite = x != -np.inf
     s = (x - x.max()) / temperature
     exp = np.exp(s)
     log_sum = math.log(exp.sum())
-    s_error = 3 * unit * np.where(finite, abs(s), 0.0)
+    s_error = np.where(finite, 3 * unit * abs(s) + x_error / temperature, 0.0)
     sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum()) + depth * unit
     log_x = s - log_sum
     error = s_error + sum_error + 2 * unit * abs(log_sum) + unit * np.where(finite, abs(log_x), 0.0)
@@ -246,7 +315,3 @@ def _rounding(grad: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     rounding = abs(grad) * info.eps / 2 + info.smallest_normal * info.eps / 2
     rounding = np.where(abs(grad) > info.max * 0.99, np.inf, rounding)
     return np.where(grad == 0, 0.0, rounding)
-
-
-def _teacher_dtype(teacher: Tensor | TopK) -> torch.dtype:
-    return teacher.logits.dtype if isinstance(teacher, TopK) else teacher.dtype

@@ -1,0 +1,7 @@
+#include "row_kernels.h"
+
+namespace opd::cpu {
+
+const KernelsByDType kAvx512Kernels = kKernels;
+
+}  // namespace opd::cpu

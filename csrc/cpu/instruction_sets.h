@@ -1,0 +1,40 @@
+// What is compiled once per instruction set: the work on single rows, by the rows' dtype.
+#pragma once
+
+#include <vector>
+
+#include "linear.h"
+#include "select.h"
+
+namespace opd::cpu {
+
+struct RowKernels {
+  SelectRow select;
+  Widen widen;
+  Dots dots;
+  AddRows add_rows;
+  Round round;
+};
+
+struct KernelsByDType {
+  RowKernels float32;
+  RowKernels float16;
+  RowKernels bfloat16;
+
+  const RowKernels& of(DType dtype) const {
+    return dtype == DType::kFloat32 ? float32 : dtype == DType::kFloat16 ? float16 : bfloat16;
+  }
+};
+
+extern const KernelsByDType kAvx512Kernels, kAvx2Kernels, kBaselineKernels;
+
+struct InstructionSet {
+  const char* name;
+  bool supported;  // by the running CPU
+  const KernelsByDType* kernels;
+};
+
+// Those compiled in, best first; the last one runs anywhere.
+const std::vector<InstructionSet>& instruction_sets();
+
+}  // namespace opd::cpu

@@ -1,0 +1,194 @@
+// A head's logits at a few ids of each row, and the gradients of what they are made of.
+//
+// Bytes, of a row with k ids: k weight rows for the logits, k more for the hidden state's gradient.
+// The weight's gradient is summed id by id: the entries are sorted by id, stably, so that each
+// row of it is written once and by one thread, in the order of the tokens; rows that no entry
+// touches stay as they are, which is zero.
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "../common/values.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace opd::cpu {
+namespace {
+
+// Views into one thread's scratch: a padded row of floats, and room for a number of rows.
+struct Terms {
+  float* vector;
+  float* factors;
+  const void** rows;
+
+  static size_t bytes(int64_t width, int64_t count) {
+    return padded(width) * sizeof(float) + count * (sizeof(float) + sizeof(void*)) + sizeof(void*);
+  }
+
+  Terms(void* scratch, int64_t width, int64_t count) {
+    char* at = static_cast<char*>(scratch);
+    rows = reinterpret_cast<const void**>(at);
+    vector = reinterpret_cast<float*>(at + (count + 1) * sizeof(void*));
+    factors = vector + padded(width);
+  }
+};
+
+// The longest sum of products that is not cut into pieces.
+constexpr int64_t kPiece = 512;
+// Entries of an id from which on its row is cut, so that threads share it.
+constexpr int64_t kHotEntries = 4096;
+constexpr int64_t kHotColumns = 4 * kBlock;
+
+// Entries (row * k + slot) that carry a gradient, by id.
+struct Sorted {
+  std::vector<uint32_t> first;    // of each id, and the end
+  std::vector<uint32_t> entries;
+};
+
+template <class Body>
+void for_each_entry(const GatherDotWeightArgs& args, const Body& body) {
+  for (int64_t row = 0; row < args.ids.count; ++row) {
+    const char* ids = args.ids.row(row);
+    for (int i = 0; i < args.k; ++i) {
+      if (args.upstream[row * args.k + i] == 0) continue;
+      const int64_t id = id_at(ids, args.ids.dtype, i);
+      if (id >= 0 && id < args.out.count) body(id, static_cast<uint32_t>(row * args.k + i));
+    }
+  }
+}
+
+Sorted sort_by_id(const GatherDotWeightArgs& args) {
+  Sorted sorted;
+  auto& first = sorted.first;
+  first.assign(args.out.count + 2, 0);
+  for_each_entry(args, [&](int64_t id, uint32_t) { ++first[id + 2]; });
+  for (size_t id = 2; id < first.size(); ++id) first[id] += first[id - 1];
+  sorted.entries.resize(first.back());
+  // Afterwards first[id + 1], until now the beginning of id, is its end.
+  for_each_entry(args, [&](int64_t id, uint32_t entry) { sorted.entries[first[id + 1]++] = entry; });
+  first.pop_back();
+  return sorted;
+}
+
+// Some columns of a row of the weight's gradient.
+struct Task {
+  int64_t id;
+  int64_t column;
+  int64_t width;
+};
+
+std::vector<Task> tasks_of(const Sorted& sorted, int64_t vocab, int64_t width) {
+  std::vector<Task> tasks;
+  for (int64_t id = 0; id < vocab; ++id) {
+    const int64_t entries = sorted.first[id + 1] - sorted.first[id];
+    if (entries == 0) continue;
+    const int64_t columns = entries < kHotEntries ? width : kHotColumns;
+    for (int64_t column = 0; column < width; column += columns)
+      tasks.push_back({id, column, std::min(columns, width - column)});
+  }
+  return tasks;
+}
+
+}  // namespace
+
+void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int threads) {
+  const int k = args.k;
+  const int64_t width = args.hidden.width;
+  const Widen widen = kernels.of(args.hidden.dtype).widen;
+  const Dots dots = kernels.of(args.weight.dtype).dots;
+  for_each_row(args.hidden.count, k * width, threads, Terms::bytes(width, k),
+               [&](int64_t row, void* scratch) {
+    float* logits = args.logits + row * k;
+    int32_t* slots = args.slots + row * k;
+    std::fill_n(logits, k, 0.0f);
+    std::fill_n(slots, k, -1);
+    if (!args.allowed.row(row)) return;
+    const Terms terms(scratch, width, k);
+    const char* ids = args.ids.row(row);
+    int present = 0;
+    for (int i = 0; i < k; ++i) {
+      const int64_t id = id_at(ids, args.ids.dtype, i);
+      if (!args.allowed.id(id)) continue;
+      slots[i] = i;
+      terms.rows[present++] = args.weight.row(id);
+    }
+    if (present == 0) return;
+    widen(args.hidden.row(row), width, terms.vector);
+    dots(terms.vector, terms.rows, present, width, terms.factors);
+    for (int i = 0, j = 0; i < k; ++i) {
+      if (slots[i] < 0) continue;
+      logits[i] = terms.factors[j++];
+      if (args.bias) {
+        const int64_t id = id_at(ids, args.ids.dtype, i);
+        logits[i] += value_at(args.bias, args.bias_dtype, id);
+      }
+    }
+  });
+}
+
+void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& kernels,
+                       int threads) {
+  const int k = args.k;
+  const int64_t width = args.out.width;
+  const AddRows add_rows = kernels.of(args.weight.dtype).add_rows;
+  const Round round = kernels.of(args.out.dtype).round;
+  for_each_row(args.out.count, k * width, threads, Terms::bytes(width, k),
+               [&](int64_t row, void* scratch) {
+    const Terms terms(scratch, width, k);
+    const char* ids = args.ids.row(row);
+    const float* upstream = args.upstream + row * k;
+    int count = 0;
+    for (int i = 0; i < k; ++i) {
+      if (upstream[i] == 0) continue;
+      const int64_t id = id_at(ids, args.ids.dtype, i);
+      if (id < 0 || id >= args.weight.count) continue;
+      terms.factors[count] = upstream[i];
+      terms.rows[count++] = args.weight.row(id);
+    }
+    std::fill_n(terms.vector, padded(width), 0.0f);
+    add_rows(terms.factors, terms.rows, count, width, terms.vector);
+    round(terms.vector, width, args.out.row(row));
+  });
+}
+
+void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& kernels,
+                       int threads) {
+  const int64_t width = args.out.width;
+  const int64_t hidden_size = element_size(args.hidden.dtype), size = element_size(args.out.dtype);
+  const AddRows add_rows = kernels.of(args.hidden.dtype).add_rows;
+  const AddRows add_floats = kernels.of(DType::kFloat32).add_rows;
+  const Round round = kernels.of(args.out.dtype).round;
+  if (args.ids.count > int64_t{0xffffffff} / args.k)
+    throw std::invalid_argument("2^32 entries or more; pass fewer rows at once");
+  const Sorted sorted = sort_by_id(args);
+  const std::vector<Task> tasks = tasks_of(sorted, args.out.count, width);
+  const int64_t entries = static_cast<int64_t>(sorted.entries.size());
+  const int64_t per_task = tasks.empty() ? 0 : entries * width / static_cast<int64_t>(tasks.size());
+
+  for_each_row(static_cast<int64_t>(tasks.size()), per_task, threads,
+               Terms::bytes(2 * padded(width), kPiece), [&](int64_t number, void* scratch) {
+    const Terms terms(scratch, 2 * padded(width), kPiece);
+    const Task& task = tasks[number];
+    const int64_t first = sorted.first[task.id], last = sorted.first[task.id + 1];
+    float *piece = terms.vector, *total = terms.vector + padded(width);
+    std::fill_n(total, padded(task.width), 0.0f);
+    for (int64_t begin = first; begin < last; begin += kPiece) {
+      const int64_t count = std::min(kPiece, last - begin);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t entry = sorted.entries[begin + i];
+        terms.factors[i] = args.upstream[entry];
+        terms.rows[i] = args.hidden.row(entry / args.k) + task.column * hidden_size;
+      }
+      float* sum = last - first <= kPiece ? total : piece;
+      if (sum == piece) std::fill_n(piece, padded(task.width), 0.0f);
+      add_rows(terms.factors, terms.rows, count, task.width, sum);
+      const float one = 1;
+      const void* const pieces[] = {piece};
+      if (sum == piece) add_floats(&one, pieces, 1, task.width, total);
+    }
+    round(total, task.width, args.out.row(task.id) + task.column * size);
+  });
+}
+
+}  // namespace opd::cpu

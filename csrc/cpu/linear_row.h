@@ -1,0 +1,220 @@
+// The bodies of what linear.h declares; as select_row.h, compiled once per instruction set, with
+// everything in an unnamed namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/formats.h"
+#include "linear.h"
+#include "vectors.h"
+
+namespace {
+
+using namespace opd;
+using namespace opd::cpu;
+
+using Floats = Vector<float>;
+using Words = Vector<int32_t>;
+constexpr int kStep = kLanes<float>;
+constexpr int kParts = kBlock / kStep;  // vectors of a block
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
+inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+inline Words load_halves(const int16_t* at) {
+  Halves halves;
+  memcpy(&halves, at, sizeof halves);
+  return __builtin_convertvector(halves, Words);
+}
+
+inline void store_halves(int16_t* at, Words words) {
+  const Halves halves = __builtin_convertvector(words, Halves);
+  memcpy(at, &halves, sizeof halves);
+}
+
+// A vector of elements to and from floats. The arithmetic is that of formats.h, whose functions
+// other files share and so must not be called here.
+template <class Format>
+struct Elements;
+
+template <>
+struct Elements<Float32> {
+  static Floats read(const int32_t* at) { return floats_of(load(at)); }
+  static void write(int32_t* at, Floats values) { store(at, bits_of(values)); }
+};
+
+template <>
+struct Elements<BFloat16> {
+  static Floats read(const int16_t* at) { return floats_of(load_halves(at) << 16); }
+  static void write(int16_t* at, Floats values) {
+    const Words bits = bits_of(values);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    store_halves(at, (values == values ? rounded : bits | 0x400000) >> 16);
+  }
+};
+
+template <>
+struct Elements<Float16> {
+  static Floats read(const int16_t* at) {
+    const Words half = load_halves(at);
+    const Words sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
+    const Words scaled = bits_of(floats_of(magnitude) * floats_of(broadcast(0x77800000)));
+    return floats_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled));
+  }
+  static void write(int16_t* at, Floats values) {
+    const Words bits = bits_of(values), magnitude = bits & 0x7fffffff;
+    const Words small = bits_of(floats_of(magnitude) + 0.5f) - 0x3f000000;
+    const Words normal = (magnitude - 0x38000000 + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
+    Words half = magnitude < 0x38800000 ? small : normal;
+    half = magnitude >= 0x477ff000 ? broadcast(0x7c00) : half;
+    half = magnitude > 0x7f800000 ? broadcast(0x7e00) : half;
+    store_halves(at, ((bits >> 16) & 0x8000) | half);
+  }
+};
+
+template <class Format>
+using BitsOf = typename Format::Bits;
+
+// The elements that are left after a row's whole blocks, in a block of their own.
+template <class Format>
+struct Tail {
+  BitsOf<Format> elements[kBlock] = {};
+
+  Tail() = default;
+  Tail(const BitsOf<Format>* row, int64_t width) {
+    const int64_t whole = width / kBlock * kBlock;
+    memcpy(elements, row + whole, (width - whole) * sizeof(BitsOf<Format>));
+  }
+};
+
+template <class Format>
+void widen(const void* row, int64_t width, float* to) {
+  const auto* from = static_cast<const BitsOf<Format>*>(row);
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock)
+    for (int part = 0; part < kBlock; part += kStep)
+      store(to + i + part, Elements<Format>::read(from + i + part));
+  if (i == width) return;
+  const Tail<Format> tail(from, width);
+  for (int part = 0; part < kBlock; part += kStep)
+    store(to + i + part, Elements<Format>::read(tail.elements + part));
+}
+
+template <class Format, int Count>
+inline void add_products(const float* vector, const BitsOf<Format>* const* rows, int64_t at,
+                         Floats (*sums)[kParts]) {
+  for (int part = 0; part < kParts; ++part) {
+    const Floats values = load(vector + part * kStep);
+    for (int r = 0; r < Count; ++r)
+      sums[r][part] += values * Elements<Format>::read(rows[r] + at + part * kStep);
+  }
+}
+
+inline float sum_of_lanes(const Floats (&parts)[kParts]) {
+  float lanes[kBlock];
+  for (int part = 0; part < kParts; ++part) store(lanes + part * kStep, parts[part]);
+  for (int half = kBlock / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// A few rows at once, as many sums that do not wait for each other. `next` are rows that come next.
+template <class Format, int Count>
+inline void dot_rows(const float* vector, const void* const* rows, const void* const* next,
+                     int64_t width, float* out) {
+  using Bits = BitsOf<Format>;
+  const Bits *from[Count], *ahead[Count];
+  for (int r = 0; r < Count; ++r) {
+    from[r] = static_cast<const Bits*>(rows[r]);
+    ahead[r] = static_cast<const Bits*>(next[r]);
+  }
+  Floats sums[Count][kParts] = {};
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock) {
+    for (int r = 0; r < Count; ++r) __builtin_prefetch(ahead[r] + i);
+    add_products<Format, Count>(vector + i, from, i, sums);
+  }
+  if (i < width) {
+    Tail<Format> tails[Count];
+    for (int r = 0; r < Count; ++r) {
+      tails[r] = Tail<Format>(from[r], width);
+      from[r] = tails[r].elements;
+    }
+    add_products<Format, Count>(vector + i, from, 0, sums);
+  }
+  for (int r = 0; r < Count; ++r) out[r] = sum_of_lanes(sums[r]);
+}
+
+constexpr int kRowsAtOnce = 4;
+
+template <class Format>
+void dots(const float* vector, const void* const* rows, int count, int64_t width, float* out) {
+  int r = 0;
+  for (; r + kRowsAtOnce <= count; r += kRowsAtOnce) {
+    const void* const* next = r + 2 * kRowsAtOnce <= count ? rows + r + kRowsAtOnce : rows + r;
+    dot_rows<Format, kRowsAtOnce>(vector, rows + r, next, width, out + r);
+  }
+  for (; r < count; ++r) dot_rows<Format, 1>(vector, rows + r, rows + r, width, out + r);
+}
+
+template <class Format, int Count>
+inline void add_few_rows(const float* factors, const void* const* rows, const void* const* next,
+                         int64_t width, float* sum) {
+  using Bits = BitsOf<Format>;
+  const Bits *from[Count], *ahead[Count];
+  for (int r = 0; r < Count; ++r) {
+    from[r] = static_cast<const Bits*>(rows[r]);
+    ahead[r] = static_cast<const Bits*>(next[r]);
+  }
+  const auto add = [&](int64_t at, float* to) {
+    for (int part = 0; part < kBlock; part += kStep) {
+      Floats total = load(to + part);
+      for (int r = 0; r < Count; ++r)
+        total += factors[r] * Elements<Format>::read(from[r] + at + part);
+      store(to + part, total);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock) {
+    for (int r = 0; r < Count; ++r) __builtin_prefetch(ahead[r] + i);
+    add(i, sum + i);
+  }
+  if (i == width) return;
+  Tail<Format> tails[Count];
+  for (int r = 0; r < Count; ++r) {
+    tails[r] = Tail<Format>(from[r], width);
+    from[r] = tails[r].elements;
+  }
+  add(0, sum + i);
+}
+
+template <class Format>
+void add_rows(const float* factors, const void* const* rows, int64_t count, int64_t width,
+              float* sum) {
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= count; r += kRowsAtOnce) {
+    const void* const* next = r + 2 * kRowsAtOnce <= count ? rows + r + kRowsAtOnce : rows + r;
+    add_few_rows<Format, kRowsAtOnce>(factors + r, rows + r, next, width, sum);
+  }
+  for (; r < count; ++r)
+    add_few_rows<Format, 1>(factors + r, rows + r, rows + r, width, sum);
+}
+
+template <class Format>
+void round_row(const float* from, int64_t width, void* row) {
+  auto* to = static_cast<BitsOf<Format>*>(row);
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock)
+    for (int part = 0; part < kBlock; part += kStep)
+      Elements<Format>::write(to + i + part, load(from + i + part));
+  if (i == width) return;
+  Tail<Format> tail;
+  for (int part = 0; part < kBlock; part += kStep)
+    Elements<Format>::write(tail.elements + part, load(from + i + part));
+  memcpy(to + i, tail.elements, (width - i) * sizeof(BitsOf<Format>));
+}
+
+}  // namespace

@@ -1,0 +1,17 @@
+// The table of an instruction set; each including file compiles it with its own flags.
+#pragma once
+
+#include "instruction_sets.h"
+#include "linear_row.h"
+#include "select_row.h"
+
+namespace {
+
+template <class Format>
+constexpr RowKernels kRowKernels = {select_row<Format>, widen<Format>, dots<Format>,
+                                    add_rows<Format>, round_row<Format>};
+
+constexpr KernelsByDType kKernels = {kRowKernels<Float32>, kRowKernels<Float16>,
+                                     kRowKernels<BFloat16>};
+
+}  // namespace
