@@ -13,6 +13,7 @@ from opd_kernels import _checks, _ops
 from opd_kernels import stats as _stats
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.backends import AUTO
+from opd_kernels.head import LinearLogits
 from opd_kernels.selection import ban_bitmap, bool_mask, recordable
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
@@ -247,6 +248,11 @@ def given_support(
 
 def teacher_logits(teacher: object, rows: torch.Size, device: torch.device) -> Tensor:
     """The logits of a teacher that is logits."""
+    if isinstance(teacher, LinearLogits):
+        raise TypeError(
+            "teacher is a LinearLogits, which linear_topk_rkl takes; for a student that is logits "
+            "pass select_topk(teacher, k)"
+        )
     logits = _checks.check_logits(teacher, "teacher").detach()
     _checks.check_same_rows(rows, logits.shape[:-1])
     _checks.check_same_device(logits, device, "teacher")

@@ -147,10 +147,10 @@ def _head_grads(
             np.add.at(total, to, products)
             np.add.at(bound, to, terms_of[to] * unit * abs(products) + error * abs(terms))
             np.add.at(bound, to, tiny)
-            bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf) + _rounding(total, dtype)
-        poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
-        overflows = np.isnan(total) & ~poisoned & np.isinf(bound)
-        return np.where(overflows, 0.0, total), bound
+            bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
+            poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
+            total = np.where(np.isnan(total) & ~poisoned & np.isinf(bound), 0.0, total)
+            return total, bound + _rounding(total, dtype)
 
     dtype = head.weight.dtype
     hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
@@ -185,9 +185,10 @@ def _row_oracle(
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
-    u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T carries 3 u |s| (difference, division,
-    T's own rounding); exp and log add 2 u each; a sum over K entries, pairwise or better, adds
-    (log2 K + 1) u. From there the bounds follow the formulas term by term.
+    u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T
+    carries 3 u |s| besides (difference, division, T's own rounding); exp and log add 2 u each; a
+    sum over K entries, pairwise or better, adds (log2 K + 1) u. From there the bounds follow the
+    formulas term by term.
     """
     nothing = np.zeros(len(z))
     if len(z) == 0:
