@@ -1,12 +1,9 @@
-"""What the demo measures: divergences on fixed held-out sequences, and the time of the loss."""
+"""What the demo is judged by: divergences on fixed held-out sequences."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import ClassVar
 
 import torch
@@ -89,69 +86,3 @@ class Verdict:
         return (
             self.relative >= self.MIN_RELATIVE and self.standard_errors >= self.MIN_STANDARD_ERRORS
         )
-
-
-def careful_eager(student_logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:
-    """The same loss per row in eager PyTorch, with fp32 copies of K entries a row only."""
-    values, ids = torch.topk(teacher_logits, k)
-    log_p = student_logits.gather(-1, ids).float().log_softmax(-1)
-    log_q = values.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-@dataclass
-class Timing:
-    """Forward plus backward of the loss alone, on one training batch of logits."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    fused: float  # seconds, median
-    eager: float  # seconds, median
-    checked: int  # rows whose loss and gradient were compared
-    agree: bool
-
-
-def time_loss(
-    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int, repeats: int = 9
-) -> Timing:
-    """Time `topk_rkl` beside `careful_eager`, alternating, after comparing what they return."""
-
-    def fused_rows(logits: Tensor) -> Tensor:
-        return topk_rkl(logits, teacher_logits, k, mask=mask, reduction="none")
-
-    def fused_mean(logits: Tensor) -> Tensor:
-        return topk_rkl(logits, teacher_logits, k, mask=mask)
-
-    def eager_rows(logits: Tensor) -> Tensor:
-        return torch.where(mask, careful_eager(logits, teacher_logits, k), 0.0)
-
-    def eager_mean(logits: Tensor) -> Tensor:
-        return eager_rows(logits).sum() / mask.sum()
-
-    leaf = student_logits.detach().requires_grad_()
-    # torch.topk breaks a tie at the edge of the support as it likes: both answers are right there.
-    top = torch.topk(teacher_logits, k + 1).values
-    untied = mask & (top[..., k - 1] > top[..., k])
-    results = []
-    for rows in (fused_rows(leaf), eager_rows(leaf)):
-        (gradient,) = torch.autograd.grad(rows.sum(), leaf)
-        results.append((rows.detach()[untied], gradient[untied].float()))
-    (fused_loss, fused_gradient), (eager_loss, eager_gradient) = results
-    # Gradients were rounded to the logits' dtype, 8 bits of mantissa for bf16.
-    agree = torch.allclose(fused_loss, eager_loss, rtol=1e-4, atol=1e-5) and torch.allclose(
-        fused_gradient, eager_gradient, rtol=2**-7, atol=1e-6
-    )
-    seconds: dict[Callable[[Tensor], Tensor], list[float]] = {fused_mean: [], eager_mean: []}
-    for _ in range(repeats):
-        for loss, times in seconds.items():
-            start = time.perf_counter()
-            torch.autograd.grad(loss(leaf), leaf)
-            times.append(time.perf_counter() - start)
-    return Timing(
-        shape=tuple(student_logits.shape),
-        dtype=student_logits.dtype,
-        fused=median(seconds[fused_mean]),
-        eager=median(seconds[eager_mean]),
-        checked=int(untied.sum()),
-        agree=agree,
-    )

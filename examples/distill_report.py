@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from distill_evaluation import Timing
+from distill_timing import HeadTiming, LossTiming
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -29,7 +29,7 @@ LABELS = {
 
 @dataclass
 class Step:
-    """One optimiser step; `loss` is cross-entropy in the warm start and `topk_rkl` afterwards."""
+    """One optimiser step; `loss` is cross-entropy in the warm start, then the distillation's."""
 
     phase: str
     step: int
@@ -64,13 +64,12 @@ def heldout_table(name: str, before: Evaluation, after: Evaluation) -> list[str]
     return lines
 
 
-def timing_lines(timing: Timing) -> list[str]:
+def loss_lines(timing: LossTiming) -> list[str]:
     """Lines on the time of the loss; a speed-up only where the outputs agreed."""
-    shape = " x ".join(str(size) for size in timing.shape)
     dtype = str(timing.dtype).removeprefix("torch.")
     lines = [
         "",
-        f"loss, forward and backward, logits {shape} {dtype}",
+        f"loss, forward and backward, logits {shape_text(timing.shape)} {dtype}",
         f"  topk_rkl       {timing.fused * 1e3:8.1f} ms",
         f"  careful eager  {timing.eager * 1e3:8.1f} ms",
     ]
@@ -84,9 +83,44 @@ def timing_lines(timing: Timing) -> list[str]:
     return lines
 
 
+def head_lines(timing: HeadTiming) -> list[str]:
+    """Lines on time and memory of heads and loss together."""
+    lines = [
+        "",
+        f"heads and loss, forward and backward, hidden states {shape_text(timing.shape)}, "
+        f"{timing.vocab} ids, heads frozen",
+    ]
+    for name, form in (("linear_topk_rkl", timing.linear), ("heads, topk_rkl", timing.logits)):
+        line = f"  {name:<15}{form.seconds * 1e3:8.1f} ms"
+        if form.peak_bytes is not None:
+            line += f"   the process grows by {form.peak_bytes / 1e6:.0f} MB"
+        lines.append(line)
+    if timing.agree:
+        lines.append("  loss and gradient agree on one support, in float32")
+    else:
+        lines.append("  LOSS OR GRADIENT DIFFER")
+    return lines
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Sizes as one writes them."""
+    return " x ".join(str(size) for size in shape)
+
+
+def write_timings(path: Path, loss: LossTiming, heads: HeadTiming) -> None:
+    """Write one CSV row per measured form; memory only where it was measured."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["what", "form", "seconds", "peak_bytes", "agree"])
+        writer.writerow(["loss", "topk_rkl", loss.fused, None, loss.agree])
+        writer.writerow(["loss", "careful eager", loss.eager, None, loss.agree])
+        for name, form in (("linear_topk_rkl", heads.linear), ("heads, topk_rkl", heads.logits)):
+            writer.writerow(["heads and loss", name, form.seconds, form.peak_bytes, heads.agree])
+
+
 def _plot_loss(axes: Axes, steps: Sequence[Step]) -> None:
     axes.plot([s.step for s in steps], [s.loss for s in steps], color="tab:blue")
-    axes.set(title="Training loss on own rollouts", ylabel="topk_rkl per token (nats)")
+    axes.set(title="Training loss on own rollouts", ylabel="per token (nats)")
 
 
 def _plot_mass(axes: Axes, steps: Sequence[Step]) -> None:

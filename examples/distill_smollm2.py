@@ -5,7 +5,8 @@ The teacher is SmolLM2-135M-Instruct, the student the same network with fewer la
 1. Warm start: three passes of cross-entropy over answers that the teacher sampled. Local matching
    compares the two models on the teacher's support only, so the student's mass must be there first.
 2. On-policy phase: the student answers prompts (temperature 1, top-p 0.9), the teacher scores the
-   answers, and `topk_rkl` on the teacher's top K of every response token trains the student.
+   answers, and `linear_topk_rkl` on the teacher's top K of every response token trains the student
+   from its hidden states.
 
 Both phases use the seven eighths of ``prompts.txt`` that are not held out. Two sets of sequences on
 the held-out prompts are fixed between the phases and scored before and after the second: answers of
@@ -37,13 +38,24 @@ INSTALL = (
 
 try:
     import torch
-    from distill_evaluation import HeldOut, Timing, Verdict, evaluate, time_loss
-    from distill_report import Step, draw_curves, heldout_table, timing_lines, write_metrics
+    from distill_evaluation import HeldOut, Verdict, evaluate
+    from distill_report import (
+        Step,
+        draw_curves,
+        head_lines,
+        heldout_table,
+        loss_lines,
+        write_metrics,
+        write_timings,
+    )
+    from distill_timing import HeadTiming, LossTiming, time_heads, time_loss
     from smollm2 import (
         Responses,
+        autocast,
         load_teacher,
         prune_layers,
         read_prompts,
+        response_hidden,
         response_logits,
         sample,
     )
@@ -56,7 +68,7 @@ try:
         set_seed,
     )
 
-    from opd_kernels import topk_rkl
+    from opd_kernels import LinearLogits, linear_topk_rkl, select_topk
 except ImportError as error:
     print(f"{error}; the demo needs: {INSTALL}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -188,12 +200,16 @@ def on_policy_step(
     options: argparse.Namespace,
 ) -> tuple[float, float, float]:
     """Train on the student's own rollouts; loss, student and teacher mass on the support."""
-    with torch.no_grad():
-        teacher_logits = response_logits(teacher, rollouts, options.dtype)
-    student_logits = response_logits(student, rollouts, options.dtype)
-    loss, stats = topk_rkl(
-        student_logits, teacher_logits, options.k, mask=rollouts.mask, return_stats=True
-    )
+    with torch.no_grad(), autocast(options.dtype):
+        hidden = response_hidden(teacher, rollouts, options.dtype)
+        teacher_logits = LinearLogits(hidden, teacher.lm_head.weight)
+        # The log-sum-exp is what the teacher's mass takes, in the same pass over its logits.
+        support = select_topk(teacher_logits, options.k, mask=rollouts.mask, with_logsumexp=True)
+    hidden = response_hidden(student, rollouts, options.dtype)
+    with autocast(options.dtype):
+        loss, stats = linear_topk_rkl(
+            hidden, student.lm_head.weight, support, mask=rollouts.mask, return_stats=True
+        )
     trainer.update(loss)
     student_mass = stats.student_mass[rollouts.mask].mean().item()
     teacher_mass = stats.teacher_mass[rollouts.mask].mean().item()
@@ -242,18 +258,29 @@ def on_policy(
     return steps
 
 
-def time_on_real_logits(
+@torch.no_grad()
+def hidden_and_logits(
+    model: PreTrainedModel, batch: Responses, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both inputs that a loss may take of a model."""
+    hidden = response_hidden(model, batch, dtype)
+    with autocast(dtype):
+        return hidden, model.lm_head(hidden)
+
+
+def time_on_real_batch(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     sequences: Responses,
     options: argparse.Namespace,
-) -> Timing:
-    """Time the loss on logits of the shape that training sees."""
-    batch = sequences[: options.batch_size]
-    with torch.no_grad():
-        student_logits = response_logits(student, batch, options.dtype)
-        teacher_logits = response_logits(teacher, batch, options.dtype)
-    return time_loss(student_logits, teacher_logits, batch.mask, options.k)
+) -> tuple[LossTiming, HeadTiming]:
+    """Time the loss, and heads and loss, on a batch of the shape that training sees."""
+    batch, k, dtype = sequences[: options.batch_size], options.k, options.dtype
+    hidden, logits = hidden_and_logits(student, batch, dtype)
+    teacher_hidden, teacher_logits = hidden_and_logits(teacher, batch, dtype)
+    loss = time_loss(logits, teacher_logits, batch.mask, k)
+    heads = student.lm_head.weight, teacher.lm_head.weight
+    return loss, time_heads((hidden, teacher_hidden), heads, batch.mask, k, dtype)
 
 
 def sample_lines(
@@ -315,7 +342,8 @@ def distill(options: argparse.Namespace) -> tuple[list[str], Verdict]:
     reverse_kl = before["student"]["reverse_kl"]
     draw_curves(options.output / "curves.png", steps, reverse_kl.mean().item())
 
-    timing = time_on_real_logits(student, teacher, held_out["student"].sequences, options)
+    timings = time_on_real_batch(student, teacher, held_out["student"].sequences, options)
+    write_timings(options.output / "timings.csv", *timings)
     table = [
         f"teacher {len(teacher.model.layers)} layers, student {len(student.model.layers)} layers, "
         f"K = {options.k}, seed {options.seed}",
@@ -323,7 +351,8 @@ def distill(options: argparse.Namespace) -> tuple[list[str], Verdict]:
         *heldout_table("teacher's answers", before["teacher"], after["teacher"]),
         "",
         *(rate_line(phase) for phase in (warm_steps, steps)),
-        *timing_lines(timing),
+        *loss_lines(timings[0]),
+        *head_lines(timings[1]),
     ]
     return table, Verdict.compare(reverse_kl, after["student"]["reverse_kl"])
 

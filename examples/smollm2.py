@@ -132,6 +132,11 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
     return training, prompts[7::8]
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in the dtype."""
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -156,7 +161,7 @@ def sample(
         pad_token_id=end,
     )
     parts = []
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with autocast(dtype):
         for start in range(0, len(prompts), GENERATED_AT_ONCE):
             rows = slice(start, start + GENERATED_AT_ONCE)
             ids = model.generate(  # type: ignore[operator]
@@ -173,20 +178,27 @@ def sample(
     return Responses(ids, attention, response)
 
 
-def response_logits(model: PreTrainedModel, sequences: Responses, dtype: torch.dtype) -> Tensor:
-    """Logits (B, R + 1, V) from the last prompt position on; prompts never meet the LM head.
+def response_hidden(model: PreTrainedModel, sequences: Responses, dtype: torch.dtype) -> Tensor:
+    """What the LM head gets, (B, R + 1, H), from the last prompt position on.
 
-    Column t predicts response token t. The last column predicts what comes after the end; it is
-    masked rather than cut off, because the gradient of a slice is another (B, R + 1, V) tensor.
+    Column t is of the prediction of response token t. The last column is of what comes after the
+    end; it is masked rather than cut off, because the gradient of a slice of the logits is another
+    (B, R + 1, V) tensor.
     """
     positions = (sequences.attention.long().cumsum(1) - 1).clamp(min=0)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        output = model(
+    with autocast(dtype):
+        output = model.model(
             input_ids=sequences.ids,
             attention_mask=sequences.attention,
             position_ids=positions,
-            logits_to_keep=sequences.response.shape[1] + 1,
             use_cache=False,
         )
-    logits: Tensor = output.logits
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, -(sequences.response.shape[1] + 1) :]
+
+
+def response_logits(model: PreTrainedModel, sequences: Responses, dtype: torch.dtype) -> Tensor:
+    """Logits (B, R + 1, V) of the same columns; prompts never meet the LM head."""
+    with autocast(dtype):
+        logits: Tensor = model.lm_head(response_hidden(model, sequences, dtype))
     return logits

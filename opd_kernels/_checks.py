@@ -150,7 +150,8 @@ def check_local(tensor: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} is a DTensor, of which this rank holds a part; under FSDP2 compute the loss "
             "in the forward of the module that fully_shard wraps, where its parameters are whole "
-            "(docs/recipes.md, 'Sharded parameters'), else pass the result of .full_tensor()"
+            "(docs/recipes.md, 'Sharded parameters'). Pass .full_tensor() of a frozen one only: a "
+            "trained one's gradient would lack the other ranks' share"
         )
 
 
