@@ -221,15 +221,16 @@ def gather_dot_weight(
         unit, offsets = _row_offsets(hidden)
         rows = offsets[rows]
         block_k, block_h = configs.row_sums(width, hidden.element_size())
-        tile = (width, unit, block_k, block_h, configs.STAGES)
+        tile = (width, unit, block_k, block_h)
         tiles, options = -(-width // block_h), _options(configs.WARPS)
         chunk = configs.chunk(keys.numel(), width)
         chunks = keys.numel() // chunk
         sums = _empty((chunks, width), torch.float32, ids.device)
         if chunks > 0:
             _linear.chunk_sums_kernel[(chunks, tiles)](
-                keys, factors, rows, hidden, sums, vocab, chunk, *tile, **options
-            )
+                keys, factors, rows, hidden, sums, vocab, chunk, *tile,
+                configs.STAGES, **options,
+            )  # fmt: skip
         _linear.weight_grad_kernel[(vocab, tiles)](
             segments, factors, rows, hidden, sums, out, chunk, *tile, **options
         )

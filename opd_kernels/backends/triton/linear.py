@@ -127,17 +127,22 @@ def chunk_sums_kernel(
 def weight_grad_kernel(
     segments_ptr, factors_ptr, rows_ptr, hidden_ptr, sums_ptr, out_ptr,
     chunk: tl.int32, width, hidden_unit,
-    ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H columns of a vocabulary row's gradient: its whole chunks, then the other entries.
 
     All rows of one slice of columns come before the next slice: the hidden states' stays in the
-    cache.
+    cache. Most segments are empty or of a few entries, which a pipeline's filling would outlast.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    out_ptr += row * width
     start = tl.load(segments_ptr + row)
     stop = tl.load(segments_ptr + row + 1)
+    if start == stop:
+        nothing = tl.zeros([BLOCK_H], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + column, nothing, mask=column < width)
+        return
     first = tl.cdiv(start, chunk)
     chunks = tl.maximum(stop // chunk - first, 0)
     total = tl.zeros([ENTRIES, BLOCK_H], tl.float32)
@@ -150,6 +155,6 @@ def weight_grad_kernel(
     gap = chunks * chunk
     total = _add_entries(
         total, start, stop - start - gap, head, gap, factors_ptr, rows_ptr, hidden_ptr, hidden_unit,
-        column, width, ENTRIES, STAGES,
+        column, width, ENTRIES, 1,
     )  # fmt: skip
-    store_rounded(out_ptr + row * width + column, tl.sum(total, axis=0), column < width)
+    store_rounded(out_ptr + column, tl.sum(total, axis=0), column < width)
