@@ -111,6 +111,7 @@ class _Walker:
         self.loaded: set[str] = set()
         self.stored: dict[str, tuple[str, str]] = {}  # by which line, and what
         self.found: list[str] = []
+        self.branch: tuple[set[str], dict[str, tuple[str, str]]] = (set(), {})
 
     def walk(self, lines: list[str]) -> None:
         at = 0
@@ -126,6 +127,10 @@ class _Walker:
             self.loaded.clear()
             self.stored.clear()
             return
+        if line.startswith("cf.cond_br"):
+            self.branch = (set(self.loaded), dict(self.stored))
+        if line.startswith("tt.return"):  # what follows in the text follows the branch
+            self.loaded, self.stored = set(self.branch[0]), dict(self.branch[1])
         if operation := re.search(r"tt\.load (%\w+)", line):
             for root in self.roots.get(operation[1], ()):
                 if root in self.stored:

@@ -7,7 +7,9 @@ that the table in ``configs`` gives for real vocabularies, for the architectures
 from __future__ import annotations
 
 import itertools
+import math
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,6 +37,14 @@ SLICE = (
     (90, "bf16", 1024, 151936, False),
     (120, "bf16", 16, 262144, True),
 )
+# Of the operators on hidden states and a head: (architecture, dtype, H, k).
+LINEAR_SLICE = (
+    *((architecture, "bf16", 4096, 64) for architecture in ARCHITECTURES),
+    (90, "fp32", 576, 64),
+    (90, "fp16", 2880, 5),
+)
+LINEAR = tuple(itertools.product(ALL, DTYPES, (576, 2880, 4096, 7168), (5, 32, 64)))
+GATHERING = ["gather_dot_kernel", "hidden_grad_kernel", "chunk_sums_kernel", "weight_grad_kernel"]
 ROWS = 8192
 # Bytes in flight that cover the latency of HBM at full bandwidth, for each multiprocessor.
 BYTES_IN_FLIGHT = 32 * 1024
@@ -139,6 +149,54 @@ def test_given_support_and_gradient(architecture: int, dtype: str, k: int) -> No
     check_resources(add)
 
 
+def linear_calls(
+    dtype: torch.dtype, width: int, k: int, everything: bool = False
+) -> tuple[Callable[[], object], ...]:
+    """The operators on hidden states and a head, in the order of ``GATHERING``."""
+    vocab = 151936
+    hidden, weight = meta(ROWS, width, dtype=dtype), meta(vocab, width, dtype=dtype)
+    ids, upstream = meta(ROWS, k, dtype=torch.int32), meta(ROWS, k)
+    bias = meta(vocab, dtype=dtype) if everything else None
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if everything else None
+    mask = meta(ROWS, dtype=torch.bool) if everything else None
+    return (
+        lambda: backend.gather_dot(hidden, weight, bias, ids, vocab, bitmap, mask),
+        lambda: backend.gather_dot_hidden(upstream, ids, weight, dtype),
+        lambda: backend.gather_dot_weight(upstream, ids, hidden, vocab, dtype),
+    )
+
+
+def check_gathering(kernel: Kernel, k: int, width: int, itemsize: int) -> None:
+    """The loop loads its whole tile of gathered rows by 16 bytes; enough is in flight."""
+    block = configs.dots(k, width, itemsize) if kernel.name == "gather_dot_kernel" else None
+    tile = math.prod(block or configs.row_sums(width, itemsize)) * itemsize
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("FFMA") for op in loop))
+    loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
+    wide = tile // (16 * 32 * kernel.warps)
+    assert sum(op.endswith(".128") for op in loads) == wide, (kernel.name, loads)
+    stages = configs.STAGES - 1 if any(op.startswith("LDGSTS") for op in loop) else 1
+    assert kernel.resident_programs() * stages * tile >= BYTES_IN_FLIGHT, (
+        f"{kernel.name}: {kernel.resident_programs()} programs of {kernel.registers} registers"
+    )
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width", "k"), LINEAR or LINEAR_SLICE)
+def test_gathered_rows_are_loaded_by_16_bytes_and_nothing_is_added_in_memory(
+    architecture: int, dtype: str, width: int, k: int
+) -> None:
+    kernels: list[Kernel] = []
+    for call in linear_calls(DTYPES[dtype], width, k):
+        kernels += compile_call(call, architecture)
+    assert [kernel.name for kernel in kernels] == GATHERING
+    for kernel in kernels:
+        check_resources(kernel)
+        check_gathering(kernel, k, width, DTYPES[dtype].itemsize)
+        assert not kernel.opcodes("RED.", "REDG", "ATOM"), kernel.name
+    stores = kernels[-1].opcodes("STG")
+    assert stores
+    assert all(op.endswith(".128") for op in stores), stores
+
+
 @pytest.mark.parametrize("banned", [False, True])
 def test_barriers_stand_between_stores_and_loads_of_the_same_memory(banned: bool) -> None:
     vocab, k = 151669, 64
@@ -150,7 +208,8 @@ def test_barriers_stand_between_stores_and_loads_of_the_same_memory(banned: bool
         lambda: backend.divergence(logits, values, ids, k, vocab, bitmap, None, 1.0, 1.0),
         lambda: backend.select(logits, k, vocab, bitmap, None),
         lambda: backend.scatter(values, ids, upstream, vocab, torch.bfloat16),
+        *linear_calls(torch.bfloat16, 4096, k, everything=banned),
     )
     for call in calls:
-        (kernel,) = compile_call(call, 90)
-        assert unordered_accesses(kernel.ttir) == [], kernel.name
+        for kernel in compile_call(call, 90):
+            assert unordered_accesses(kernel.ttir) == [], kernel.name

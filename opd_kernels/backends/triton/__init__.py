@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ try:
     import triton
 
     from opd_kernels.backends.triton import divergence as _divergence
+    from opd_kernels.backends.triton import linear as _linear
     from opd_kernels.backends.triton import scatter as _scatter
     from opd_kernels.backends.triton import select as _select
 
@@ -155,6 +157,115 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
             part, *entries, width, k, *_row_strides(part), configs.k_pad(k),
             **_options(configs.WARPS),
         )  # fmt: skip
+
+
+def gather_dot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The head's logits at the ids and the slots; see ``opd_kernels.reference.gather_dot``."""
+    k, width = ids.shape[-1], hidden.shape[-1]
+    logits = _empty(ids.shape, torch.float32, ids.device)
+    slots = _empty(ids.shape, torch.int32, ids.device)
+    ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
+    block_k, block_h = configs.dots(k, width, weight.element_size())
+    with _current(ids.device):
+        for at in _parts(hidden):
+            part, part_ids, part_mask, *outputs = _at(at, hidden, ids, mask, logits, slots)
+            count = part.shape[:-1].numel()
+            if count == 0:
+                continue
+            _linear.gather_dot_kernel[(count * -(-k // block_k),)](
+                part, weight, bias, part_ids, banned, part_mask, *outputs,
+                limit, k, width, weight.stride(0), *_row_strides(part),
+                block_k, block_h, configs.STAGES, **_options(configs.WARPS),
+            )  # fmt: skip
+    return logits, slots
+
+
+def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The hidden states' gradient; see ``opd_kernels.reference.gather_dot_hidden``."""
+    k, (vocab, width) = ids.shape[-1], weight.shape
+    out = _empty((*ids.shape[:-1], width), dtype, ids.device)
+    block_k, block_h = configs.row_sums(width, weight.element_size())
+    if out.numel() > 0:
+        with _current(ids.device):
+            _linear.hidden_grad_kernel[(ids.shape[:-1].numel() * -(-width // block_h),)](
+                upstream.to(torch.float32).contiguous(), ids.contiguous(), weight, out,
+                vocab, k, width, weight.stride(0),
+                block_k, block_h, configs.STAGES, **_options(configs.WARPS),
+            )  # fmt: skip
+    return out
+
+
+def gather_dot_weight(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight's gradient; see ``opd_kernels.reference.gather_dot_weight``.
+
+    Besides it takes about 30 bytes an entry and, for segments that hold whole chunks, 32 MB.
+    """
+    width = hidden.shape[-1]
+    out = _empty((vocab, width), dtype, ids.device)
+    if out.numel() == 0:
+        return out
+    with _current(ids.device):
+        keys, factors, rows = _sorted_entries(upstream, ids, vocab)
+        bounds = torch.arange(vocab + 1, dtype=torch.int32, device=ids.device)
+        segments = torch.searchsorted(keys, bounds, out_int32=True)
+        unit, offsets = _row_offsets(hidden)
+        rows = offsets[rows]
+        block_k, block_h = configs.row_sums(width, hidden.element_size())
+        tile = (width, unit, block_k, block_h)
+        tiles, options = -(-width // block_h), _options(configs.WARPS)
+        chunk = configs.chunk(keys.numel(), width)
+        chunks = keys.numel() // chunk
+        sums = _empty((chunks, width), torch.float32, ids.device)
+        if chunks > 0:
+            _linear.chunk_sums_kernel[(chunks, tiles)](
+                keys, factors, rows, hidden, sums, vocab, chunk, *tile,
+                configs.STAGES, **options,
+            )  # fmt: skip
+        _linear.weight_grad_kernel[(vocab, tiles)](
+            segments, factors, rows, hidden, sums, out, chunk, *tile, **options
+        )
+    return out
+
+
+def _sorted_entries(upstream: Tensor, ids: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, upstream, rows) of all entries by id, those of one id in order; absent ones last.
+
+    Absent are entries without an id and those whose upstream is 0: their id is ``vocab``.
+    """
+    if ids.numel() >= 1 << 31:
+        raise ValueError(
+            f"{ids.numel()} ids in one call, the weight's gradient takes up to {(1 << 31) - 1}: "
+            "pass fewer rows at a time, or backend='reference'"
+        )
+    present = (upstream != 0) & (ids >= 0) & (ids < vocab)
+    keys = torch.where(present, ids, vocab).to(torch.int32).flatten()
+    keys, order = torch.sort(keys, stable=True)
+    factors = upstream.to(torch.float32).flatten()[order]
+    return keys, factors, order // ids.shape[-1]
+
+
+def _row_offsets(tensor: Tensor) -> tuple[int, Tensor]:
+    """(unit, where each row begins in units of so many elements).
+
+    Kernels know at compile time whether the unit is a multiple of 16, and so load 16 bytes at once.
+    """
+    merged = _merged(tensor)
+    unit = math.gcd(*(stride for _, stride in merged)) or 16  # nothing is a multiple of anything
+    offsets = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for size, stride in merged:
+        steps = torch.arange(size, dtype=torch.int64, device=tensor.device)
+        offsets = offsets[..., None] + steps * (stride // unit)
+    return unit, offsets.flatten()
 
 
 def _gradient_parts(

@@ -28,6 +28,13 @@ STAGES = 3
 WARPS = 4
 # The gradient: bytes of a row that one program clears.
 PIECE_BYTES = 65536
+# Hidden states and a head: entries of a row that a program multiplies at once; gathered rows, of as
+# many columns as the tile leaves, that one adds up at once; the least entries of a chunk that is
+# summed apart, and the bytes that the chunks' sums may take.
+_ENTRIES = 16
+_LEAST_ROWS = 2
+CHUNK = 128
+_CHUNK_SUMS_BYTES = 32 << 20
 # A row is split over programs where there are fewer than this many rows for a multiprocessor.
 SPLIT_BELOW_ROWS = 2
 PROGRAMS_WHEN_SPLIT = 8
@@ -98,6 +105,23 @@ def entry_warps(k: int) -> int:
 def entries(k: int) -> tuple[int, int]:
     """(entries of a program, how many of them it compares at once with all: 8 a thread)."""
     return k_pad(k), 8 * _THREADS * entry_warps(k) // k_pad(k)
+
+
+def dots(k: int, width: int, itemsize: int) -> tuple[int, int]:
+    """(entries, columns) of a tile of gathered rows, each of which is multiplied by one vector."""
+    entries = min(_ENTRIES, next_power_of_2(k))
+    return entries, min(next_power_of_2(width), tile(itemsize) // entries)
+
+
+def row_sums(width: int, itemsize: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of gathered rows that are added up."""
+    columns = min(next_power_of_2(width), tile(itemsize) // _LEAST_ROWS)
+    return min(_ENTRIES, tile(itemsize) // columns), columns
+
+
+def chunk(entries: int, width: int) -> int:
+    """Sorted entries of a chunk: more where the sums of so many chunks would not fit."""
+    return max(CHUNK, next_power_of_2(-(-entries * width * 4 // _CHUNK_SUMS_BYTES)))
 
 
 def keys_stride(width: int, group: int) -> int:

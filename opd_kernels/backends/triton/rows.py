@@ -1,4 +1,4 @@
-"""Rows in memory and the order of their values: what every kernel here begins with."""
+"""Rows in memory and the order of their values: what every kernel here begins and ends with."""
 
 import triton
 import triton.language as tl
@@ -48,3 +48,18 @@ def is_banned(banned_ptr, ids, mask):
     """The bits of the bitmap at the ids; False where the mask is."""
     byte = tl.load(banned_ptr + (ids >> 3), mask=mask, other=0).to(tl.int32)
     return ((byte >> (ids & 7)) & 1) != 0
+
+
+@triton.jit
+def store_rounded(ptr, values, mask):
+    """Stores float32 values in the pointer's dtype, to nearest, ties to even.
+
+    bfloat16 is rounded by hand: Triton's interpreter, where these kernels are tested, truncates.
+    """
+    if ptr.dtype.scalar.element_ty == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(values == values, rounded, 0x7FC0)
+        tl.store(ptr.to(tl.pointer_type(tl.int16)), rounded.to(tl.int16), mask=mask)
+    else:
+        tl.store(ptr, values.to(ptr.dtype.scalar.element_ty), mask=mask)

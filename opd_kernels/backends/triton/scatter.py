@@ -8,7 +8,7 @@ read. ``add_kernel`` touches the entries alone.
 import triton
 import triton.language as tl
 
-from opd_kernels.backends.triton.rows import align_row, row_start
+from opd_kernels.backends.triton.rows import align_row, row_start, store_rounded
 
 
 @triton.jit(do_not_specialize=["width", "k", "inner", "outer_stride", "inner_stride"])
@@ -29,7 +29,7 @@ def scatter_kernel(
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
     here = (ids >= 0) & (ids + skip >= first) & (ids + skip < stop)
     grad = tl.load(grad_ptr + row * k + entry, mask=here, other=0.0)
-    _store_rounded(out_ptr + ids, tl.load(upstream_ptr + row) * grad, here)
+    store_rounded(out_ptr + ids, tl.load(upstream_ptr + row) * grad, here)
 
 
 @triton.jit
@@ -65,19 +65,4 @@ def add_kernel(
     here = (ids >= 0) & (ids < width)
     grad = tl.load(grad_ptr + row * k + entry, mask=here, other=0.0)
     before = tl.load(out_ptr + ids, mask=here, other=0.0).to(tl.float32)
-    _store_rounded(out_ptr + ids, before + tl.load(upstream_ptr + row) * grad, here)
-
-
-@triton.jit
-def _store_rounded(ptr, values, mask):
-    """Stores float32 values in the pointer's dtype, to nearest, ties to even.
-
-    bfloat16 is rounded by hand: Triton's interpreter, where these kernels are tested, truncates.
-    """
-    if ptr.dtype.scalar.element_ty == tl.bfloat16:
-        bits = values.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(values == values, rounded, 0x7FC0)
-        tl.store(ptr.to(tl.pointer_type(tl.int16)), rounded.to(tl.int16), mask=mask)
-    else:
-        tl.store(ptr, values.to(ptr.dtype.scalar.element_ty), mask=mask)
+    store_rounded(out_ptr + ids, before + tl.load(upstream_ptr + row) * grad, here)

@@ -1,0 +1,160 @@
+"""A head's logits at a few ids of each row, and the gradients of that.
+
+    z_k = W[id_k] . h + b[id_k]      dL/dh = sum over k of g_k W[id_k]      g = dL/dz
+    dL/dW[v] = sum of g_k h over the rows and k with id_k = v
+
+All three gather rows of H elements and are bound by reading them: N K H elements each, of the
+weight twice, and of the hidden states, which a slice of H at a time the cache holds. The gradient
+of the weight goes by sorted ids: those of a vocabulary row are a segment, summed in its order, and
+every row is written once, so that there is nothing to clear and no atomic. Segments may be as long
+as there are tokens: their whole chunks are summed apart first, by programs of their own.
+
+Products are added by fused multiply-adds that the source asks for: the same on every GPU.
+"""
+
+import triton
+import triton.language as tl
+
+from opd_kernels.backends.triton.rows import is_banned, row_start, store_rounded
+
+
+@triton.jit(do_not_specialize=["limit", "k", "inner"])
+def gather_dot_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, ids_ptr, banned_ptr, mask_ptr, logits_ptr, slots_ptr,
+    limit: tl.int32, k: tl.int32, width, weight_stride, inner: tl.int64, outer_stride, inner_stride,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Logits and slots of BLOCK_K of a row's entries; contiguous (N, K) ids.
+
+    The programs of a row are neighbours, so that its hidden state comes from memory once.
+    """
+    blocks = tl.cdiv(k, BLOCK_K)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    entry = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    logits_ptr += row * k
+    slots_ptr += row * k
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(logits_ptr + entry, tl.zeros([BLOCK_K], tl.float32), mask=entry < k)
+            tl.store(slots_ptr + entry, tl.full([BLOCK_K], -1, tl.int32), mask=entry < k)
+            return
+    ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
+    present = (ids >= 0) & (ids < limit)
+    ids = tl.where(present, ids, 0).to(tl.int64)
+    if banned_ptr is not None:
+        present = present & ~is_banned(banned_ptr, ids, present)
+    hidden_ptr += row_start(row, inner, outer_stride, inner_stride)
+    column = tl.arange(0, BLOCK_H)
+    weight_ptrs = weight_ptr + (ids * weight_stride)[:, None] + column[None, :]
+    products = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for start in tl.range(0, width, BLOCK_H, num_stages=STAGES):
+        inside = start + column < width
+        h = tl.load(hidden_ptr + start + column, mask=inside, other=0.0)  # [BLOCK_H]
+        w = tl.load(weight_ptrs + start, mask=present[:, None] & inside[None, :], other=0.0)
+        products = tl.fma(w.to(tl.float32), h.to(tl.float32)[None, :], products)
+    logits = tl.sum(products, axis=1)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + ids, mask=present, other=0.0).to(tl.float32)
+    tl.store(logits_ptr + entry, tl.where(present, logits, 0.0), mask=entry < k)
+    tl.store(slots_ptr + entry, tl.where(present, entry, -1), mask=entry < k)
+
+
+@triton.jit(do_not_specialize=["vocab", "k"])
+def hidden_grad_kernel(
+    upstream_ptr, ids_ptr, weight_ptr, out_ptr, vocab: tl.int32, k: tl.int32, width, weight_stride,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H columns of a row's gradient; contiguous (N, K) upstream and ids."""
+    tiles = tl.cdiv(width, BLOCK_H)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    upstream_ptr += row * k
+    ids_ptr += row * k
+    total = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for block in tl.range(0, k, BLOCK_K, num_stages=STAGES):
+        entry = block + tl.arange(0, BLOCK_K)
+        factor = tl.load(upstream_ptr + entry, mask=entry < k, other=0.0)
+        ids = tl.load(ids_ptr + entry, mask=entry < k, other=-1).to(tl.int64)
+        read = (factor != 0) & (ids >= 0) & (ids < vocab)
+        at = (tl.where(read, ids, 0) * weight_stride)[:, None] + column[None, :]
+        w = tl.load(weight_ptr + at, mask=read[:, None] & (column < width)[None, :], other=0.0)
+        factor = tl.where(read, factor, 0.0)
+        total = tl.fma(w.to(tl.float32), factor[:, None], total)
+    store_rounded(out_ptr + row * width + column, tl.sum(total, axis=0), column < width)
+
+
+@triton.jit
+def _add_entries(total, first, count, head, gap, factors_ptr, rows_ptr, hidden_ptr, hidden_unit,
+                 column, width, ENTRIES: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Adds factor * hidden of ``count`` sorted entries to [ENTRIES, BLOCK_H] sums.
+
+    They begin at ``first``; after ``head`` of them ``gap`` are left out.
+    """
+    for block in tl.range(0, count, ENTRIES, num_stages=STAGES):
+        entry = block + tl.arange(0, ENTRIES)
+        place = first + entry + tl.where(entry < head, 0, gap)
+        factor = tl.load(factors_ptr + place, mask=entry < count, other=0.0)
+        row = tl.load(rows_ptr + place, mask=entry < count, other=0)
+        at = (row * hidden_unit)[:, None] + column[None, :]
+        inside = (entry < count)[:, None] & (column < width)[None, :]
+        h = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+        total = tl.fma(h.to(tl.float32), factor[:, None], total)
+    return total
+
+
+@triton.jit(do_not_specialize=["vocab", "chunk"])
+def chunk_sums_kernel(
+    keys_ptr, factors_ptr, rows_ptr, hidden_ptr, sums_ptr,
+    vocab: tl.int32, chunk: tl.int32, width, hidden_unit,
+    ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The sum of each chunk of sorted entries that one segment holds whole; of others nothing."""
+    first = tl.program_id(0) * chunk
+    key = tl.load(keys_ptr + first)
+    if (key >= vocab) | (key != tl.load(keys_ptr + first + chunk - 1)):
+        return
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros([ENTRIES, BLOCK_H], tl.float32)
+    total = _add_entries(
+        total, first, chunk, chunk, 0, factors_ptr, rows_ptr, hidden_ptr, hidden_unit,
+        column, width, ENTRIES, STAGES,
+    )  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * width + column
+    tl.store(sums_ptr + at, tl.sum(total, axis=0), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def weight_grad_kernel(
+    segments_ptr, factors_ptr, rows_ptr, hidden_ptr, sums_ptr, out_ptr,
+    chunk: tl.int32, width, hidden_unit,
+    ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H columns of a vocabulary row's gradient: its whole chunks, then the other entries.
+
+    All rows of one slice of columns come before the next slice: the hidden states' stays in the
+    cache. Most segments are empty or of a few entries, which a pipeline's filling would outlast.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    out_ptr += row * width
+    start = tl.load(segments_ptr + row)
+    stop = tl.load(segments_ptr + row + 1)
+    if start == stop:
+        nothing = tl.zeros([BLOCK_H], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + column, nothing, mask=column < width)
+        return
+    first = tl.cdiv(start, chunk)
+    chunks = tl.maximum(stop // chunk - first, 0)
+    total = tl.zeros([ENTRIES, BLOCK_H], tl.float32)
+    for block in range(0, chunks, ENTRIES):
+        member = block + tl.arange(0, ENTRIES)
+        at = ((first + member).to(tl.int64) * width)[:, None] + column[None, :]
+        inside = (member < chunks)[:, None] & (column < width)[None, :]
+        total += tl.load(sums_ptr + at, mask=inside, other=0.0)
+    head = tl.where(chunks > 0, first * chunk, stop) - start
+    gap = chunks * chunk
+    total = _add_entries(
+        total, start, stop - start - gap, head, gap, factors_ptr, rows_ptr, hidden_ptr, hidden_unit,
+        column, width, ENTRIES, 1,
+    )  # fmt: skip
+    store_rounded(out_ptr + column, tl.sum(total, axis=0), column < width)
