@@ -101,8 +101,9 @@ def test_gradients_are_those_of_a_head_and_autograd(
     head_weight = embedding if tied else normal(60, 16, seed=4).double().requires_grad_()
     head_bias = normal(60, seed=5).double().requires_grad_() if bias else None
     leaves = [x for x in (embedding, head_weight, head_bias) if x is not None]
-    tokens = torch.randint(60, (40,), generator=torch.Generator().manual_seed(6))
-    teacher = normal(40, 60, seed=7)
+    rows = 6 if INTERPRETED else 40
+    tokens = torch.randint(60, (rows,), generator=torch.Generator().manual_seed(6))
+    teacher = normal(rows, 60, seed=7)
 
     def loss(double: bool) -> torch.Tensor:
         dtype = torch.float64 if double else torch.float32
@@ -206,7 +207,7 @@ def test_ids_that_every_row_has(linear_backend: str, dtype: torch.dtype) -> None
 
 
 def test_a_million_entries(linear_backend: str) -> None:
-    rows, k, width, vocab = (1024, 4, 2, 300) if INTERPRETED else (16384, 64, 8, 5000)
+    rows, k, width, vocab = (200, 4, 2, 60) if INTERPRETED else (16384, 64, 8, 5000)
     hidden, weight = normal(rows, width).requires_grad_(), normal(vocab, width, seed=1)
     weight.requires_grad_()
     # Ids as words of a language: a few in nearly every row, most in few.
