@@ -280,7 +280,20 @@ def _select_vmap(
     return select(logits, k, limit, banned, mask, backend), (0, 0)
 
 
+def _select_linear_vmap(
+    info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, *rest: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The same."""
+    *middle, mask, with_logsumexp, backend = rest
+    if any(dim is not None for dim in (*in_dims[1:3], in_dims[7])):
+        raise ValueError("a head and banned_ids cannot be mapped by vmap; pass one for all")
+    hidden, mask = leading(hidden, in_dims[0], info), leading(mask, in_dims[8], info)
+    results = select_linear(hidden, *middle, mask, with_logsumexp, backend)
+    return results, (0, 0, 0 if with_logsumexp else None)
+
+
 torch.library.register_vmap("opd_kernels::select", _select_vmap, lib=_LIBRARY)
+torch.library.register_vmap("opd_kernels::select_linear", _select_linear_vmap, lib=_LIBRARY)
 
 
 def leading(arg: Any, dim: int | None, info: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels.head import LinearLogits, pieces, shaped
+from opd_kernels.head import LinearLogits, as_autocast, pieces, shaped
 from opd_kernels.reference import compute_dtype, unpack_bitmap
 from opd_kernels.support import TopK, repeats
 
@@ -99,12 +99,13 @@ def _head_mass(
     mask: Tensor | None,
 ) -> Tensor:
     """The same of a head's logits, of a few rows at a time."""
-    rows, hidden = head.shape, head.hidden.flatten(0, -2)
-    weight, bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
-    ids, counted = ids.flatten(0, -2), counted.flatten(0, -2)
-    mask = None if mask is None else mask.flatten()
+    rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
+    hidden, weight = hidden.reshape(-1, hidden.shape[-1]), weight[:vocab_size]
+    bias = None if bias is None else bias[:vocab_size]
+    ids, counted = (x.reshape(-1, x.shape[-1]) for x in (ids, counted))
+    mask = None if mask is None else mask.reshape(-1)
     if isinstance(temperature, Tensor):
-        temperature = temperature.expand(rows).flatten()
+        temperature = temperature.expand(rows).reshape(-1)
     parts = []
     for piece in pieces(hidden.shape[0], head.vocab, hidden.dtype, hidden.device):
         logits = torch.nn.functional.linear(hidden[piece], weight, bias)

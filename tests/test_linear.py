@@ -450,7 +450,7 @@ def test_compiled_calls_give_the_same(kind: str) -> None:
 def test_function_transforms_give_what_autograd_gives() -> None:
     hidden, weight, teacher = normal(3, 4, 16), normal(30, 16, seed=1), normal(3, 4, 30, seed=2)
 
-    def loss(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> torch.Tensor:
         return linear_topk_rkl(hidden, weight, teacher, 8, logit_scale=0.5)
 
     each = torch.vmap(torch.func.grad(loss, (0, 1)), (0, None, 0))(hidden, weight, teacher)
@@ -459,6 +459,15 @@ def test_function_transforms_give_what_autograd_gives() -> None:
         expected = gradients(loss(*leaves, teacher[row]), *leaves)
         for ours, wanted in zip(each, expected, strict=True):
             assert torch.equal(ours[row], wanted)
+    head_weight = normal(30, 8, seed=3)
+
+    def from_heads(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        return loss(hidden, weight, LinearLogits(teacher_hidden, head_weight))
+
+    teacher_hidden = normal(3, 4, 8, seed=4)
+    mapped = torch.vmap(from_heads)(hidden, teacher_hidden)
+    for row in range(3):
+        assert torch.equal(mapped[row], from_heads(hidden[row], teacher_hidden[row]))
     with pytest.raises(ValueError, match="cannot be mapped by vmap"):
         torch.vmap(loss, (None, 0, None))(hidden[0], weight.expand(2, -1, -1), teacher[0])
 
