@@ -95,6 +95,11 @@ def test_a_family_is_what_its_cases_have_in_common(data: st.DataObject, seed: in
     (least, most), (_, k_most) = only.pop("vocab"), only.pop("k")
     assert least <= case.student_vocab <= most
     assert case.k <= k_most
+    sizes, linear = only.pop("hidden"), only.pop("form") == ("linear",)
+    assert case.hidden in sizes if linear else case.hidden == 0
+    if case.teacher == "linear":  # in place of logits
+        assert linear
+        assert "logits" in only.pop("teacher")
     assert all(getattr(case, name) in choices for name, choices in only.items())
 
 

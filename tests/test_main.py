@@ -52,7 +52,7 @@ def test_a_backend_that_computes_wrong_is_reported_with_a_program_that_repeats_i
     monkeypatch.setattr(cpu, "divergence", broken)
     assert program.main(["--seconds", "1"]) == 1
     report = capsys.readouterr().out
-    assert "FAILED: cpu on cpu, AssertionError: gradient of Case(" in report
+    assert "FAILED: cpu on cpu, AssertionError: gradient for student of Case(" in report
     assert "Please report this" in report
     assert report.count("no failure") >= 1  # the others were checked all the same
     repeats = report.partition("repeats it:\n")[2].partition("Please report")[0]
