@@ -592,6 +592,15 @@ def test_a_backend_without_such_kernels_says_which_have_them() -> None:
         linear_topk_rkl(HIDDEN, WEIGHT, TEACHER, backend="cuda")
 
 
+def test_the_reference_says_why_it_serves_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = linear_topk_rkl(HIDDEN, WEIGHT, TEACHER, 5, backend="reference")
+    monkeypatch.delattr(cpu, "gather_dot")
+    backends._warn_if_slow.cache_clear()
+    with pytest.warns(UserWarning, match="slowly.*no kernels for hidden states"):
+        assert torch.equal(linear_topk_rkl(HIDDEN, WEIGHT, TEACHER, 5), expected)
+    backends._warn_if_slow.cache_clear()
+
+
 def test_one_entry_warns_at_the_call() -> None:
     with pytest.warns(UserWarning, match="k=1") as caught:
         linear_topk_rkl(HIDDEN, WEIGHT, TEACHER, 1)

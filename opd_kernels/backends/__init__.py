@@ -118,7 +118,7 @@ def resolve(
         if module.refusal(device, dtypes, k, vocab) is None and not _lack(candidate, needed):
             break
     if candidate == "reference":
-        _warn_if_slow(device)
+        _warn_if_slow(device, needed)
     return module
 
 
@@ -147,11 +147,14 @@ def load(name: str) -> Backend:
 
 
 @functools.cache
-def _warn_if_slow(device: torch.device) -> None:
-    """Once per device: why the reference runs where kernels would be faster."""
+def _warn_if_slow(device: torch.device, needed: str) -> None:
+    """Once per device and need: why the reference runs where kernels would be faster."""
     reasons: list[str | None] = [f"this version has no kernels for {device.type} tensors"]
     if device.type in NATIVE:
-        reasons = [load(x).refusal(device, (torch.float32,), 1) for x in NATIVE[device.type]]
+        natives = NATIVE[device.type]
+        reasons = [
+            load(x).refusal(device, (torch.float32,), 1) or _lack(x, needed) for x in natives
+        ]
     if None not in reasons:
         warnings.warn(
             "opd_kernels runs on its plain PyTorch reference, slowly: "
