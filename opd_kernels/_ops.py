@@ -169,19 +169,12 @@ def _select_linear(
     values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
     logsumexp = hidden.new_zeros(rows if with_logsumexp else 0, dtype=dtype)
     out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    mask = None if mask is None else mask.reshape(-1)
-    kept: Tensor | None = None
-    if mask is not None and mask.device.type == "cpu":
-        # Elsewhere leaving rows out would synchronise; there select skips them.
-        kept, mask = mask.nonzero().squeeze(-1), None
     weight, bias = weight[:limit], None if bias is None else bias[:limit]
-    for here, logits in head_logits(hidden, weight, bias, kept):
-        piece_mask = None if mask is None else mask[here]
-        out_ids[here], picked = module.select(logits, k, limit, banned, piece_mask)
+    for here, logits, kept in head_logits(hidden, weight, bias, mask):
+        out_ids[here], picked = module.select(logits, k, limit, banned, kept)
         out_values[here] = shaped(picked, scale, softcap)
         if with_logsumexp:
-            out_sums[here] = row_logsumexp(shaped(logits, scale, softcap), limit, piece_mask)
+            out_sums[here] = row_logsumexp(logits, limit, kept, scale, softcap)
     return ids, values, logsumexp
 
 

@@ -104,24 +104,30 @@ def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None
-) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """(rows, their logits) of hidden states (N, H), or of the rows that are kept.
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+    """(rows, their logits, their mask) of hidden states (..., H), counted over all leading dims.
 
+    Masked rows are left out on the CPU; elsewhere that would synchronise, and the mask comes along.
     One workspace holds the logits: the next rows overwrite it.
     """
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    kept: Tensor | None = None
+    if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept, mask = mask.nonzero().squeeze(-1), None
     count, vocab = hidden.shape[0] if kept is None else len(kept), weight.shape[0]
     memory: Tensor | None = None
     for piece in pieces(count, vocab, hidden.dtype, hidden.device):
+        here = piece if kept is None else kept[piece]
         if memory is None:
             memory = hidden.new_empty(piece.stop, vocab)
-        here = piece if kept is None else kept[piece]
         logits = memory[: piece.stop - piece.start]
         if bias is None:
             torch.mm(hidden[here], weight.t(), out=logits)
         else:
             torch.addmm(bias, hidden[here], weight.t(), out=logits)
-        yield here, logits
+        yield here, logits, None if mask is None else mask[here]
 
 
 def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, float]]:

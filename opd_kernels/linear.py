@@ -14,7 +14,7 @@ from opd_kernels._autograd import GatherDot
 from opd_kernels.backends import AUTO
 from opd_kernels.head import LinearLogits, shaped
 from opd_kernels.losses import Call, given_support, support_size, teacher_logits
-from opd_kernels.selection import ban_bitmap, bool_mask, select_linear
+from opd_kernels.selection import ban_bitmap, bool_mask, recordable, select_linear
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
@@ -177,6 +177,7 @@ def linear_topk_rkl(
     if logit_softcap is not None:
         # Absent entries have gradient 0, which the softcap's slope at a NaN would make NaN.
         ids = ids.masked_fill(values == -torch.inf, -1)
+    ids = recordable(ids)
     logits, slots = GatherDot.apply(
         student_hidden, student_weight, student_bias, ids, mask, banned, limit, backend
     )

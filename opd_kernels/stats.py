@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels.head import LinearLogits, as_autocast, pieces, shaped
+from opd_kernels.head import LinearLogits, as_autocast, head_logits, shaped
 from opd_kernels.reference import compute_dtype, unpack_bitmap
 from opd_kernels.support import TopK, repeats
 
@@ -72,17 +72,34 @@ def measure(
     return Stats(teacher_mass, held(student, temperature), present.sum(-1))
 
 
-def row_logsumexp(logits: Tensor, width: int, mask: Tensor | None) -> Tensor:
+def row_logsumexp(
+    logits: Tensor,
+    width: int,
+    mask: Tensor | None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """log sum exp over [0, width) of each row, float32 (float64); 0 in masked rows."""
-    return _reduce_rows(lambda rows: rows.logsumexp(-1), logits[..., :width], mask)
+
+    def reduce(rows: Tensor) -> Tensor:
+        return shaped(rows, scale, softcap).logsumexp(-1)
+
+    return _reduce_rows(reduce, logits[..., :width], mask)
 
 
 def _mass(
-    logits: Tensor, ids: Tensor, counted: Tensor, temperature: float | Tensor, mask: Tensor | None
+    logits: Tensor,
+    ids: Tensor,
+    counted: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """What softmax(logits / T) holds on the counted ids of each row."""
+    """What softmax(logits / T) holds on the counted ids of each row, scale and softcap first."""
 
     def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+        rows = shaped(rows, scale, softcap)
         # The maximum is taken off before dividing: rows / T alone may overflow.
         scaled = (rows - rows.amax(-1, keepdim=True)).div_(temperatures)
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
@@ -100,25 +117,15 @@ def _head_mass(
 ) -> Tensor:
     """The same of a head's logits, of a few rows at a time."""
     rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
-    hidden, weight = hidden.reshape(-1, hidden.shape[-1]), weight[:vocab_size]
-    bias = None if bias is None else bias[:vocab_size]
-    ids, counted = (x.reshape(-1, x.shape[-1]) for x in (ids, counted))
-    mask = None if mask is None else mask.reshape(-1)
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    ids, counted = (entries.reshape(-1, entries.shape[-1]) for entries in (ids, counted))
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(rows).reshape(-1)
-    parts = []
-    for piece in pieces(hidden.shape[0], head.vocab, hidden.dtype, hidden.device):
-        logits = torch.nn.functional.linear(hidden[piece], weight, bias)
-        parts.append(
-            _mass(
-                shaped(logits, head.scale, head.softcap),
-                ids[piece],
-                counted[piece],
-                temperature[piece] if isinstance(temperature, Tensor) else temperature,
-                None if mask is None else mask[piece],
-            )
-        )
-    return torch.cat(parts).view(rows) if parts else hidden.new_zeros(rows, dtype=torch.float32)
+    out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
+    for here, logits, kept in head_logits(hidden, weight, bias, mask):
+        there = temperature[here] if isinstance(temperature, Tensor) else temperature
+        out[here] = _mass(logits, ids[here], counted[here], there, kept, head.scale, head.softcap)
+    return out.view(rows)
 
 
 def _given_mass(

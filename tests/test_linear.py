@@ -150,6 +150,46 @@ def test_statistics_are_those_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_round_no_more_than_the_product(dtype: torch.dtype) -> None:
+    hidden, weight = 2 * normal(6, 64, dtype=dtype), normal(500, 64, seed=1, dtype=dtype)
+    teacher = LinearLogits(hidden, weight, softcap=30.0, scale=0.7)
+    exact = 30 * torch.tanh(linear(hidden, weight).double() * 0.7 / 30)
+    support = select_topk(teacher, 32, with_logsumexp=True)
+    torch.testing.assert_close(support.logsumexp.double(), exact.logsumexp(-1), rtol=1e-6, atol=0)
+    _, stats = linear_topk_rkl(
+        hidden, weight, teacher, 32, logit_softcap=30.0, logit_scale=0.7, return_stats=True
+    )
+    mass = exact.softmax(-1).gather(-1, support.ids.long()).sum(-1)
+    torch.testing.assert_close(stats.teacher_mass.double(), mass, rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.student_mass.double(), mass, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (3, 0), (2, 1, 2)])
+def test_statistics_have_the_rows_shape(rows: tuple[int, ...]) -> None:
+    hidden, weight = normal(*rows, 8), normal(30, 8)
+    for teacher in (LinearLogits(hidden, weight), linear(hidden, weight)):
+        loss, stats = linear_topk_rkl(
+            hidden, weight, teacher, 5, reduction="none", return_stats=True
+        )
+        assert loss.shape == stats.teacher_mass.shape == stats.student_mass.shape == rows
+
+
+def test_compiled_calls_measure_the_same() -> None:
+    hidden, weight = normal(4, 8), normal(30, 8, seed=1)
+    teacher, mask = LinearLogits(normal(4, 6), normal(30, 6)), torch.arange(4) != 2
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any, mask: torch.Tensor) -> Any:
+        return linear_topk_rkl(hidden, weight, teacher, 5, mask=mask, return_stats=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected_loss, expected = step(hidden, weight, teacher, mask)
+    loss, stats = compiled(hidden, weight, teacher, mask)
+    assert torch.equal(loss, expected_loss)
+    for got, wanted in zip(stats, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 # What is computed
 
 
@@ -350,6 +390,22 @@ def test_masked_rows_of_a_teacher_are_not_read() -> None:
     torch.testing.assert_close(topk.logsumexp, expected.logsumexp)
 
 
+def test_statistics_do_not_read_masked_rows() -> None:
+    hidden, weight = Pages(integers(4, 16)), integers(40, 16, seed=1)
+    mask = torch.tensor([True, False, True, False])
+    for row in (1, 3):
+        hidden.close(row)
+    try:
+        teacher = LinearLogits(hidden.rows, weight)
+        _, stats = linear_topk_rkl(
+            hidden.rows, weight, teacher, 5, mask=mask, return_stats=True, backend="cpu"
+        )
+    finally:
+        hidden.open()
+    assert stats.valid_k.tolist() == [5, 0, 5, 0]
+    assert stats.student_mass[~mask].tolist() == [0, 0]
+
+
 def test_weights_reach_beyond_two_to_the_31_elements(linear_backend: str) -> None:
     stride, width = 2**31 + 16, 40
     pages = mmap.mmap(-1, 2 * stride * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
@@ -421,6 +477,18 @@ def test_changing_an_input_before_backward_is_noticed() -> None:
         weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_support_that_was_made_in_inference_mode_is_taken() -> None:
+    hidden, weight = normal(5, 16).requires_grad_(), normal(30, 16, seed=1).requires_grad_()
+    teacher = normal(5, 30, seed=2)
+    with torch.inference_mode():
+        inferred, mask = select_topk(teacher, 8), torch.ones(5, dtype=torch.bool)
+        head_of_teacher = LinearLogits(normal(5, 4), normal(30, 4))
+    for support in (inferred, head_of_teacher):
+        k = None if support is inferred else 8
+        loss = linear_topk_rkl(hidden, weight, support, k, mask=mask)
+        assert torch.isfinite(gradients(loss, hidden, weight)[0]).all()
 
 
 @pytest.mark.parametrize("kind", ["logits", "linear", "topk"])

@@ -159,7 +159,7 @@ def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Hea
     weight = (normal * case.hidden**-0.5).to(dtype)[:, 1:-2]
     if case.seed % 2:
         weight = weight.contiguous()
-    bias = torch.randn(vocab, generator=generator).to(dtype)
+    bias = torch.randn(2 * vocab, generator=generator).to(dtype)[::2]
     for rows in (weight, bias):
         rows[allowed_below(case) :] = torch.nan
         banned = inputs.options["banned_ids"]

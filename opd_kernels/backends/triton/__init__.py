@@ -173,6 +173,7 @@ def gather_dot(
     logits = _empty(ids.shape, torch.float32, ids.device)
     slots = _empty(ids.shape, torch.int32, ids.device)
     ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
+    bias = None if bias is None else bias.contiguous()
     block_k, block_h = configs.dots(k, width, weight.element_size())
     with _current(ids.device):
         for at in _parts(hidden):
