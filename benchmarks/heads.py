@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from calls import reads
@@ -25,6 +25,7 @@ TRAINED, FROZEN = "trained", "frozen"
 HEAD, CAREFUL, LOGITS = "LM head", "LM head + careful eager", "LM head + topk_rkl"
 FORWARD, BOTH = "forward", "forward + backward"
 TEACHER_HEAD, TOTAL, STUDENT = "teacher's LM head", "teacher in process", "student side"
+LIGER = "Liger"
 READ, FRESH, WARM = "read of gathered bytes", "memset of dW, fresh", "memset of dW, warm"
 
 
@@ -107,6 +108,11 @@ class Inputs:
     def head(self, trained: bool) -> Tensor:
         """The weight as a loss is given it."""
         return self.weight if trained else self.weight.detach()
+
+    def first(self, rows: int) -> Inputs:
+        """The first of the rows, and the same head."""
+        hidden = self.hidden.detach()[:rows].requires_grad_()
+        return Inputs(hidden, self.weight, self.support[slice(0, rows)])
 
     def __len__(self) -> int:
         """Rows."""
@@ -338,6 +344,10 @@ class Teacher:
         """A random one."""
         return cls(LinearLogits(*head_of(point, hidden, device)), point.k)
 
+    def first(self, rows: int) -> Teacher:
+        """Of the first rows."""
+        return Teacher(replace(self.logits, hidden=self.logits.hidden[:rows]), self.k)
+
     def loss(self, given: Inputs, backend: str) -> Tensor:
         """Ours, with a trained head."""
         return linear_topk_rkl(*given.leaves, self.logits, self.k, backend=backend)
@@ -392,7 +402,7 @@ class Liger:
             weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled
         )
         version = importlib.metadata.version("liger_kernel")
-        self.name = f"Liger {version}, full vocabulary" + (", compiled" if compiled else "")
+        self.name = f"{LIGER} {version}, full vocabulary" + (", compiled" if compiled else "")
 
     def loss(self, given: Inputs, teacher: Teacher) -> Tensor:
         """The mean of all rows."""

@@ -37,6 +37,7 @@ from heads import (
     CAREFUL,
     FROZEN,
     HEAD,
+    LIGER,
     LOGITS,
     READ,
     STUDENT,
@@ -52,8 +53,10 @@ from report import Result, report
 from timing import Clock, Name, Run, spread
 
 PART = "linear"
-PEAKS = tuple(
-    f"{what}, {how}" for what in (BOTH, HEAD, CAREFUL, LOGITS) for how in (TRAINED, FROZEN)
+PEAKS = (
+    *(f"{what}, {how}" for what in (BOTH, HEAD, CAREFUL, LOGITS) for how in (TRAINED, FROZEN)),
+    TOTAL,
+    LIGER,
 )
 
 
@@ -105,9 +108,9 @@ CPU = LinearPlan(
     sweep_ks=(8, 32, 128, 512, 1024),
     sweep_rows=(64, 512, 4096),
     many_rows=65536,
-    rounds=7,
+    rounds=5,
     sweep_rounds=3,
-    compiled=False,
+    compiled=True,
     fresh=PEAKS,
 )
 SMOKE = LinearPlan(
@@ -207,9 +210,18 @@ class LinearBench:
         """Bytes that a call allocates at its peak: on a CPU seen from outside a fresh process."""
         if self.device.type != "cpu":
             return None if run is None else self.clock.peak_memory(run)
-        if name[1] not in self.plan.fresh or not Path("/proc/self/clear_refs").exists():
+        measure = LIGER if name[1].startswith(LIGER) else name[1]
+        if measure not in self.plan.fresh or not Path("/proc/self/clear_refs").exists():
             return None
-        asked = json.dumps({"point": asdict(point), "ids": ids, "name": (backend, name[1])})
+        asked = json.dumps(
+            {
+                "point": asdict(point),
+                "ids": ids,
+                "backend": backend,
+                "measure": measure,
+                "teacher_hidden": self.plan.teacher_hidden,
+            }
+        )
         threads = str(torch.get_num_threads())
         command = [sys.executable, str(Path(__file__)), "--peak", asked, "--threads", threads]
         # Memory that is given back is given back to the system, or it would not be seen again.
@@ -249,8 +261,8 @@ class LinearBench:
                 raise RuntimeError("; ".join(failed.values()))
             for name, values in times.items():
                 row = spread(values) | {"checked": checked}
-                peak = self.clock.peak_memory(runs[name])
-                row |= {} if peak is None else peaks(point, f"{name[1]}, {TRAINED}", peak)
+                peak = self.peak(point, "shared ids", backend, name, runs[name])
+                row |= {} if peak is None else peaks(point, name[1], peak)
                 row["note"] = f"teacher's H={self.plan.teacher_hidden}"
                 self.add("linear, teacher in process", point, name, **row)
             parts = [("torch", TEACHER_HEAD), (backend, STUDENT)]
@@ -284,8 +296,8 @@ class LinearBench:
             raise RuntimeError("; ".join(failed.values()))
         ratio = statistics.median(times[name]) / statistics.median(times[total])
         row = spread(times[name]) | {"checked": checked, "beside": backend, "times_ours": ratio}
-        peak = self.clock.peak_memory(theirs)
-        row |= {} if peak is None else peaks(point, f"{name[1]}, {TRAINED}", peak)
+        peak = self.peak(point, "shared ids", backend, name, theirs)
+        row |= {} if peak is None else peaks(point, name[1], peak)
         self.add(part, point, name, **row)
 
     def sweep(self, axis: str, values: tuple[int, ...]) -> None:
@@ -327,8 +339,10 @@ def beside(backend: str, name: Name, times: dict[Name, list[float]]) -> dict[str
 def peaks(point: HeadPoint, measure: str, peak: int) -> dict[str, int]:
     """A peak, and what of it is not the gradients themselves."""
     grads = 0
-    if measure.endswith((TRAINED, FROZEN)):
-        grads = point.hidden_bytes + point.weight_bytes * measure.endswith(TRAINED)
+    if measure.endswith((TRAINED, STUDENT, TOTAL)) or measure.startswith(LIGER):
+        grads = point.hidden_bytes + point.weight_bytes
+    elif measure.endswith(FROZEN):
+        grads = point.hidden_bytes
     return {"peak_bytes": peak, "extra_bytes": peak - grads}
 
 
@@ -341,26 +355,31 @@ def resident(field: str) -> int:
 
 def peak_here(asked: dict[str, Any]) -> int:
     """Bytes by which this process peaks in a call, after the same call on two rows."""
-    point = HeadPoint(**asked["point"])
-    backend, measure = asked["name"]
-    what, _, how = measure.rpartition(", ")
-    given = heads.inputs(point, asked["ids"], torch.device("cpu"))
-    few = Inputs(
-        given.hidden.detach()[:2].requires_grad_(), given.weight, given.support[slice(0, 2)]
-    )
-
-    def prepared(some: Inputs) -> Callable[[], object]:
-        if what == HEAD:
-            upstream = torch.ones(len(some), point.vocab, dtype=point.torch_dtype)
-            return heads.head_alone(some, upstream, how == TRAINED)()
-        return heads.backward_of(heads.losses(some, backend, how == TRAINED)[what], *some.leaves)()
-
-    prepared(few)()
-    timed = prepared(given)
+    point, device = HeadPoint(**asked["point"]), torch.device("cpu")
+    given = heads.inputs(point, asked["ids"], device)
+    teacher = Teacher.of(point, asked["teacher_hidden"], device)
+    prepared(given.first(2), teacher, asked)()
+    timed = prepared(given, teacher, asked)  # which frees the gradients of the call before
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     timed()
     return resident("VmHWM") - before
+
+
+def prepared(given: Inputs, teacher: Teacher, asked: dict[str, Any]) -> Callable[[], object]:
+    """A call of those in PEAKS."""
+    what, _, how = asked["measure"].partition(", ")
+    backend, trained = asked["backend"], how == TRAINED
+    if what == HEAD:
+        shape = len(given), len(given.weight)
+        return heads.head_alone(given, given.hidden.new_ones(shape), trained)()
+    if what in (TOTAL, LIGER):
+        teacher = teacher.first(len(given))
+        liger = Liger(compiled=False) if what == LIGER else None  # without the compiler's memory
+        if liger is not None:
+            return heads.backward_of(lambda: liger.loss(given, teacher), *given.leaves)()
+        return heads.backward_of(lambda: teacher.loss(given, backend), *given.leaves)()
+    return heads.backward_of(heads.losses(given, backend, trained)[what], *given.leaves)()
 
 
 def describe(threads: int) -> dict[str, object]:
