@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -390,7 +391,8 @@ def linear_measures(backend: str, points: int, peaks: bool) -> list[tuple[str, s
     headline += [("eager", f"LM head + careful eager, {how}") for how in HOW]
     headline += [("torch", f"LM head, {how}") for how in HOW]
     headline += [("torch", "read of gathered bytes")]
-    headline += [("torch", f"memset of dW, {memory}") for memory in ("fresh", "warm")]
+    memories = ["fresh", "warm"] + ["fresh huge pages"] * hasattr(mmap, "MADV_HUGEPAGE")
+    headline += [("torch", f"memset of dW, {memory}") for memory in memories]
     teacher = [("torch", "teacher's LM head"), (backend, "student side")]
     teacher += [(backend, "teacher in process"), ("peer", "Liger")]
     by_k = [*(both + LOGITS_FORM) * 2, *((backend, f"crossover, {how}") for how in HOW)]
