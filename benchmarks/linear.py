@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -405,11 +406,15 @@ def main() -> None:
     result = Result(None, describe(options.threads))
     plan = SMOKE if options.quick else CPU
     bench = LinearBench(torch.device("cpu"), plan, result, ["cpu"])
-    for step in bench.steps():
-        if options.only in step.label:
-            print(f"  {step.label}, {step.point}", flush=True)
-            step.run()
-    report(result)
+    begin = time.monotonic()
+    try:
+        for step in bench.steps():
+            if options.only in step.label:
+                spent = time.monotonic() - begin
+                print(f"{spent:5.0f} s  {step.label}, {step.point}", flush=True)
+                step.run()
+    finally:
+        report(result)
     if options.json:
         with options.json.open("a") as file:
             file.write(json.dumps(result.content()) + "\n")
