@@ -68,6 +68,7 @@ fuzz: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/linear.py
 
 # The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
 # folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels.

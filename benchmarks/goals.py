@@ -33,6 +33,17 @@ GOALS = {
     "triton": Goals(percent=80, times={"careful eager": 5, "naive eager": 15}),
 }
 
+# Of `linear_topk_rkl`, by device: how many times as long something takes at a K.
+LINEAR_GOALS: dict[str, dict[tuple[str, int], float]] = {
+    "cpu": {
+        ("LM head + careful eager, trained", 32): 10,
+        ("LM head + careful eager, frozen", 32): 20,
+    },
+    "cuda": {("LM head, trained", 64): 7, ("LM head, trained", 32): 10},
+}
+# Of a teacher in process to its matrix product and the student's side alone.
+TEACHER_RATIO = 1.25
+
 
 def judge_point(
     result: Result, part: str, point: Any, backend: str, measure: str, row: dict[str, Any]
@@ -80,3 +91,34 @@ def judge_host(result: Result, backend: str, measure: str, host_us: float) -> No
         most = GOALS[backend].host_us
         if most is not None:
             result.goal(f"{backend}: {measure}, us on the host", host_us, most=most)
+
+
+def judge_linear(
+    result: Result, device: str, point: Any, who: str, rows: dict[str, dict[str, Any]]
+) -> None:
+    """Times at a headline shape, of measures with a trained or a frozen head.
+
+    A gradient of the head that is allocated anew may cost what a memset of it does.
+    """
+    for (measure, k), least in LINEAR_GOALS[device].items():
+        if k != point.k or measure not in rows:
+            continue
+        row, what = rows[measure], f"{who}, K={point.k}: {measure} / ours"
+        fresh = rows.get("memset of dW, fresh")
+        if fresh is not None and measure.endswith("trained"):
+            what += f" ({least:g} and a memset of a fresh dW)"
+            least = row["ms"] / (row["ms"] / least + fresh["ms"])
+        result.goal(what, row["times_ours"], least=least)
+
+
+def judge_linear_memory(result: Result, point: Any, who: str, row: dict[str, Any]) -> None:
+    """What a call takes besides inputs and gradients."""
+    most = 64e6 + 16 * point.rows * point.k
+    what = f"{who}, {point.rows} rows, K={point.k}: MB besides inputs and gradients"
+    result.goal(what, max(row["extra_bytes"], 0) / 1e6, most=most / 1e6)
+
+
+def judge_teacher(result: Result, point: Any, backend: str, ratio: float) -> None:
+    """A teacher in process."""
+    what = f"{backend}, K={point.k}: teacher in process / (its LM head + the student's side)"
+    result.goal(what, ratio, most=TEACHER_RATIO)

@@ -1,6 +1,6 @@
 """GPU benchmark of ``topk_rkl`` with its yardsticks in the same run.
 
-    python benchmarks/gpu.py [--quick] [--minutes 7] [--output benchmarks/results]
+    python benchmarks/gpu.py [--quick] [--only linear] [--minutes 7] [--output benchmarks/results]
     TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke --device cpu    # its path, on tiny shapes
 
 Yardsticks: a pure read of the teacher's bytes (the fastest of several kernels and ``torch.amax``:
@@ -9,7 +9,8 @@ naive eager, also through ``torch.compile``; unusual rows beside random ones; an
 headline shape. What is compared is timed in turn, round by round, by events, with the L2 cache full
 of something else and the launches queued ahead; medians. A backend is timed only after its loss and
 gradient at that shape agreed with float64 on 64 rows. Beside these: the host's time in a call that
-finds the queue empty, what a call launches, and what Nsight Compute counts in it (profile_gpu.py).
+finds the queue empty, what a call launches, and what Nsight Compute counts in it (profile_gpu.py);
+and ``linear_topk_rkl`` beside the LM head alone and the losses that need its logits (linear.py).
 
 What a backend should reach is in goals.py; the end of the output says of each goal whether it was
 met. The result file is rewritten after each task, and tasks come in order of importance: what
@@ -31,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import linear
 import torch
 from calls import (
     Point,
@@ -52,6 +54,8 @@ from goals import (
     judge_peer,
     judge_point,
 )
+from heads import HeadPoint
+from linear import LinearBench, LinearPlan, Step
 from peers import careful_eager, check, naive_eager
 from profile_gpu import profile
 from report import Result, kernel_name, report
@@ -91,6 +95,7 @@ class Plan:
     rounds: int
     host_calls: int
     compiler: str
+    linear: LinearPlan
 
 
 FULL = Plan(
@@ -109,6 +114,7 @@ FULL = Plan(
     rounds=30,
     host_calls=300,
     compiler="inductor",
+    linear=linear.GPU,
 )
 SMOKE = Plan(
     rows=2,
@@ -121,7 +127,13 @@ SMOKE = Plan(
     rounds=2,
     host_calls=2,
     compiler="eager",
+    linear=replace(linear.SMOKE, fresh=()),
 )
+
+
+def gpu_backends() -> list[str]:
+    """Their names."""
+    return [name for name in backends.MODULES if name not in ("cpu", "reference")]
 
 
 class Bench:
@@ -133,9 +145,8 @@ class Bench:
 
     def backends(self, point: Point) -> list[str]:
         """GPU backends that serve a point."""
-        names = [name for name in backends.MODULES if name not in ("cpu", "reference")]
         what = self.device, (point.torch_dtype,), point.k
-        return [name for name in names if backends.load(name).refusal(*what) is None]
+        return [name for name in gpu_backends() if backends.load(name).refusal(*what) is None]
 
     def inputs(self, point: Point, tensors: int = 5) -> tuple[Tensor, Tensor]:
         """(student, teacher), if as many tensors of their size fit in memory."""
@@ -303,9 +314,14 @@ class Task(NamedTuple):
     """A step of the benchmark: what is called with a point, and how it is recorded if it fails."""
 
     part: str
-    point: Point
+    point: Point | HeadPoint
     label: str
     run: Callable[[], None]
+
+
+def linear_task(step: Step) -> Task:
+    """A step of the benchmark of the loss of hidden states."""
+    return Task("linear", step.point, f"linear, {step.label}", step.run)
 
 
 def tasks(bench: Bench, plan: Plan, quick: bool) -> list[Task]:
@@ -337,6 +353,8 @@ def tasks(bench: Bench, plan: Plan, quick: bool) -> list[Task]:
     todo += [measured("few rows", point) for point in few]
     todo.append(beside("host", few[0], bench.measure_host))
     todo += peers(main, compiled=False)
+    steps = LinearBench(bench.device, plan.linear, bench.result, gpu_backends()).steps()
+    todo += [linear_task(step) for step in steps if step.has_goal]
     for content in list(unusual_rows(replace(main, rows=1), bench.device))[plan.unusual]:
         run = functools.partial(bench.measure_unusual, main, content)
         todo.append(Task("unusual", main, content, run))
@@ -346,6 +364,7 @@ def tasks(bench: Bench, plan: Plan, quick: bool) -> list[Task]:
     todo.append(beside("profile", main, bench.profile))
     if quick:
         return todo
+    todo += [linear_task(step) for step in steps if not step.has_goal]
     todo += peers(main, compiled=True)
     for axis, values in plan.sweeps.items():
         todo += [measured("sweep", replace(main, **{axis: value})) for value in values]
@@ -415,6 +434,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="what has a goal, and a profile")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes; figures mean nothing")
     parser.add_argument("--minutes", type=float, default=7.0, help="no task begins after them")
+    parser.add_argument("--only", default="", help="tasks whose label contains this")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=git_commit(), help="where there is no git")
     folder = Path(__file__).parent / "results"
@@ -432,7 +452,8 @@ def main() -> None:
     plan = SMOKE if options.smoke else FULL
     bench = Bench(device, plan, result)
     try:
-        run_tasks(bench, result, tasks(bench, plan, options.quick), options.minutes * 60)
+        todo = [task for task in tasks(bench, plan, options.quick) if options.only in task.label]
+        run_tasks(bench, result, todo, options.minutes * 60)
     except Exception as error:
         result.head["stopped"] = f"{type(error).__name__}: {error}"
         raise

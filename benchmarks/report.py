@@ -13,7 +13,7 @@ import torch
 class Result:
     """The result file and what goes into it."""
 
-    def __init__(self, path: Path, head: dict[str, object]) -> None:  # noqa: D107
+    def __init__(self, path: Path | None, head: dict[str, object]) -> None:  # noqa: D107
         self.path, self.head = path, head
         self.rows: list[dict[str, Any]] = []
         self.goals: list[dict[str, Any]] = []
@@ -29,16 +29,21 @@ class Result:
         met = least <= value <= most
         self.goals.append({"what": what, "value": value, "goal": goal, "met": met})
 
-    def write(self) -> None:
-        """Replaces the file in one step."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """All of it."""
+        return {
             **self.head,
             "goals": self.goals,
             "not_reached": self.not_reached,
             "rows": self.rows,
         }
+
+    def write(self) -> None:
+        """Replaces the file, if there is to be one, in one step."""
+        if self.path is None:
+            return
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.content(), indent=1) + "\n")
         partial.replace(self.path)
 
 
@@ -54,7 +59,9 @@ def comment(row: dict[str, Any]) -> str:
     if "host_us" in row:
         said.append(f"{row['host_us']:.1f} us on the host")
     if "times_ours" in row:
-        said.append(f"{row['times_ours']:.1f} x {row['backend']}")
+        said.append(f"{row['times_ours']:.2f} x {row.get('beside', row['backend'])}")
+    if "extra_bytes" in row:
+        said.append(f"{row['extra_bytes'] / 1e6:.1f} MB besides gradients")
     if row.get("scaled", 1) > 1:
         said.append(f"{row['scaled']} x the time of 1/{row['scaled']} of the rows")
     if "launches" in row:
@@ -95,8 +102,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each measurement, under its shape."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        point = f"{row['rows']} x {row['vocab']} {row['dtype']} K={row['k']}"
-        line = f"  {row.get('backend', ''):7s} {row['measure']:22s}"
+        hidden = f" H={row['hidden']}" if "hidden" in row else ""
+        point = f"{row['rows']} x {row['vocab']} {row['dtype']}{hidden} K={row['k']}"
+        line = f"  {row.get('backend', ''):7s} {row['measure']:{34 if hidden else 22}s}"
         if "ms" in row:
             line += f"{row['ms']:9.3f} ms ({row['p10']:.3f} to {row['p90']:.3f})".ljust(34)
         if "gb_s" in row:
@@ -121,4 +129,5 @@ def report(result: Result) -> None:
             print(f"  {what}: {len(row['launches'])}")
     for name in result.not_reached:
         print(f"  not reached: {name}")
-    print(f"\nwritten to {result.path}")
+    if result.path is not None:
+        print(f"\nwritten to {result.path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -11,10 +12,24 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+# Elements of float32 that are more than a CPU's caches.
+CPU_CACHES = 1 << 24
 Name = tuple[str, str]  # backend and measure
 Run = Callable[[], Callable[[], object]]  # prepares, and returns what is timed
 Runs = dict[Name, Run]
 Times = dict[Name, list[float]]
+
+
+@functools.cache
+def _other(device: torch.device) -> torch.Tensor:
+    """256 MB, more than caches hold; read and not written, which would leave lines to write."""
+    return torch.zeros(2**26, device=device)
+
+
+def cold(device: torch.device) -> None:
+    """Fills a CPU's caches with something else; ``Clock`` does it itself on other devices."""
+    if device.type == "cpu":
+        _other(device)[:CPU_CACHES].sum()
 
 
 class Clock:
@@ -22,8 +37,7 @@ class Clock:
 
     def __init__(self, device: torch.device, warmups: int, rounds: int) -> None:  # noqa: D107
         self.device, self.warmups, self.rounds = device, warmups, rounds
-        # Larger than any L2 cache; read and not written, which would leave lines to write back.
-        self.other = torch.zeros(2**26, device=device) if device.type == "cuda" else None
+        self.other = _other(device) if device.type == "cuda" else None
 
     def once(self, run: Run) -> float:
         """Milliseconds on the device, of one call with cold caches."""

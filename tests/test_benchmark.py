@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -59,9 +62,10 @@ def run(script: str, *arguments: str | Path, **environment: str) -> str:
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The GPU benchmark's modules."""
+    """The benchmarks' modules."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = ("calls", "goals", "gpu", "profile_gpu", "report", "timing")
+    names = ("calls", "goals", "gpu", "heads", "linear", "profile_gpu", "repetition", "report")
+    names += ("timing",)
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -107,7 +111,11 @@ def test_gpu_benchmark_measures_everything_and_nothing_fails(
     result, _ = gpu_run
     assert [row["error"] for row in result["rows"] if "error" in row] == []
     assert result["not_reached"] == []
-    measured = [(row["part"], row["backend"], row["measure"]) for row in result["rows"]]
+    measured = [
+        (row["part"], row["backend"], row["measure"])
+        for row in result["rows"]
+        if not row["part"].startswith("linear")
+    ]
     yardsticks = [("torch", measure) for measure in ("read", "memset", "copy")]
     ours = [("triton", measure) for measure in ("forward", "backward", "forward + backward")]
     others = [("triton", m) for m in ("select_topk", "forward, TopK teacher", "in place")]
@@ -129,7 +137,8 @@ def test_gpu_benchmark_measures_everything_and_nothing_fails(
 def test_gpu_benchmark_puts_every_time_beside_a_check_and_a_yardstick(
     gpu_run: tuple[dict[str, Any], str],
 ) -> None:
-    rows = [row for row in gpu_run[0]["rows"] if row["part"] not in ("launches", "profile")]
+    left_out = ("launches", "profile", "linear")
+    rows = [row for row in gpu_run[0]["rows"] if not row["part"].startswith(left_out)]
     for row in rows:
         assert 0 < row["p10"] <= row["ms"] <= row["p90"]
         if row["part"] == "host":
@@ -150,7 +159,7 @@ def test_gpu_benchmark_prints_a_verdict_on_every_goal(
     gpu_run: tuple[dict[str, Any], str],
 ) -> None:
     result, output = gpu_run
-    assert len(result["goals"]) == 8
+    assert len(result["goals"]) == 8 + 2  # and of hidden states
     verdict = output[output.index("\nverdict") :]
     for goal in result["goals"]:
         assert f"{'met' if goal['met'] else 'missed':6s}  {goal['what']}" in verdict
@@ -170,7 +179,13 @@ def test_every_backend_is_judged_by_goals_of_its_own(
         for content in contents
         for measure in ("forward", "forward + backward")
     }
-    assert {goal["what"]: goal["goal"] for goal in result.goals} == unusual | {
+    linear = {
+        f"{name}, K=8: teacher in process / (its LM head + the student's side)": "at most 1.25"
+        for name in ("cuda", "triton")
+        if hasattr(backends.load(name), "gather_dot")
+    }
+    assert {goal["what"]: goal["goal"] for goal in result.goals} == unusual | linear | {
+        "kernels for hidden states": "at least 1",
         "cuda, K=8: forward, % of the read ceiling": "at least 90",
         "cuda, K=8: forward + backward, % of read + memset": "at least 90",
         "cuda, 1 rows: forward, % of the read ceiling": "at least 60",
@@ -359,6 +374,267 @@ def test_a_profile_is_part_of_the_result(
     ]
     table = "\n".join(benchmarks.report.table(result.rows))
     assert "871.3 us, 91.2 % of the memory's peak" in table
+
+
+# The loss of hidden states
+
+
+HOW = ("trained", "frozen")
+LOGITS_FORM = [("logits", f"LM head + topk_rkl, {how}") for how in HOW]
+TEACHER_PART = "linear, teacher in process"
+
+
+def linear_measures(backend: str, points: int, peaks: bool) -> list[tuple[str, str, str]]:
+    """(part, backend, measure) of every row, where Liger is not installed."""
+    both = [(backend, f"forward + backward, {how}") for how in HOW]
+    headline = [(backend, "forward"), *both, *LOGITS_FORM]
+    headline += [("eager", f"LM head + careful eager, {how}") for how in HOW]
+    headline += [("torch", f"LM head, {how}") for how in HOW]
+    headline += [("torch", "read of gathered bytes")]
+    memories = ["fresh", "warm"] + ["fresh huge pages"] * hasattr(mmap, "MADV_HUGEPAGE")
+    headline += [("torch", f"memset of dW, {memory}") for memory in memories]
+    teacher = [("torch", "teacher's LM head"), (backend, "student side")]
+    teacher += [(backend, "teacher in process"), ("peer", "Liger")]
+    by_k = [*(both + LOGITS_FORM) * 2, *((backend, f"crossover, {how}") for how in HOW)]
+    return sorted(
+        [("linear", *name) for name in headline * points]
+        + [(TEACHER_PART, *name) for name in teacher]
+        + [("linear, many rows", *both[0])] * peaks
+        + [("linear, by K", *name) for name in by_k]
+        + [("linear, by N", *name) for name in both + LOGITS_FORM]
+    )
+
+
+def check_linear_rows(rows: list[dict[str, Any]], backend: str, peaks: bool) -> None:
+    measured = [(row["part"], row["backend"], row["measure"]) for row in rows]
+    assert sorted(measured) == linear_measures(backend, points=2, peaks=peaks)
+    assert {row["content"] for row in rows if row["part"] == "linear"} == {
+        "uniform ids",
+        "shared ids",
+    }
+    for row in rows:
+        if "ms" in row:
+            assert 0 < row["p10"] <= row["ms"] <= row["p90"]
+            assert row["checked"]["rows"] == row["rows"]
+            assert row["checked"]["loss_error"] < 1e-4
+        if row["measure"].startswith("LM head"):
+            assert row["times_ours"] > 0
+            assert row["beside"] == backend
+        if row["measure"].startswith("LM head +"):
+            assert row["checked"][row["measure"].rpartition(",")[0]] < 1e-4
+        if row["measure"] == "Liger":
+            assert "pip install liger-kernel" in row["note"]
+
+
+@pytest.fixture
+def no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+
+
+def linear_bench(benchmarks: SimpleNamespace, backend: str = "reference") -> Any:
+    """The benchmark of hidden states on tiny shapes, and its result."""
+    result = benchmarks.report.Result(None, {})
+    plan = dataclasses.replace(benchmarks.linear.SMOKE, fresh=())
+    return benchmarks.linear.LinearBench(CPU, plan, result, [backend]), result
+
+
+def test_gpu_benchmark_measures_the_loss_of_hidden_states(
+    gpu_run: tuple[dict[str, Any], str],
+) -> None:
+    rows = [row for row in gpu_run[0]["rows"] if row["part"].startswith("linear")]
+    served = hasattr(backends.load("triton"), "gather_dot")
+    rows = [row for row in rows if "Liger " not in row["measure"]]
+    check_linear_rows(rows, "triton" if served else "reference", peaks=False)
+    goals = {goal["what"]: goal["met"] for goal in gpu_run[0]["goals"]}
+    assert goals["kernels for hidden states"] == served
+
+
+def test_cpu_benchmark_of_hidden_states_appends_its_figures(tmp_path: Path) -> None:
+    path = tmp_path / "linear.jsonl"
+    output = run("linear.py", "--quick", "--json", path)
+    (line,) = path.read_text().splitlines()
+    figures = json.loads(line)
+    served = hasattr(backends.load("cpu"), "gather_dot")
+    peaks = Path("/proc/self/clear_refs").exists()
+    rows = [row for row in figures["rows"] if "Liger " not in row["measure"]]
+    check_linear_rows(rows, "cpu" if served else "reference", peaks)
+    seen = [row for row in rows if "peak_bytes" in row]
+    assert len(seen) == 3 * peaks
+    for row in seen:
+        assert row["peak_bytes"] - row["extra_bytes"] == 4 * 24 * (row["rows"] + row["vocab"])
+        assert row["peak_bytes"] < 4 << 20
+    verdict = output[output.index("\nverdict") :]
+    for goal in figures["goals"]:
+        assert f"{'met' if goal['met'] else 'missed':6s}  {goal['what']}" in verdict
+    assert "written to" not in output
+
+
+@pytest.mark.parametrize("broken", ["loss", "hidden", "weight", "frozen"])
+def test_nothing_of_hidden_states_is_timed_whose_outputs_are_wrong(
+    broken: str, benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = benchmarks.heads.linear_topk_rkl
+
+    def changed(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        """The same with another gradient."""
+        return tensor.detach() + factor * (tensor - tensor.detach())
+
+    def wrong(
+        hidden: torch.Tensor, weight: torch.Tensor, *args: Any, **options: Any
+    ) -> torch.Tensor:
+        frozen = not weight.requires_grad
+        if broken == "hidden" or (broken == "frozen" and frozen):
+            hidden = changed(hidden, 1.001)
+        if broken == "weight" and not frozen:
+            weight = changed(weight, 1.001)
+        loss = right(hidden, weight, *args, **options)
+        return loss * 1.001 if broken == "loss" else loss
+
+    monkeypatch.setattr(benchmarks.heads, "linear_topk_rkl", wrong)
+    bench, result = linear_bench(benchmarks)
+    point = bench.plan.points()[0]
+    with pytest.raises(AssertionError, match="frozen" if broken == "frozen" else broken):
+        bench.measure(point, "shared ids")
+    with pytest.raises(AssertionError):
+        bench.measure_teacher(point)
+    with pytest.raises(AssertionError):
+        bench.sweep("k", (8,))
+    assert result.rows == []
+
+
+def test_peers_of_hidden_states_are_checked(
+    benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careful = benchmarks.heads.careful_given
+    monkeypatch.setattr(benchmarks.heads, "careful_given", lambda *args: careful(*args) * 1.001)
+    bench, _ = linear_bench(benchmarks)
+    with pytest.raises(AssertionError, match="careful eager differs"):
+        bench.measure(bench.plan.points()[0], "uniform ids")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_liger_is_a_peer_where_it_is_installed(
+    factor: float, benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loss:
+        def __init__(self, **options: Any) -> None:
+            assert options == {
+                "weight_hard_loss": 0.0,
+                "weight_soft_loss": 1.0,
+                "beta": 1.0,
+                "compiled": False,
+            }
+
+        def __call__(
+            self,
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            teacher: torch.Tensor,
+            teacher_weight: torch.Tensor,
+            labels: torch.Tensor,
+        ) -> torch.Tensor:
+            log_p = (hidden @ weight.t()).log_softmax(-1)
+            log_q = (teacher @ teacher_weight.t()).log_softmax(-1)
+            return factor * (log_p.exp() * (log_p - log_q)).sum() / len(labels)
+
+    module = SimpleNamespace(LigerFusedLinearJSDLoss=Loss)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(chunked_loss=module))
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", module)
+    monkeypatch.setattr(benchmarks.heads.importlib.metadata, "version", lambda _: "9.9")
+    bench, result = linear_bench(benchmarks)
+    if factor != 1:
+        with pytest.raises(AssertionError, match="Liger's loss is off"):
+            bench.measure_liger(bench.plan.points()[0])
+        return
+    bench.measure_liger(bench.plan.points()[0])
+    (row,) = result.rows
+    assert row["measure"] == "Liger 9.9, full vocabulary"
+    assert row["times_ours"] > 0
+    assert row["checked"]["peer_loss_error"] < 1e-4
+
+
+def test_without_liger_the_benchmark_says_so(benchmarks: SimpleNamespace, no_liger: None) -> None:
+    bench, result = linear_bench(benchmarks)
+    bench.measure_liger(bench.plan.points()[0])
+    (row,) = result.rows
+    assert "pip install liger-kernel" in row["note"]
+
+
+def test_goals_of_hidden_states(benchmarks: SimpleNamespace) -> None:
+    result, goals = benchmarks.report.Result(None, {}), benchmarks.goals
+    point = benchmarks.heads.HeadPoint(512, 49152, 576, 32, "float32")
+    # Ours take 50 and 40 ms; a tenth of the 600 that careful eager takes, and the memset's 30.
+    rows = {
+        "memset of dW, fresh": {"ms": 30.0},
+        "LM head + careful eager, trained": {"ms": 600.0, "times_ours": 12.0},
+        "LM head + careful eager, frozen": {"ms": 400.0, "times_ours": 10.0},
+    }
+    goals.judge_linear(result, "cpu", point, "cpu", rows)
+    found = [(goal["what"], goal["goal"], goal["met"]) for goal in result.goals]
+    assert found == [
+        (
+            "cpu, K=32: LM head + careful eager, trained / ours (10 and a memset of a fresh dW)",
+            "at least 6.66667",
+            True,
+        ),
+        ("cpu, K=32: LM head + careful eager, frozen / ours", "at least 20", False),
+    ]
+    result.goals.clear()
+    for k, times_ours in ((64, 7.5), (32, 9.5), (8, 1.0)):
+        point = benchmarks.heads.HeadPoint(8192, 151936, 4096, k, "bfloat16")
+        rows = {"LM head, trained": {"ms": 42.0, "times_ours": times_ours}}
+        goals.judge_linear(result, "cuda", point, "triton", rows)
+    assert [(goal["goal"], goal["met"]) for goal in result.goals] == [
+        ("at least 7", True),
+        ("at least 10", False),
+    ]
+    result.goals.clear()
+    for extra, met in ((-5e6, True), (65e6, True), (66e6, False)):
+        goals.judge_linear_memory(result, point, "triton", {"extra_bytes": extra})
+        assert result.goals[-1]["met"] is met
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ((4.0, 2.0, 1.5), None),
+        ((4.0, 2.0, 0.5), 64.0),
+        ((4.0, 0.25, 0.1), 16.0),
+        ((0.9, 0.5, 0.1), 8.0),
+        ((4.0, 1.0, 0.5), 32.0),
+    ],
+)
+def test_the_crossover_is_interpolated(
+    ratios: tuple[float, ...], expected: float | None, benchmarks: SimpleNamespace
+) -> None:
+    found = benchmarks.heads.crossover([8, 32, 128], list(ratios))
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_supports_are_distinct_in_a_row_and_shared_as_in_text(benchmarks: SimpleNamespace) -> None:
+    heads, share = benchmarks.heads, benchmarks.repetition.distinct_share
+    torch.manual_seed(0)
+    point = heads.HeadPoint(512, 49152, 576, 32, "float32")
+    uniform, shared = (make(point, CPU) for make in heads.SUPPORTS.values())
+    for ids in (uniform, shared):
+        assert ids.shape == (512, 32)
+        assert ids.dtype == torch.int32
+        assert 0 <= int(ids.min()) <= int(ids.max()) < 49152
+        assert share(ids, 1) == 1
+    assert share(uniform, 512) > 0.8
+    # What repetition.py found, within the spread of a few answers.
+    for block, found in ((16, 0.624), (64, 0.415), (512, 0.215)):
+        assert share(shared, block) == pytest.approx(found, abs=0.03)
+
+
+def test_repetition_counts_the_first_of_each_id_in_whole_blocks(
+    benchmarks: SimpleNamespace,
+) -> None:
+    ids = torch.tensor([[1, 2], [2, 3], [1, 2], [4, 5], [9, 9]])
+    assert benchmarks.repetition.distinct_share(ids, 2) == 7 / 8
+    assert benchmarks.repetition.distinct_share(ids, 4) == 5 / 8
+    assert math.isnan(benchmarks.repetition.distinct_share(ids, 8))
+    assert benchmarks.repetition.commonest(ids[:4]) == 3 / 4
 
 
 def test_cpu_benchmark_appends_its_figures(tmp_path: Path) -> None:
