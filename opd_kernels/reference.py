@@ -185,9 +185,9 @@ def gather_dot_weight(
         terms = torch.where(factor == 0, 0, factor * hidden[..., None, :].to(out.dtype))
         # Of the two the one that is deterministic on the device.
         if out.device.type == "cpu":
-            out.index_add_(0, at, terms.view(-1, width))
+            out.index_add_(0, at, terms.reshape(-1, width))
         else:
-            out.index_put_((at,), terms.view(-1, width), accumulate=True)
+            out.index_put_((at,), terms.reshape(-1, width), accumulate=True)
     return out.to(dtype)
 
 

@@ -96,7 +96,7 @@ def scatter(
 ) -> Tensor:
     """The dense gradient; see ``opd_kernels.reference.scatter``."""
     shape = (*ids.shape[:-1], width)
-    out = _fresh_zero_pages(shape, dtype)
+    out = _fresh_zero_pages(shape, dtype, huge=True)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
         _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
@@ -141,7 +141,8 @@ def gather_dot_weight(
 ) -> Tensor:
     """The gradient of the weight; see ``opd_kernels.reference.gather_dot_weight``."""
     shape = (vocab, hidden.shape[-1])
-    out = _fresh_zero_pages(shape, dtype)
+    # Text touches a part of the rows; the smaller the pages, the fewer of the others come to exist.
+    out = _fresh_zero_pages(shape, dtype, huge=False)
     if out is None:
         out = torch.zeros(shape, dtype=dtype)
     return _native.gather_dot_weight(_C, _launch, out, upstream, ids, hidden)
@@ -154,11 +155,12 @@ def _launch(name: str, _: torch.device, **arguments: Any) -> None:
     getattr(_C, name)(threads=torch.get_num_threads(), **arguments)
 
 
-def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> Tensor | None:
     """A tensor on pages straight from the system, or None where it is not worth it.
 
     The system hands out zeroed pages, so the gradient's zeros are written once, by the kernel that
-    clears the page, instead of a second time by a memset; huge pages make the faults cheap.
+    clears the page, instead of a second time by a memset; where all of them will be written, huge
+    pages make the faults cheap.
     """
     count = 1
     for size in shape:
@@ -171,7 +173,7 @@ def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
     except OSError:  # out of memory: torch's allocator has the better message
         return None
     with contextlib.suppress(OSError):  # a system without huge pages still hands out zero pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        pages.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     # set_ and not view: the gradient must not be a view, which autograd would not let users change.
     flat = torch.frombuffer(pages, dtype=dtype, count=count)
     return torch.empty(0, dtype=dtype).set_(flat.untyped_storage()).resize_(shape)
