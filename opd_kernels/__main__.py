@@ -110,12 +110,19 @@ def availability(name: str, found: list[torch.device]) -> str:
     return "; ".join(parts)
 
 
-def default(device: torch.device) -> str:
-    """The backend that ``backend=None`` takes."""
+def default(device: torch.device, needed: str = "divergence") -> str:
+    """The backend that ``backend=None`` takes for a function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = backends.resolve(backends.AUTO, device, FLOAT32, 1)
+        module = backends.resolve(backends.AUTO, device, FLOAT32, 1, needed=needed)
     return next(name for name in backends.MODULES if backends.load(name) is module)
+
+
+def defaults(device: torch.device) -> str:
+    """A line on what ``backend=None`` takes, for hidden states too where that is another."""
+    for_logits, for_hidden = default(device), default(device, "gather_dot")
+    line = f"backend=None on {device} takes {for_logits!r}"
+    return line if for_hidden == for_logits else f"{line}, for hidden states {for_hidden!r}"
 
 
 @dataclass
@@ -199,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in backends.MODULES:
         print(f"  {name:10} {availability(name, found)}")
     for device in found:
-        print(f"  backend=None on {device} takes {default(device)!r}")
+        print(f"  {defaults(device)}")
     if options.no_check:
         return 0
     print("\nchecks against float64", flush=True)

@@ -22,6 +22,7 @@ DEVICE = os.environ.get("OPD_KERNELS_TEST_DEVICE")
 # Tests with a backend that do not cross the bridge, and what stands in for them on the device.
 LEFT_OUT = {
     "test_rows_reach_beyond_two_to_the_31_elements": "crossing touches 8 GB; test_gpu.py",
+    "test_weights_reach_beyond_two_to_the_31_elements": "the same; test_gpu_linear.py",
     "test_any_call_is_within_its_budget": "the fuzzer draws the same cases on the device itself",
 }
 

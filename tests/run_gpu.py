@@ -34,12 +34,13 @@ LOGS = ROOT / "build" / "test-gpu"
 TAIL = 40  # lines of a failed step's log to show
 PACKAGES = ("torch", "triton", "pytest", "hypothesis", "pybind11", "ninja")
 PYTEST_OPTIONS = ("-rfEs", "--tb=short", "--disable-warnings")
-GPU_TESTS = "tests/test_gpu.py"
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_linear.py")
 # Or the suite's conftest.py puts an emulation in the place of the CUDA backend.
 NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
 # Files that take as long as all others together.
 SUITE_PARTS = (
     ("tests/test_differential.py",),
+    ("tests/test_linear.py",),
     ("tests/test_aot.py", "tests/test_build.py"),
     ("tests/test_cubins.py", "tests/test_races.py", "tests/test_cuda.py"),
 )
@@ -82,7 +83,7 @@ REPORT = re.compile(
     r"^={9} (?!COMPUTE-SANITIZER|\w+ SUMMARY)(\S.*(?:\n={9} {2,}.*)*)", re.MULTILINE
 )
 PLACE = re.compile(r"(?:^={9} +|\baccess |\) )at (\S.*)|Device Frame: ?(\S.*)", re.MULTILINE)
-TORCH = re.compile(r"(?:0x[0-9a-f]+ in )?(?:\S+ )?(?:at|c10|cub|thrust)::")
+TORCH = re.compile(r"(?:0x[0-9a-f]+ in )?(?:\S+ )?(?:at|at_cuda_detail|c10|cub|thrust)::")
 
 
 @dataclass(frozen=True)
@@ -149,31 +150,39 @@ def tests(device: str, names: Sequence[str], fuzz_minutes: float) -> list[Step]:
     kernels = [name for name in reversed(names) if name != "reference"]
     return [
         # The other parts have no tests that run on a device.
-        *suite(f"suite on {device}", SUITE_PARTS[:1], {"OPD_KERNELS_TEST_DEVICE": device}),
-        gpu_tests(device, names),
+        *suite(f"suite on {device}", SUITE_PARTS[:2], {"OPD_KERNELS_TEST_DEVICE": device}),
+        *gpu_tests(device, names),
         *(fuzz(name, seed, device, fuzz_minutes) for name, seed in fuzzers(names)),
         *suite("cpu suite", SUITE_PARTS, {"TRITON_INTERPRET": "0", "OPD_KERNELS_TEST_DEVICE": ""}),
         *(sanitizer(tool, name, device) for name in kernels for tool in SANITIZERS),
     ]
 
 
-def gpu_tests(device: str, names: Sequence[str]) -> Step:
+def gpu_tests(device: str, names: Sequence[str]) -> list[Step]:
     """What needs GPU tensors; fails where a backend that serves the device is left out."""
     kernels = ",".join(name for name in names if name != "reference")
     environment = NO_EMULATION | {"OPD_KERNELS_GPU_BACKENDS": kernels}
-    return pytest("gpu tests", GPU_TESTS, environment=environment, skip=without_gpu(device))
+    skip = without_gpu(device)
+    return [
+        pytest(f"gpu tests: {label(file)}", file, environment=environment, skip=skip)
+        for file in GPU_TESTS
+    ]
 
 
 def suite(name: str, parts: Sequence[Sequence[str]], environment: dict[str, str]) -> list[Step]:
     """A step for each part and one for what is in none."""
-    ignored = [f"--ignore={file}" for part in parts for file in part]
+    ignored = [f"--ignore={file}" for part in (*parts, GPU_TESTS) for file in part]
     # Triton 3.6's interpreter does not run on today's numpy, and here are real GPUs to benchmark.
-    others = ["tests", *ignored, f"--ignore={GPU_TESTS}", "-k", "not gpu_benchmark"]
-    steps = [(Path(part[0]).stem.removeprefix("test_"), part) for part in parts]
+    others = ["tests", *ignored, "-k", "not gpu_benchmark"]
+    steps = [(label(part[0]), part) for part in parts]
     return [
-        pytest(f"{name}: {label}", *arguments, environment=environment)
-        for label, arguments in (*steps, ("others", others))
+        pytest(f"{name}: {what}", *arguments, environment=environment)
+        for what, arguments in (*steps, ("others", others))
     ]
+
+
+def label(file: str) -> str:
+    return Path(file).stem.removeprefix("test_")
 
 
 def pytest(
@@ -199,7 +208,7 @@ def sanitizer(tool: str, name: str, device: str) -> Step:
     there = Path(program).exists()
     skip = without_gpu(device) or ("" if there else "compute-sanitizer is not installed")
     under = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_EXIT), *SANITIZERS[tool]]
-    step = pytest(f"{tool} {name}", GPU_TESTS, "-k", f"sanitized and {name}")
+    step = pytest(f"{tool} {name}", *GPU_TESTS, "-k", f"sanitized and {name}")
     # Every tensor in an allocation of its own, whose end the tool knows.
     environment = NO_EMULATION | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*under, *step.command]

@@ -12,31 +12,34 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import pytest
 import torch
+from on_gpu import (
+    BF16,
+    CUDA,
+    FP16,
+    FP32,
+    KERNELS,
+    NAN,
+    assert_equal,
+    logits,
+    needs_kernels,
+    needs_memory,
+    padded,
+    peak_growth,
+    within,
+)
 from torch import Tensor
 
 from opd_kernels import TopK, add_topk_grad_, backends, select_topk, topk_rkl
 from opd_kernels.testing import Expected, Inputs, oracle
-from opd_kernels.testing.inputs import copied_to
 
-CUDA = torch.device("cuda", 0)
-KERNELS = [
-    name
-    for name in backends.MODULES
-    if torch.cuda.is_available()
-    and name not in ("cpu", "reference")
-    and backends.load(name).refusal(CUDA, (torch.float32,), 1) is None
-]
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Rows that make each kernel split one over several blocks, on GPUs of 24 multiprocessors and more,
 # and rows that make none do so, on GPUs of up to 550.
 FEW, MANY = 3, 1100
 # What a forward of few rows may launch, where it is more than one kernel.
 FEW_ROWS_LAUNCHES = {"triton": 2}
 N, V, K = 2048, 151936, 64
-NAN = float("nan")
 
 
 @pytest.fixture
@@ -54,11 +57,6 @@ def kernels(request: pytest.FixtureRequest, device: torch.device) -> Iterator[st
     torch.cuda.empty_cache()
 
 
-def logits(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
-    generator = torch.Generator(CUDA).manual_seed(seed)
-    return torch.empty(shape, dtype=dtype, device=CUDA).normal_(0, 3, generator=generator)
-
-
 def pair(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
     """(student, teacher)."""
     student = logits(*shape, seed=seed, dtype=dtype)
@@ -68,11 +66,6 @@ def pair(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor,
 def loss_and_grad(student: Tensor, teacher: Tensor | TopK, **options: object) -> tuple[Tensor, ...]:
     loss = topk_rkl(student, teacher, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
-
-
-def assert_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def assert_rows_right(
@@ -94,22 +87,6 @@ def expectations(
         at = slice(row, row + 1)
         inputs = Inputs(student.detach()[at].cpu(), teacher[at].cpu(), k, options)
         yield at, oracle(inputs)
-
-
-def within(actual: Tensor, expected: np.ndarray, budget: np.ndarray) -> None:
-    assert (abs(actual.double().cpu().numpy() - expected) <= budget).all()
-
-
-def needs_kernels(*names: str) -> None:
-    missing = [name for name in names if name not in KERNELS]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} does not serve this GPU")
-
-
-def needs_memory(gigabytes: float) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free / 1e9:.0f} are free")
 
 
 def test_every_backend_of_this_gpu_is_tested(device: torch.device) -> None:
@@ -466,16 +443,6 @@ def test_tensors_may_be_on_another_than_the_current_gpu(kernels: str, rows: int)
 # Memory and launches
 
 
-def peak_growth(call: Callable[[], object]) -> tuple[int, object]:
-    """Bytes by which allocated memory peaks during a call, and its result."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
-
-
 def test_forward_needs_memory_for_entries_and_group_maxima(kernels: str) -> None:
     student, teacher = pair(N, V)
     allowed = 12 * N * K + teacher.nbytes // 20
@@ -529,18 +496,6 @@ def test_forward_and_backward_are_one_launch_each(kernels: str, rows: int) -> No
 
 
 # Under compute-sanitizer
-
-
-def padded(tensor: Tensor) -> Tensor:
-    """The tensor on the GPU inside a larger buffer of NaN.
-
-    Kernels read whole chunks of 16 bytes at a row's ends. What they read beyond it stays inside the
-    256 bytes in which CUDA allocates, but memcheck knows the exact size of an allocation.
-    """
-    buffer = torch.full((tensor.numel() + 64,), NAN, dtype=tensor.dtype)
-    inside = buffer[32 : 32 + tensor.numel()].view(tensor.shape)
-    inside.copy_(tensor)
-    return copied_to(CUDA, inside)
 
 
 @pytest.mark.parametrize(("rows", "k"), [(2, 16), (2, 1024), (300, 64)])

@@ -111,6 +111,7 @@ API = "Host API memory access error at host access to 0x7f of size 400 bytes"
     [
         (reported(TORCHS), "passed"),
         (reported("at 0x150 in void at::native::reduce_kernel<4>(float*)"), "passed"),
+        (reported("at void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<(int)4>"), "passed"),
         (reported(f"and Read access {TORCHS}", RACE + TORCHS), "passed"),
         (reported(OURS), "FAILED"),
         (reported("at select_kernel+0x150 in select.py:12"), "FAILED"),
@@ -213,15 +214,16 @@ def test_every_step_is_there_for_a_gpu_and_none_needs_one_elsewhere() -> None:
     assert all(step.skip in ("", "compute-sanitizer is not installed") for step in steps)
     dry = [*run_gpu.tests("cpu", ["triton"], 2.0), run_gpu.profile("cpu", ["triton"])]
     skipped = {step.name for step in dry if step.skip}
-    assert skipped == {"gpu tests", "profile", *(f"{tool} triton" for tool in tools)}
+    gpu_tests = {"gpu tests: gpu", "gpu tests: gpu_linear"}
+    assert skipped == {"profile", *gpu_tests, *(f"{tool} triton" for tool in tools)}
 
 
 def test_the_kernels_themselves_are_tested_and_none_is_left_out() -> None:
     environments = {
         step.name: step.environment for step in run_gpu.tests("cuda", ["cuda", "triton"], 2.0)
     }
-    assert environments["gpu tests"]["OPD_KERNELS_GPU_BACKENDS"] == "cuda,triton"
-    for name in ("gpu tests", "memcheck cuda", "racecheck triton"):
+    assert environments["gpu tests: gpu"]["OPD_KERNELS_GPU_BACKENDS"] == "cuda,triton"
+    for name in ("gpu tests: gpu", "gpu tests: gpu_linear", "memcheck cuda", "racecheck triton"):
         assert environments[name].items() >= run_gpu.NO_EMULATION.items()
     program = (
         "import sys; sys.path.insert(0, 'tests'); import conftest\n"
@@ -243,6 +245,19 @@ def test_a_sanitizers_tests_are_those_of_its_backend(tmp_path: Path) -> None:
     alone = f"--rootdir={tmp_path}", f"--confcutdir={tmp_path}", "-c", os.devnull, "-q"
     (result,) = run(run_gpu.pytest("cuda", str(tests), *alone, *selected)).values()
     assert result.summary == "1 passed, 2 deselected"
+
+
+def test_every_file_of_the_suite_runs_once_and_those_for_a_gpu_apart() -> None:
+    files = {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
+    steps = run_gpu.suite("suite", run_gpu.SUITE_PARTS, {})
+    named = [argument for step in steps[:-1] for argument in step.command if argument in files]
+    ignored = [argument.removeprefix("--ignore=") for argument in steps[-1].command]
+    assert len(named) == len(set(named))
+    assert files & set(ignored) == {*named, *run_gpu.GPU_TESTS}
+    for step in run_gpu.gpu_tests("cuda", ["triton"]):
+        assert len(files & set(step.command)) == 1
+    for name in ("cuda", "triton"):
+        assert {*run_gpu.GPU_TESTS} <= {*run_gpu.sanitizer("initcheck", name, "cuda").command}
 
 
 @pytest.mark.parametrize(
