@@ -238,6 +238,11 @@ def test_ids_that_every_row_has(linear_backend: str, dtype: torch.dtype) -> None
     upstream = normal(rows, 4, seed=2) / rows
     module = backends.resolve_linear(linear_backend, torch.device("cpu"), (dtype,), 4)
     got = module.gather_dot_weight(upstream, ids, hidden, vocab, torch.float32).double()
+    # Of one sign, so that a long sum that is not cut drifts.
+    drift = module.gather_dot_weight(upstream * 0 + 0.1, ids, hidden * 0 + 1, vocab, torch.float32)
+    if linear_backend != "reference":
+        counts = torch.bincount(ids.flatten(), minlength=vocab)[:, None] * 0.1
+        torch.testing.assert_close(drift, counts.expand_as(drift), rtol=1e-5, atol=0)
     dense = torch.zeros(rows, vocab, dtype=torch.float64).scatter_(1, ids, upstream.double())
     size = dense.abs().t() @ hidden.double().abs()
     assert bool(((got - dense.t() @ hidden.double()).abs() <= 600 * 2**-24 * size).all())

@@ -36,9 +36,11 @@ struct Terms {
 
 // The longest sum of products that is not cut into pieces.
 constexpr int64_t kPiece = 512;
-// Entries of an id from which on its row is cut, so that threads share it.
-constexpr int64_t kHotEntries = 4096;
+// Rows of ids that have more than a run's share of the entries are cut into pieces so wide.
 constexpr int64_t kHotColumns = 4 * kBlock;
+// Runs of tasks of each thread, and what makes one worth a thread's while.
+constexpr int64_t kRunsOfThread = 16;
+constexpr int64_t kProductsOfRun = 1 << 15;
 
 // Entries (row * k + slot) that carry a gradient, by id.
 struct Sorted {
@@ -78,16 +80,31 @@ struct Task {
   int64_t width;
 };
 
-std::vector<Task> tasks_of(const Sorted& sorted, int64_t vocab, int64_t width) {
+// Tasks in runs of about equal work: in most vocabularies a few low ids have most of the entries.
+struct Plan {
   std::vector<Task> tasks;
+  std::vector<size_t> ends;  // of each run
+};
+
+Plan plan_of(const Sorted& sorted, int64_t vocab, int64_t width, int threads) {
+  Plan plan;
+  const int64_t products = static_cast<int64_t>(sorted.entries.size()) * width;
+  const int64_t share = std::max(products / (kRunsOfThread * threads), kProductsOfRun);
+  int64_t work = 0;
   for (int64_t id = 0; id < vocab; ++id) {
     const int64_t entries = sorted.first[id + 1] - sorted.first[id];
     if (entries == 0) continue;
-    const int64_t columns = entries < kHotEntries ? width : kHotColumns;
-    for (int64_t column = 0; column < width; column += columns)
-      tasks.push_back({id, column, std::min(columns, width - column)});
+    const int64_t columns = entries * width <= share ? width : kHotColumns;
+    for (int64_t column = 0; column < width; column += columns) {
+      plan.tasks.push_back({id, column, std::min(columns, width - column)});
+      work += entries * plan.tasks.back().width;
+      if (work < share) continue;
+      plan.ends.push_back(plan.tasks.size());
+      work = 0;
+    }
   }
-  return tasks;
+  if (work > 0) plan.ends.push_back(plan.tasks.size());
+  return plan;
 }
 
 }  // namespace
@@ -162,14 +179,9 @@ void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& ke
   if (args.ids.count > int64_t{0xffffffff} / args.k)
     throw std::invalid_argument("2^32 entries or more; pass fewer rows at once");
   const Sorted sorted = sort_by_id(args);
-  const std::vector<Task> tasks = tasks_of(sorted, args.out.count, width);
-  const int64_t entries = static_cast<int64_t>(sorted.entries.size());
-  const int64_t per_task = tasks.empty() ? 0 : entries * width / static_cast<int64_t>(tasks.size());
+  const Plan plan = plan_of(sorted, args.out.count, width, threads);
 
-  for_each_row(static_cast<int64_t>(tasks.size()), per_task, threads,
-               Terms::bytes(2 * padded(width), kPiece), [&](int64_t number, void* scratch) {
-    const Terms terms(scratch, 2 * padded(width), kPiece);
-    const Task& task = tasks[number];
+  const auto sum_task = [&](const Task& task, const Terms& terms) {
     const int64_t first = sorted.first[task.id], last = sorted.first[task.id + 1];
     float *piece = terms.vector, *total = terms.vector + padded(width);
     std::fill_n(total, padded(task.width), 0.0f);
@@ -188,6 +200,12 @@ void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& ke
       if (sum == piece) add_floats(&one, pieces, 1, task.width, total);
     }
     round(total, task.width, args.out.row(task.id) + task.column * size);
+  };
+  for_each_row(static_cast<int64_t>(plan.ends.size()), kProductsOfRun, threads,
+               Terms::bytes(2 * padded(width), kPiece), [&](int64_t run, void* scratch) {
+    const Terms terms(scratch, 2 * padded(width), kPiece);
+    for (size_t task = run > 0 ? plan.ends[run - 1] : 0; task < plan.ends[run]; ++task)
+      sum_task(plan.tasks[task], terms);
   });
 }
 
