@@ -44,7 +44,7 @@ constexpr int64_t kProductsOfRun = 1 << 15;
 
 // Entries (row * k + slot) that carry a gradient, by id.
 struct Sorted {
-  std::vector<uint32_t> first;    // of each id, and the end
+  std::vector<uint32_t> first;  // of each id, and the end
   std::vector<uint32_t> entries;
 };
 
@@ -68,7 +68,8 @@ Sorted sort_by_id(const GatherDotWeightArgs& args) {
   for (size_t id = 2; id < first.size(); ++id) first[id] += first[id - 1];
   sorted.entries.resize(first.back());
   // Afterwards first[id + 1], until now the beginning of id, is its end.
-  for_each_entry(args, [&](int64_t id, uint32_t entry) { sorted.entries[first[id + 1]++] = entry; });
+  for_each_entry(args,
+                 [&](int64_t id, uint32_t entry) { sorted.entries[first[id + 1]++] = entry; });
   first.pop_back();
   return sorted;
 }
@@ -116,32 +117,32 @@ void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int th
   const Dots dots = kernels.of(args.weight.dtype).dots;
   for_each_row(args.hidden.count, k * width, threads, Terms::bytes(width, k),
                [&](int64_t row, void* scratch) {
-    float* logits = args.logits + row * k;
-    int32_t* slots = args.slots + row * k;
-    std::fill_n(logits, k, 0.0f);
-    std::fill_n(slots, k, -1);
-    if (!args.allowed.row(row)) return;
-    const Terms terms(scratch, width, k);
-    const char* ids = args.ids.row(row);
-    int present = 0;
-    for (int i = 0; i < k; ++i) {
-      const int64_t id = id_at(ids, args.ids.dtype, i);
-      if (!args.allowed.id(id)) continue;
-      slots[i] = i;
-      terms.rows[present++] = args.weight.row(id);
-    }
-    if (present == 0) return;
-    widen(args.hidden.row(row), width, terms.vector);
-    dots(terms.vector, terms.rows, present, width, terms.factors);
-    for (int i = 0, j = 0; i < k; ++i) {
-      if (slots[i] < 0) continue;
-      logits[i] = terms.factors[j++];
-      if (args.bias) {
-        const int64_t id = id_at(ids, args.ids.dtype, i);
-        logits[i] += value_at(args.bias, args.bias_dtype, id);
-      }
-    }
-  });
+                 float* logits = args.logits + row * k;
+                 int32_t* slots = args.slots + row * k;
+                 std::fill_n(logits, k, 0.0f);
+                 std::fill_n(slots, k, -1);
+                 if (!args.allowed.row(row)) return;
+                 const Terms terms(scratch, width, k);
+                 const char* ids = args.ids.row(row);
+                 int present = 0;
+                 for (int i = 0; i < k; ++i) {
+                   const int64_t id = id_at(ids, args.ids.dtype, i);
+                   if (!args.allowed.id(id)) continue;
+                   slots[i] = i;
+                   terms.rows[present++] = args.weight.row(id);
+                 }
+                 if (present == 0) return;
+                 widen(args.hidden.row(row), width, terms.vector);
+                 dots(terms.vector, terms.rows, present, width, terms.factors);
+                 for (int i = 0, j = 0; i < k; ++i) {
+                   if (slots[i] < 0) continue;
+                   logits[i] = terms.factors[j++];
+                   if (args.bias) {
+                     const int64_t id = id_at(ids, args.ids.dtype, i);
+                     logits[i] += value_at(args.bias, args.bias_dtype, id);
+                   }
+                 }
+               });
 }
 
 void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& kernels,
@@ -152,21 +153,21 @@ void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& ke
   const Round round = kernels.of(args.out.dtype).round;
   for_each_row(args.out.count, k * width, threads, Terms::bytes(width, k),
                [&](int64_t row, void* scratch) {
-    const Terms terms(scratch, width, k);
-    const char* ids = args.ids.row(row);
-    const float* upstream = args.upstream + row * k;
-    int count = 0;
-    for (int i = 0; i < k; ++i) {
-      if (upstream[i] == 0) continue;
-      const int64_t id = id_at(ids, args.ids.dtype, i);
-      if (id < 0 || id >= args.weight.count) continue;
-      terms.factors[count] = upstream[i];
-      terms.rows[count++] = args.weight.row(id);
-    }
-    std::fill_n(terms.vector, padded(width), 0.0f);
-    add_rows(terms.factors, terms.rows, count, width, terms.vector);
-    round(terms.vector, width, args.out.row(row));
-  });
+                 const Terms terms(scratch, width, k);
+                 const char* ids = args.ids.row(row);
+                 const float* upstream = args.upstream + row * k;
+                 int count = 0;
+                 for (int i = 0; i < k; ++i) {
+                   if (upstream[i] == 0) continue;
+                   const int64_t id = id_at(ids, args.ids.dtype, i);
+                   if (id < 0 || id >= args.weight.count) continue;
+                   terms.factors[count] = upstream[i];
+                   terms.rows[count++] = args.weight.row(id);
+                 }
+                 std::fill_n(terms.vector, padded(width), 0.0f);
+                 add_rows(terms.factors, terms.rows, count, width, terms.vector);
+                 round(terms.vector, width, args.out.row(row));
+               });
 }
 
 void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& kernels,
@@ -203,10 +204,10 @@ void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& ke
   };
   for_each_row(static_cast<int64_t>(plan.ends.size()), kProductsOfRun, threads,
                Terms::bytes(2 * padded(width), kPiece), [&](int64_t run, void* scratch) {
-    const Terms terms(scratch, 2 * padded(width), kPiece);
-    for (size_t task = run > 0 ? plan.ends[run - 1] : 0; task < plan.ends[run]; ++task)
-      sum_task(plan.tasks[task], terms);
-  });
+                 const Terms terms(scratch, 2 * padded(width), kPiece);
+                 for (size_t task = run > 0 ? plan.ends[run - 1] : 0; task < plan.ends[run]; ++task)
+                   sum_task(plan.tasks[task], terms);
+               });
 }
 
 }  // namespace opd::cpu

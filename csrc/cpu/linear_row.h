@@ -199,8 +199,7 @@ void add_rows(const float* factors, const void* const* rows, int64_t count, int6
     const void* const* next = r + 2 * kRowsAtOnce <= count ? rows + r + kRowsAtOnce : rows + r;
     add_few_rows<Format, kRowsAtOnce>(factors + r, rows + r, next, width, sum);
   }
-  for (; r < count; ++r)
-    add_few_rows<Format, 1>(factors + r, rows + r, rows + r, width, sum);
+  for (; r < count; ++r) add_few_rows<Format, 1>(factors + r, rows + r, rows + r, width, sum);
 }
 
 template <class Format>
