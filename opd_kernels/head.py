@@ -16,7 +16,7 @@ __all__ = ["LinearLogits"]
 
 # What the logits of a few rows may take. A matrix product is bound by its arithmetic, and not by
 # reading the weight anew for these rows, from about 500 rows on where a GPU computes it.
-WORKSPACE_BYTES = {"cpu": 32 << 20}
+WORKSPACE_BYTES = {"cpu": 64 << 20}
 GPU_WORKSPACE_BYTES = 256 << 20
 # A matrix product's tile: fewer rows are rounded up to it.
 TILE_ROWS = 128
@@ -38,7 +38,7 @@ class LinearLogits:
     keep their order, are applied to the selected ones in float32. All of it is constant: no
     gradient reaches the teacher.
 
-    Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 32 MB on CPUs or
+    Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs or
     the logits of 128 rows if these are more.
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for shapes and devices that do
