@@ -80,6 +80,7 @@ def oracle(inputs: Inputs) -> Expected:
             used = (grad != 0) | (grad_budget != 0)
             slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
             grad_budget = grad_budget * slope + abs(grad) * (slope_error + head_unit)
+            grad_budget += np.where(used, float(head_arithmetic.tiny), 0.0)
             grads = _head_grads(
                 inputs.head, grad * slope, grad_budget, head_unit, tiny, head_largest
             )
