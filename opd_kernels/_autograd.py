@@ -233,7 +233,7 @@ class GatherDot(torch.autograd.Function):
 
 
 class _HiddenGradient(torch.autograd.Function):
-    """Part of the backward of ``GatherDot`` as a Function, so that differentiating it raises."""
+    """dL/dh in the backward of ``GatherDot``, a Function so that differentiating it raises."""
 
     @staticmethod
     @_signed
@@ -257,7 +257,7 @@ class _HiddenGradient(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """The other part."""
+    """dL/dW there, a Function for the same reason."""
 
     @staticmethod
     @_signed

@@ -201,18 +201,24 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str) -> Non
             raise ValueError(
                 f"{prefix}{name} is on {tensor.device}, {prefix}hidden on {hidden.device}; move one"
             )
-        if tensor.dtype != hidden.dtype and not autocasts(hidden.device.type):
+        wide = torch.float64 in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and (wide or not autocasts(hidden.device.type)):
             raise TypeError(
                 f"{prefix}{name} has dtype {tensor.dtype}, {prefix}hidden {hidden.dtype}; convert "
-                "one of them, or call under torch.autocast, which takes both"
+                "one of them, or call under torch.autocast, which takes all but float64"
             )
 
 
 def check_factor(value: object, name: str) -> None:
-    """A finite number above 0 that float32 holds."""
+    """A number above 0 that float32 holds."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a Tensor, expected a number; pass .item()")
     check_number(value, name)
     if not LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:  # type: ignore[operator]
-        raise ValueError(f"{name} is {value}, allowed are finite numbers above 0")
+        raise ValueError(
+            f"{name} is {value}, allowed are numbers above 0, from {LEAST_TEMPERATURE:.3g} to "
+            f"{LARGEST_TEMPERATURE:.3g}"
+        )
 
 
 def check_int(value: object, name: str) -> None:

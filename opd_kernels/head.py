@@ -33,13 +33,13 @@ class LinearLogits:
     Shapes and dtypes: ``hidden`` (..., H), ``weight`` (V, H), ``bias`` (V,) or None, floating and
     of one dtype; under autocast of any, as ``torch.nn.functional.linear`` takes them.
 
-    The product W h + b is what the framework's own matrix product gives, rounded to the dtype: the
-    same numbers as the model's head returns. Selection happens on these; scale and softcap, which
-    keep their order, are applied to the selected ones in float32. All of it is constant: no
-    gradient reaches the teacher.
+    The product W h + b is the framework's own matrix product, rounded to the dtype: what the
+    model's head returns, up to the order of its sums. Selection happens on these; scale and
+    softcap, which keep their order, are applied to the selected ones in float32. All of it is
+    constant: no gradient reaches the teacher.
 
     Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs or
-    the logits of 128 rows if these are more.
+    the logits of 128 rows if these are more; under autocast a copy of what is of another dtype.
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for shapes and devices that do
     not fit, for a sharded (DTensor) weight, for a scale or softcap that is not above 0.

@@ -14,7 +14,7 @@ from opd_kernels._autograd import GatherDot
 from opd_kernels.backends import AUTO
 from opd_kernels.head import LinearLogits, shaped
 from opd_kernels.losses import Call, given_support, support_size, teacher_logits
-from opd_kernels.selection import ban_bitmap, bool_mask, recordable, select_linear
+from opd_kernels.selection import ban_bitmap, bool_mask, select_linear
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
@@ -117,15 +117,16 @@ def linear_topk_rkl(
             (Granite: 1 / logits_scaling).
 
     All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
-    rows, which are not read, NaN and reductions. ``return_stats`` computes the student's logits
-    after all, a few hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states;
+    rows, NaN and reductions. Masked rows are not read, but for those that a GPU's matrix product of
+    a ``LinearLogits`` takes along. ``return_stats`` computes the student's logits after all, a few
+    hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states;
     None takes "triton" there.
 
     Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
     it is asked for: with a frozen head nothing of shape (V, H) is made. The head's gradient is
-    dense; it is the same bits on every run, and ids that occur in every row cost no more than
-    others. Kept for backward: 8 bytes per row and entry, ids and references to hidden states and
-    weight. Differentiating twice raises ``RuntimeError``.
+    dense, the same bits on every run, and ids that occur in every row cost no more than others.
+    Kept for backward: ids, 8 bytes per row and entry (4 more with a softcap), and references to
+    hidden states and weight. Differentiating twice raises ``RuntimeError``.
 
     Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a sharded
     (DTensor) weight, under FSDP2 call it inside of the wrapped module's forward.
@@ -148,41 +149,25 @@ def linear_topk_rkl(
     _checks.check_vocab_size(vocab_size)
     _checks.check_backend(backend)
     rows, device = student_hidden.shape[:-1], student_hidden.device
-    vocab = student_weight.shape[0]
     backend = AUTO if backend is None else backend
     mask = bool_mask(mask, rows, device)
-
-    if isinstance(teacher, TopK):
-        values, ids, k, limit = given_support(teacher, k, rows, vocab, device)
-    else:
-        if isinstance(teacher, LinearLogits):
-            _checks.check_same_rows(rows, teacher.shape)
-            _checks.check_same_device(teacher.hidden, device, "teacher")
-            k, limit = support_size(k, vocab, teacher.vocab)
-        else:
-            values = teacher_logits(teacher, rows, device)
-            k, limit = support_size(k, vocab, values.shape[-1])
-    if vocab_size is not None:
-        limit = min(limit, vocab_size)
-    call = Call(
-        rows, device, k, mask, temperature, teacher_temperature, weight, reduction, normalizer
+    vocab = student_weight.shape[0]
+    support, limit, banned = _support_of(
+        teacher, k, rows, device, vocab, vocab_size, banned_ids, mask, backend
     )
-    banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
-    if isinstance(teacher, LinearLogits):
-        support = select_linear(teacher, k, limit, banned, mask, False, backend)
-        values, ids = support.logits, support.ids
-    elif not isinstance(teacher, TopK):
-        ids, values = _ops.select(values, k, limit, banned, mask, backend)
-
-    if logit_softcap is not None:
-        # Absent entries have gradient 0, which the softcap's slope at a NaN would make NaN.
-        ids = ids.masked_fill(values == -torch.inf, -1)
-    ids = recordable(ids)
+    call = Call(
+        rows, device, support.k, mask, temperature, teacher_temperature, weight, reduction,
+        normalizer,
+    )  # fmt: skip
+    # Nothing of an absent entry is read; nor may a softcap's slope make its gradient NaN.
+    ids = torch.where(support.logits == -torch.inf, -1, support.ids)
     logits, slots = GatherDot.apply(
         student_hidden, student_weight, student_bias, ids, mask, banned, limit, backend
     )
     logits = shaped(logits, logit_scale, logit_softcap)
-    loss = call.loss(logits, values, slots, k, None, False, backend)
+    loss = call.loss(
+        logits, support.logits, slots, limit=support.k, banned=None, inplace=False, backend=backend
+    )
     if not return_stats:
         return loss
     bias = None if student_bias is None else student_bias.detach()
@@ -191,7 +176,7 @@ def linear_topk_rkl(
             student_hidden.detach(), student_weight.detach(), bias, logit_softcap, logit_scale
         ),
         teacher,
-        TopK(ids, values),
+        support,
         temperature=temperature,
         teacher_temperature=call.teacher_temperature,
         limit=limit,
@@ -200,3 +185,35 @@ def linear_topk_rkl(
         banned=banned,
     )
     return loss, stats
+
+
+def _support_of(
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None,
+    rows: torch.Size,
+    device: torch.device,
+    vocab: int,
+    vocab_size: int | None,
+    banned_ids: Sequence[int] | Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[TopK, int, Tensor | None]:
+    """(the teacher's support, the limit of its ids, the bitmap of banned ones)."""
+
+    def allowed(limit: int) -> tuple[int, Tensor | None]:
+        limit = limit if vocab_size is None else min(limit, vocab_size)
+        return limit, None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
+
+    if isinstance(teacher, TopK):
+        values, ids, _, limit = given_support(teacher, k, rows, vocab, device)
+        return TopK(ids, values), *allowed(limit)
+    if isinstance(teacher, LinearLogits):
+        _checks.check_same_rows(rows, teacher.shape)
+        _checks.check_same_device(teacher.hidden, device, "teacher")
+        k, limit = support_size(k, vocab, teacher.vocab)
+        limit, banned = allowed(limit)
+        return select_linear(teacher, k, limit, banned, mask, False, backend), limit, banned
+    logits = teacher_logits(teacher, rows, device)
+    k, limit = support_size(k, vocab, logits.shape[-1])
+    limit, banned = allowed(limit)
+    return TopK(*_ops.select(logits, k, limit, banned, mask, backend)), limit, banned

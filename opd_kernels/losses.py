@@ -253,6 +253,11 @@ def teacher_logits(teacher: object, rows: torch.Size, device: torch.device) -> T
             "teacher is a LinearLogits, which linear_topk_rkl takes; for a student that is logits "
             "pass select_topk(teacher, k)"
         )
+    if not isinstance(teacher, Tensor):
+        raise TypeError(
+            f"teacher is a {type(teacher).__name__}, expected a tensor of logits (..., V), a TopK "
+            "or, for linear_topk_rkl, a LinearLogits"
+        )
     logits = _checks.check_logits(teacher, "teacher").detach()
     _checks.check_same_rows(rows, logits.shape[:-1])
     _checks.check_same_device(logits, device, "teacher")

@@ -80,6 +80,8 @@ def select_linear(
     backend: str,
 ) -> TopK:
     """The k best of a head's logits."""
+    # Once more: what autocast takes may have been put together under it, and be used outside.
+    _checks.check_head(head.hidden, head.weight, head.bias, "LinearLogits ")
     tensors = as_autocast(head.hidden, head.weight, head.bias)
     hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
     ids, values, logsumexp = _ops.select_linear(

@@ -16,21 +16,24 @@
 namespace opd::cpu {
 namespace {
 
-// Views into one thread's scratch: a padded row of floats, and room for a number of rows.
+// Views into one thread's scratch: padded rows of floats, and room for a number of terms, factors
+// and what they are multiplied by.
 struct Terms {
-  float* vector;
+  float* sum;
+  float* piece;  // the second row, where there is one
   float* factors;
   const void** rows;
 
-  static size_t bytes(int64_t width, int64_t count) {
-    return padded(width) * sizeof(float) + count * (sizeof(float) + sizeof(void*)) + sizeof(void*);
+  static size_t bytes(int64_t width, int64_t count, int rows = 1) {
+    return rows * padded(width) * sizeof(float) + count * (sizeof(float) + sizeof(void*));
   }
 
-  Terms(void* scratch, int64_t width, int64_t count) {
+  Terms(void* scratch, int64_t width, int64_t count, int rows_of_floats = 1) {
     char* at = static_cast<char*>(scratch);
     rows = reinterpret_cast<const void**>(at);
-    vector = reinterpret_cast<float*>(at + (count + 1) * sizeof(void*));
-    factors = vector + padded(width);
+    sum = reinterpret_cast<float*>(at + count * sizeof(void*));
+    piece = sum + padded(width);
+    factors = sum + rows_of_floats * padded(width);
   }
 };
 
@@ -42,9 +45,10 @@ constexpr int64_t kHotColumns = 4 * kBlock;
 constexpr int64_t kRunsOfThread = 16;
 constexpr int64_t kProductsOfRun = 1 << 15;
 
-// Entries (row * k + slot) that carry a gradient, by id.
+// Entries (row * k + slot) that carry a gradient, by id: those of an id are entries[first[id]] to
+// entries[first[id + 1] - 1], in the order of the rows.
 struct Sorted {
-  std::vector<uint32_t> first;  // of each id, and the end
+  std::vector<uint32_t> first;
   std::vector<uint32_t> entries;
 };
 
@@ -108,6 +112,41 @@ Plan plan_of(const Sorted& sorted, int64_t vocab, int64_t width, int threads) {
   return plan;
 }
 
+// sum += the products of some entries, at most kPiece.
+void add_entries(const GatherDotWeightArgs& args, const uint32_t* entries, int64_t count,
+                 const Task& task, AddRows add_rows, const Terms& terms, float* sum) {
+  const int64_t offset = task.column * element_size(args.hidden.dtype);
+  for (int64_t i = 0; i < count; ++i) {
+    terms.factors[i] = args.upstream[entries[i]];
+    terms.rows[i] = args.hidden.row(entries[i] / args.k) + offset;
+  }
+  add_rows(terms.factors, terms.rows, count, task.width, sum);
+}
+
+// A long sum is one of sums of kPiece products each, which round less.
+void sum_task(const GatherDotWeightArgs& args, const KernelsByDType& kernels, const Sorted& sorted,
+              const Task& task, const Terms& terms) {
+  const AddRows add_rows = kernels.of(args.hidden.dtype).add_rows;
+  const AddRows add_floats = kernels.of(DType::kFloat32).add_rows;
+  const uint32_t* entries = sorted.entries.data() + sorted.first[task.id];
+  const int64_t count = sorted.first[task.id + 1] - sorted.first[task.id];
+  std::fill_n(terms.sum, padded(task.width), 0.0f);
+  if (count <= kPiece) {
+    add_entries(args, entries, count, task, add_rows, terms, terms.sum);
+  } else {
+    const float one = 1;
+    const void* const piece = terms.piece;
+    for (int64_t done = 0; done < count; done += kPiece) {
+      std::fill_n(terms.piece, padded(task.width), 0.0f);
+      const int64_t next = std::min(kPiece, count - done);
+      add_entries(args, entries + done, next, task, add_rows, terms, terms.piece);
+      add_floats(&one, &piece, 1, task.width, terms.sum);
+    }
+  }
+  char* out = args.out.row(task.id) + task.column * element_size(args.out.dtype);
+  kernels.of(args.out.dtype).round(terms.sum, task.width, out);
+}
+
 }  // namespace
 
 void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int threads) {
@@ -132,8 +171,8 @@ void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int th
                    terms.rows[present++] = args.weight.row(id);
                  }
                  if (present == 0) return;
-                 widen(args.hidden.row(row), width, terms.vector);
-                 dots(terms.vector, terms.rows, present, width, terms.factors);
+                 widen(args.hidden.row(row), width, terms.sum);
+                 dots(terms.sum, terms.rows, present, width, terms.factors);
                  for (int i = 0, j = 0; i < k; ++i) {
                    if (slots[i] < 0) continue;
                    logits[i] = terms.factors[j++];
@@ -164,49 +203,24 @@ void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& ke
                    terms.factors[count] = upstream[i];
                    terms.rows[count++] = args.weight.row(id);
                  }
-                 std::fill_n(terms.vector, padded(width), 0.0f);
-                 add_rows(terms.factors, terms.rows, count, width, terms.vector);
-                 round(terms.vector, width, args.out.row(row));
+                 std::fill_n(terms.sum, padded(width), 0.0f);
+                 add_rows(terms.factors, terms.rows, count, width, terms.sum);
+                 round(terms.sum, width, args.out.row(row));
                });
 }
 
 void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& kernels,
                        int threads) {
   const int64_t width = args.out.width;
-  const int64_t hidden_size = element_size(args.hidden.dtype), size = element_size(args.out.dtype);
-  const AddRows add_rows = kernels.of(args.hidden.dtype).add_rows;
-  const AddRows add_floats = kernels.of(DType::kFloat32).add_rows;
-  const Round round = kernels.of(args.out.dtype).round;
   if (args.ids.count > int64_t{0xffffffff} / args.k)
     throw std::invalid_argument("2^32 entries or more; pass fewer rows at once");
   const Sorted sorted = sort_by_id(args);
   const Plan plan = plan_of(sorted, args.out.count, width, threads);
-
-  const auto sum_task = [&](const Task& task, const Terms& terms) {
-    const int64_t first = sorted.first[task.id], last = sorted.first[task.id + 1];
-    float *piece = terms.vector, *total = terms.vector + padded(width);
-    std::fill_n(total, padded(task.width), 0.0f);
-    for (int64_t begin = first; begin < last; begin += kPiece) {
-      const int64_t count = std::min(kPiece, last - begin);
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t entry = sorted.entries[begin + i];
-        terms.factors[i] = args.upstream[entry];
-        terms.rows[i] = args.hidden.row(entry / args.k) + task.column * hidden_size;
-      }
-      float* sum = last - first <= kPiece ? total : piece;
-      if (sum == piece) std::fill_n(piece, padded(task.width), 0.0f);
-      add_rows(terms.factors, terms.rows, count, task.width, sum);
-      const float one = 1;
-      const void* const pieces[] = {piece};
-      if (sum == piece) add_floats(&one, pieces, 1, task.width, total);
-    }
-    round(total, task.width, args.out.row(task.id) + task.column * size);
-  };
   for_each_row(static_cast<int64_t>(plan.ends.size()), kProductsOfRun, threads,
-               Terms::bytes(2 * padded(width), kPiece), [&](int64_t run, void* scratch) {
-                 const Terms terms(scratch, 2 * padded(width), kPiece);
-                 for (size_t task = run > 0 ? plan.ends[run - 1] : 0; task < plan.ends[run]; ++task)
-                   sum_task(plan.tasks[task], terms);
+               Terms::bytes(width, kPiece, 2), [&](int64_t run, void* scratch) {
+                 const Terms terms(scratch, width, kPiece, 2);
+                 for (size_t i = run > 0 ? plan.ends[run - 1] : 0; i < plan.ends[run]; ++i)
+                   sum_task(args, kernels, sorted, plan.tasks[i], terms);
                });
 }
 

@@ -165,40 +165,30 @@ def gather_dot(
     return logits, slots
 
 
-def gather_dot_hidden(
-    module: Any, launch: Launch, out: Tensor, upstream: Tensor, ids: Tensor, weight: Tensor
+def gather_dot_gradient(
+    module: Any,
+    launch: Launch,
+    of: str,
+    out: Tensor,
+    upstream: Tensor,
+    ids: Tensor,
+    **factor: Tensor,
 ) -> Tensor:
-    """The gradient of the hidden states, into memory that is there."""
+    """The gradient of "hidden" (of which the weight is a factor) or "weight" (hidden states).
+
+    It goes into memory that is there, the weight's into zeros.
+    """
     if upstream.shape != ids.shape:
         raise ValueError("ids and upstream gradients are not (rows, k)")
     upstream = upstream.contiguous()
     launch(
-        "gather_dot_hidden",
+        f"gather_dot_{of}",
         out.device,
         upstream=upstream.data_ptr(),
         ids=_rows(module, ids),
-        weight=_rows(module, weight),
         k=ids.shape[-1],
         out=_rows(module, out),
-    )
-    return out
-
-
-def gather_dot_weight(
-    module: Any, launch: Launch, out: Tensor, upstream: Tensor, ids: Tensor, hidden: Tensor
-) -> Tensor:
-    """The gradient of the weight, into zeros."""
-    if upstream.shape != ids.shape:
-        raise ValueError("ids and upstream gradients are not (rows, k)")
-    upstream = upstream.contiguous()
-    launch(
-        "gather_dot_weight",
-        out.device,
-        upstream=upstream.data_ptr(),
-        ids=_rows(module, ids),
-        hidden=_rows(module, hidden),
-        k=ids.shape[-1],
-        out=_rows(module, out),
+        **{name: _rows(module, tensor) for name, tensor in factor.items()},
     )
     return out
 

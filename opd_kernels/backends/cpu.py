@@ -133,7 +133,7 @@ def gather_dot(
 def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of the hidden states; see ``opd_kernels.reference.gather_dot_hidden``."""
     out = torch.empty((*ids.shape[:-1], weight.shape[1]), dtype=dtype)
-    return _native.gather_dot_hidden(_C, _launch, out, upstream, ids, weight)
+    return _native.gather_dot_gradient(_C, _launch, "hidden", out, upstream, ids, weight=weight)
 
 
 def gather_dot_weight(
@@ -145,7 +145,7 @@ def gather_dot_weight(
     out = _fresh_zero_pages(shape, dtype, huge=False)
     if out is None:
         out = torch.zeros(shape, dtype=dtype)
-    return _native.gather_dot_weight(_C, _launch, out, upstream, ids, hidden)
+    return _native.gather_dot_gradient(_C, _launch, "weight", out, upstream, ids, hidden=hidden)
 
 
 def _launch(name: str, _: torch.device, **arguments: Any) -> None:
