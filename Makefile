@@ -79,7 +79,7 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
 	  -p no:cacheprovider tests/test_cuda.py tests/test_differential.py tests/test_semantics.py \
-	  tests/test_memory.py tests/test_linear.py \
+	  tests/test_memory.py tests/test_linear.py tests/test_linear_memory.py \
 	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
 
 clean:

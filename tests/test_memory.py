@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 
 import pytest
 import torch
 from effort import INTERPRETED
+from memory import peak_growth
 
 from opd_kernels import TopK, select_topk, topk_rkl
 from opd_kernels.backends import cpu, cuda
@@ -166,34 +165,6 @@ def test_large_gradients_on_fresh_pages_equal_those_on_the_heap(
     grads[0].add_(1)  # ordinary, writable memory
     del student, teacher
     assert bool((grads[0].float().mean() - 1).abs() < 1e-2)
-
-
-def peak_growth(body: str) -> int:
-    """Bytes by which the resident set of a fresh process peaks while the body's ``call`` runs."""
-    program = textwrap.dedent(
-        """
-        import torch
-        from opd_kernels import topk_rkl, select_topk
-        torch.set_num_threads(2)
-
-        def resident(field):
-            for line in open("/proc/self/status"):
-                if line.startswith(field):
-                    return int(line.split()[1]) * 1024
-
-        {body}
-        call(2)  # what is allocated once: operators, threads
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        before = resident("VmRSS")
-        kept = call(N)
-        print(resident("VmHWM") - before)
-        """
-    ).format(body=textwrap.dedent(body))
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
 
 
 N, K, V = 2048, 64, 30000
