@@ -157,22 +157,8 @@ def check_local(tensor: Tensor, name: str) -> None:
 
 def check_head(hidden: object, weight: object, bias: object, prefix: str) -> None:
     """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them."""
-    for tensor, name, what in ((hidden, "hidden", "hidden states (..., H)"),
-                               (weight, "weight", "a head's weight (V, H)"),
-                               (bias, "bias", "a head's bias (V,)")):  # fmt: skip
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{prefix}{name} is a {type(tensor).__name__}, expected {what}")
-        check_local(tensor, prefix + name)
-        check_dense(tensor, prefix + name)
-        if tensor.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{prefix}{name} has dtype {tensor.dtype}, allowed are float16, bfloat16, float32 "
-                "and float64; convert it with .float()"
-            )
-    assert isinstance(hidden, Tensor)
-    assert isinstance(weight, Tensor)
+    hidden = _check_part(hidden, f"{prefix}hidden", "hidden states (..., H)")
+    weight = _check_part(weight, f"{prefix}weight", "a head's weight (V, H)")
     if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden has shape {tuple(hidden.shape)} and {prefix}weight "
@@ -188,25 +174,42 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str) -> Non
                 f"{prefix}{name} has stride {tensor.stride(-1)} along H, allowed is 1; call "
                 ".contiguous() once where it is made"
             )
-    tensors = [weight]
-    if isinstance(bias, Tensor):
-        tensors.append(bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{prefix}bias has shape {tuple(bias.shape)}, expected one per id: "
-                f"{tuple(weight.shape[:1])}"
-            )
-    for tensor, name in zip(tensors, ("weight", "bias"), strict=False):
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{prefix}{name} is on {tensor.device}, {prefix}hidden on {hidden.device}; move one"
-            )
-        wide = torch.float64 in (tensor.dtype, hidden.dtype)
-        if tensor.dtype != hidden.dtype and (wide or not autocasts(hidden.device.type)):
-            raise TypeError(
-                f"{prefix}{name} has dtype {tensor.dtype}, {prefix}hidden {hidden.dtype}; convert "
-                "one of them, or call under torch.autocast, which takes all but float64"
-            )
+    _check_same_kind(weight, hidden, f"{prefix}weight", f"{prefix}hidden")
+    if bias is None:
+        return
+    bias = _check_part(bias, f"{prefix}bias", "a head's bias (V,)")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias has shape {tuple(bias.shape)}, expected one per id: "
+            f"{tuple(weight.shape[:1])}"
+        )
+    _check_same_kind(bias, hidden, f"{prefix}bias", f"{prefix}hidden")
+
+
+def _check_part(tensor: object, name: str, what: str) -> Tensor:
+    """A dense tensor of a dtype that kernels read, all of it here."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected {what}")
+    check_local(tensor, name)
+    check_dense(tensor, name)
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64; "
+            "convert it with .float()"
+        )
+    return tensor
+
+
+def _check_same_kind(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    """One device, and one dtype where autocast does not take others."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}; move one")
+    wide = torch.float64 in (tensor.dtype, other.dtype)
+    if tensor.dtype != other.dtype and (wide or not autocasts(other.device.type)):
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, {other_name} {other.dtype}; convert one of them, or "
+            "call under torch.autocast, which takes all but float64"
+        )
 
 
 def check_factor(value: object, name: str) -> None:
