@@ -174,7 +174,7 @@ def _select_linear(
         out_ids[here], picked = module.select(logits, k, limit, banned, kept)
         out_values[here] = shaped(picked, scale, softcap)
         if with_logsumexp:
-            out_sums[here] = row_logsumexp(logits, limit, kept, scale, softcap)
+            out_sums[here] = row_logsumexp(logits, limit, kept, (scale, softcap))
     return ids, values, logsumexp
 
 

@@ -155,6 +155,8 @@ def linear_topk_rkl(
     support, limit, banned = _support_of(
         teacher, k, rows, device, vocab, vocab_size, banned_ids, mask, backend
     )
+    if teacher_temperature is None:
+        teacher_temperature = temperature
     call = Call(
         rows, device, support.k, mask, temperature, teacher_temperature, weight, reduction,
         normalizer,
@@ -178,7 +180,7 @@ def linear_topk_rkl(
         teacher,
         support,
         temperature=temperature,
-        teacher_temperature=call.teacher_temperature,
+        teacher_temperature=teacher_temperature,
         limit=limit,
         vocab_size=vocab_size,
         mask=mask,

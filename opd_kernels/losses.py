@@ -152,6 +152,8 @@ def topk_rkl(
     if vocab_size is not None:
         limit = min(limit, vocab_size)
     mask = bool_mask(mask, rows, device)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
     call = Call(
         rows, device, k, mask, temperature, teacher_temperature, weight, reduction, normalizer
     )
@@ -168,7 +170,7 @@ def topk_rkl(
         teacher,
         TopK(ids, values),
         temperature=temperature,
-        teacher_temperature=call.teacher_temperature,
+        teacher_temperature=teacher_temperature,
         limit=limit,
         vocab_size=vocab_size,
         mask=mask,
@@ -187,7 +189,7 @@ class Call:
         k: int,
         mask: Tensor | None,
         temperature: float | Tensor,
-        teacher_temperature: float | Tensor | None,
+        teacher_temperature: float | Tensor,
         weight: Tensor | None,
         reduction: str,
         normalizer: float | Tensor | None,
@@ -197,9 +199,6 @@ class Call:
             _warn_about_one_entry()
         if weight is not None:
             _checks.check_weight(weight, rows, device)
-        if teacher_temperature is None:
-            teacher_temperature = temperature
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self._student_t = _temperature(temperature, rows, device, "temperature")
         self._teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
         self._k, self._mask, self._weight = k, mask, weight

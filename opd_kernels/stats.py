@@ -18,6 +18,10 @@ __all__ = ["Stats"]
 _PIECE_ELEMENTS = 1 << 22
 
 
+# Scale and softcap of a head. No defaults: a compiler would not know them for constants.
+Shape = tuple[float, float | None]
+
+
 class Stats(NamedTuple):
     """Detached per-row tensors (...), 0 in masked rows.
 
@@ -76,13 +80,12 @@ def row_logsumexp(
     logits: Tensor,
     width: int,
     mask: Tensor | None,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    shape: Shape | None = None,
 ) -> Tensor:
     """log sum exp over [0, width) of each row, float32 (float64); 0 in masked rows."""
 
     def reduce(rows: Tensor) -> Tensor:
-        return shaped(rows, scale, softcap).logsumexp(-1)
+        return (rows if shape is None else shaped(rows, *shape)).logsumexp(-1)
 
     return _reduce_rows(reduce, logits[..., :width], mask)
 
@@ -93,13 +96,12 @@ def _mass(
     counted: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    shape: Shape | None = None,
 ) -> Tensor:
-    """What softmax(logits / T) holds on the counted ids of each row, scale and softcap first."""
+    """What softmax(logits / T) holds on the counted ids of each row."""
 
     def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-        rows = shaped(rows, scale, softcap)
+        rows = rows if shape is None else shaped(rows, *shape)
         # The maximum is taken off before dividing: rows / T alone may overflow.
         scaled = (rows - rows.amax(-1, keepdim=True)).div_(temperatures)
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
@@ -122,9 +124,10 @@ def _head_mass(
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(rows).reshape(-1)
     out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
+    shape = (head.scale, head.softcap)
     for here, logits, kept in head_logits(hidden, weight, bias, mask):
         there = temperature[here] if isinstance(temperature, Tensor) else temperature
-        out[here] = _mass(logits, ids[here], counted[here], there, kept, head.scale, head.softcap)
+        out[here] = _mass(logits, ids[here], counted[here], there, kept, shape)
     return out.view(rows)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from effort import INTERPRETED, examples
 from hypothesis import given, settings
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
 from opd_kernels import LinearLogits, TopK, backends, head, linear_topk_rkl, select_topk, topk_rkl
@@ -449,6 +450,22 @@ def test_compiled_calls_give_the_same(kind: str) -> None:
         gradients(got, hidden, weight, bias), gradients(expected, hidden, weight, bias), strict=True
     ):
         torch.testing.assert_close(ours, wanted)
+
+
+def test_compiled_steps_are_not_compiled_again_for_new_rows_and_temperatures() -> None:
+    def step(hidden: Any, weight: Any, teacher: Any, mask: Any, temperature: float) -> torch.Tensor:
+        return linear_topk_rkl(hidden, weight, teacher, mask=mask, temperature=temperature)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for rows, temperature in ((4, 1.0), (7, 1.1), (9, 1.3)):
+        hidden, weight = normal(rows, 16).requires_grad_(), normal(30, 16, seed=1)
+        teacher, mask = select_topk(normal(rows, 30, seed=2), 8), torch.arange(rows) % 3 > 0
+        arguments = (hidden, weight, teacher, mask, temperature)
+        assert torch.equal(compiled(*arguments), step(*arguments))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 def test_function_transforms_give_what_autograd_gives() -> None:

@@ -87,6 +87,7 @@ def oracle(inputs: Inputs) -> Expected:
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
         weight_budget += _rounding(weight_grad, torch.float32)
+        weight_budget = np.where(np.isinf(loss_budget), np.inf, weight_budget)
         weighted, weighted_budget = (
             loss * weight,
             loss_budget * abs(weight) + 4 * unit * abs(loss * weight),
