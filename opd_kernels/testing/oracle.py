@@ -55,6 +55,8 @@ def oracle(inputs: Inputs) -> Expected:
     support = np.full((count, inputs.k), -1, dtype=np.int64)
     loss, loss_budget = np.zeros(count), np.zeros(count)
     grad, grad_budget = np.zeros((count, vocab)), np.zeros((count, vocab))
+    # Of the entries that an id has: how many, and the sum of their gradients' absolute values.
+    repeats, size = np.zeros((count, vocab)), np.zeros((count, vocab))
     for row in range(count):
         if not mask[row]:
             continue
@@ -69,6 +71,8 @@ def oracle(inputs: Inputs) -> Expected:
         scale = weight[row] * upstream[row] * factor
         with np.errstate(all="ignore"):
             np.add.at(grad[row], ids, scale * numbers.grad)
+            np.add.at(size[row], ids, abs(scale * numbers.grad))
+            np.add.at(repeats[row], ids, 1)
             budget = abs(scale) * (numbers.grad_budget + 8 * unit * abs(numbers.grad))
             np.add.at(grad_budget[row], ids, np.nan_to_num(budget + tiny, posinf=np.inf))
     with np.errstate(all="ignore"):
@@ -79,11 +83,14 @@ def oracle(inputs: Inputs) -> Expected:
             # Logits that are not used may be NaN.
             used = (grad != 0) | (grad_budget != 0)
             slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
-            grad_budget = grad_budget * slope + abs(grad) * (slope_error + head_unit)
-            grad_budget += np.where(used, float(head_arithmetic.tiny), 0.0)
-            grads = _head_grads(
-                inputs.head, grad * slope, grad_budget, head_unit, tiny, head_largest
-            )
+            budget = grad_budget * slope + size * (slope_error + head_unit)
+            budget += np.where(used, float(head_arithmetic.tiny), 0.0)
+            grad, size = grad * slope, size * slope
+            # Where gradients overflow: infinite minus infinite, or infinite times zero.
+            lost = np.isnan(grad + size + budget) & ~np.isnan(loss)[:, None]
+            grad, size = np.where(lost, 0.0, grad), np.where(lost, 0.0, size)
+            parts = (grad, np.where(lost, np.inf, budget), size, repeats)
+            grads = _head_grads(inputs.head, *parts, head_unit, tiny, head_largest)
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
         weight_budget += _rounding(weight_grad, torch.float32)
@@ -131,23 +138,35 @@ def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
 
 
 def _head_grads(
-    head: Head, grad: np.ndarray, budget: np.ndarray, unit: float, tiny: float, largest: float
+    head: Head,
+    grad: np.ndarray,
+    budget: np.ndarray,
+    size: np.ndarray,
+    repeats: np.ndarray,
+    unit: float,
+    tiny: float,
+    largest: float,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Gradients of hidden states, weight and bias, and budgets, of those of the logits (N, V)."""
+    """Gradients of hidden states, weight and bias, and budgets, of those of the logits (N, V).
+
+    An id that a row lists ``repeats`` times is as many terms, of which ``size`` is the sum of
+    absolute values: they may cancel.
+    """
     hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
     weight = head.weight.detach().double().cpu().numpy()
     rows, ids = np.nonzero((grad != 0) | (budget != 0))
-    factor, error = grad[rows, ids][:, None], budget[rows, ids][:, None]
+    factor, error, magnitude = (x[rows, ids][:, None] for x in (grad, budget, size))
     error = np.where(abs(factor) > largest / 8, np.inf, error)
 
     def summed(to: np.ndarray, count: int, terms: np.ndarray, dtype: torch.dtype) -> Any:
         shape = (count, terms.shape[1])
         total, bound = np.zeros(shape), np.zeros(shape)
-        terms_of = np.bincount(to, minlength=count)[:, None] + 3
+        terms_of = np.bincount(to, repeats[rows, ids], minlength=count)[:, None] + 3
         with np.errstate(all="ignore"):
             products = np.where(factor == 0, 0.0, factor * terms)  # what has no weight is not read
             np.add.at(total, to, products)
-            np.add.at(bound, to, terms_of[to] * unit * abs(products) + error * abs(terms))
+            sizes = np.where(magnitude == 0, 0.0, magnitude * abs(terms))
+            np.add.at(bound, to, terms_of[to] * unit * sizes + error * abs(terms))
             np.add.at(bound, to, tiny)
             bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
             poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
