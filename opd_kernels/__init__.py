@@ -4,6 +4,10 @@
 ``LinearLogits`` is a teacher's. ``select_topk`` is the teacher's support by itself, ``TopK`` a
 support that was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function``
 underneath and ``add_topk_grad_`` a way to add its gradient to another loss's.
+
+Around the loss: ``response_mask``, ``special_token_mask`` and ``predicting`` say which positions
+take part, ``compare_tokenizers`` and ``token_ids`` which ids. ``sampled_token_loss``, with
+``sampled_token_advantages`` or ``returns_to_go``, is the sampled-token baseline.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +17,16 @@ from opd_kernels.gradient import add_topk_grad_
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import linear_topk_rkl
 from opd_kernels.losses import topk_rkl
+from opd_kernels.masking import (
+    TokenizerComparison,
+    compare_tokenizers,
+    first_occurrences,
+    predicting,
+    response_mask,
+    special_token_mask,
+    token_ids,
+)
+from opd_kernels.sampled_token import returns_to_go, sampled_token_advantages, sampled_token_loss
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
@@ -25,11 +39,21 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     "LinearLogits",
     "Stats",
+    "TokenizerComparison",
     "TopK",
     "TopKReverseKL",
     "add_topk_grad_",
     "anchor_of",
+    "compare_tokenizers",
+    "first_occurrences",
     "linear_topk_rkl",
+    "predicting",
+    "response_mask",
+    "returns_to_go",
+    "sampled_token_advantages",
+    "sampled_token_loss",
     "select_topk",
+    "special_token_mask",
+    "token_ids",
     "topk_rkl",
 ]

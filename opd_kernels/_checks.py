@@ -257,16 +257,89 @@ def check_vocab_size(vocab_size: int | None) -> None:
 
 def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:
     """A bool or integer mask with one flag per row."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool or integer tensor")
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
-        raise TypeError(
-            f"mask has dtype {mask.dtype}, allowed are bool and integers; pass per-row factors as "
-            "weight, or compare: mask != 0"
-        )
-    check_dense(mask, "mask")
+    check_flags(mask, "mask", "pass per-row factors as weight, or compare: mask != 0")
     check_row_shape(mask, rows, "mask")
     check_same_device(mask, device, "mask")
+
+
+def check_flags(mask: object, name: str, remedy: str) -> Tensor:
+    """A dense tensor of bools or integers; floats are factors, not flags."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is a {type(mask).__name__}, expected a bool or integer tensor")
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {mask.dtype}, allowed are bool and integers; {remedy}")
+    check_dense(mask, name)
+    return mask
+
+
+def check_tokens(tokens: object) -> Tensor:
+    """Token ids (..., T)."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens is a {type(tokens).__name__}, expected an int tensor (..., T)")
+    check_dense(tokens, "tokens")
+    if tokens.dtype not in ID_DTYPES:
+        raise TypeError(f"tokens has dtype {tokens.dtype}, allowed are int32 and int64")
+    if tokens.ndim == 0:
+        raise ValueError("tokens is a scalar, expected ids (..., T); pass at least one sequence")
+    return tokens
+
+
+def check_token_values(values: object, name: str) -> Tensor:
+    """A number per token: log-probs, rewards, advantages."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}, expected a tensor, one per token")
+    check_dense(values, name)
+    if values.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {values.dtype}, allowed are float16, bfloat16, float32 and float64; "
+            "convert it with .float()"
+        )
+    return values
+
+
+def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    """One element for each of another tensor, on its device."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, {other_name} {tuple(other.shape)}; they "
+            "must be equal, one element per token"
+        )
+    check_same_device(tensor, other.device, name, f"{other_name} is")
+
+
+def check_gamma(gamma: object) -> None:
+    """A discount."""
+    if isinstance(gamma, Tensor):
+        raise TypeError("gamma is a Tensor, expected a number from 0 to 1; pass .item()")
+    check_number(gamma, "gamma")
+    if not 0 <= gamma <= 1:  # type: ignore[operator]
+        raise ValueError(
+            f"gamma is {gamma}, allowed is 0 (each token's own reward) to 1 (undiscounted)"
+        )
+
+
+def check_clip(clip: object) -> None:
+    """How far a ratio may be from 1, or None."""
+    if clip is None:
+        return
+    if isinstance(clip, Tensor):
+        raise TypeError("clip is a Tensor, expected a number or None; pass .item()")
+    check_number(clip, "clip")
+    if not 0 <= clip < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"clip is {clip}, allowed are finite numbers from 0; None is no clipping")
+
+
+def check_prompt_length(length: object, tokens: Tensor) -> None:
+    """An int from 0, or one per sequence."""
+    if not isinstance(length, Tensor):
+        check_int(length, "prompt_length")
+        if length < 0:  # type: ignore[operator]
+            raise ValueError(f"prompt_length is {length}, allowed is 0 or more")
+        return
+    if length.dtype not in ID_DTYPES:
+        raise TypeError(f"prompt_length has dtype {length.dtype}, allowed are int32 and int64")
+    check_row_shape(length, tokens.shape[:-1], "prompt_length", "the tokens'")
+    check_same_device(length, tokens.device, "prompt_length", "tokens is")
 
 
 def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None:
@@ -381,18 +454,23 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def as_banned_ids(banned_ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """A 1-D tensor of ids on the device."""
-    if not isinstance(banned_ids, Tensor):
+    return as_ids(banned_ids, device, "banned_ids", "the logits are")
+
+
+def as_ids(ids: Sequence[int] | Tensor, device: torch.device, name: str, others: str) -> Tensor:
+    """A 1-D tensor of ids on the device of ``others``."""
+    if not isinstance(ids, Tensor):
         try:
-            banned_ids = torch.tensor(list(banned_ids), device=device)
+            ids = torch.tensor(list(ids), device=device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(
-                f"banned_ids is {banned_ids!r:.80}, expected a sequence of ints or an int tensor"
+                f"{name} is {ids!r:.80}, expected a sequence of ints or an int tensor"
             ) from error
-    if banned_ids.numel() == 0:
-        banned_ids = banned_ids.long()
-    if banned_ids.dtype not in ID_DTYPES:
-        raise TypeError(f"banned_ids has dtype {banned_ids.dtype}, allowed are int32 and int64")
-    if banned_ids.ndim != 1:
-        raise ValueError(f"banned_ids has shape {tuple(banned_ids.shape)}, expected one dimension")
-    check_same_device(banned_ids, device, "banned_ids")
-    return banned_ids
+    if ids.numel() == 0:
+        ids = ids.long()
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"{name} has dtype {ids.dtype}, allowed are int32 and int64")
+    if ids.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected one dimension")
+    check_same_device(ids, device, name, others)
+    return ids

@@ -232,7 +232,7 @@ class Call:
             inplace,
             backend,
         )
-        return _reduce(loss, self._weight, self._mask, self._reduction, self._normalizer)
+        return reduce_rows(loss, self._weight, self._mask, self._reduction, self._normalizer)
 
 
 def given_support(
@@ -310,7 +310,7 @@ def _allowed_or_nan(temperature: Tensor) -> Tensor:
     return torch.where(allowed, temperature, torch.nan)
 
 
-def _reduce(
+def reduce_rows(
     loss: Tensor,
     weight: Tensor | None,
     mask: Tensor | None,

@@ -1,0 +1,345 @@
+"""Which positions and ids take part: response masks, special tokens, two tokenizers compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels import _checks
+
+__all__ = [
+    "TokenizerComparison",
+    "compare_tokenizers",
+    "first_occurrences",
+    "predicting",
+    "response_mask",
+    "special_token_mask",
+    "token_ids",
+]
+
+ROLES = ("eos", "bos", "pad", "unk")
+SHOWN = 8
+
+
+def response_mask(
+    tokens: Tensor,
+    prompt_length: int | Tensor,
+    *,
+    eos_ids: int | Sequence[int] | Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """True on the tokens of the response, up to and including the first end of sequence.
+
+    ::
+
+        mask[b, t] = t >= prompt_length[b]  and  no eos at any t' with prompt_length[b] <= t' < t
+                     and  attention_mask[b, t]
+
+    Shapes and dtypes: ``tokens`` (B, T), int32 or int64, prompt and response together; also (T,) or
+    more leading dimensions. Returns bool of the same shape. It marks the tokens themselves; beside
+    logits, of which position t predicts token t + 1, ``predicting`` of it is wanted.
+
+    Args:
+        tokens: ids of prompt, response and padding.
+        prompt_length: where the response begins, padding on the left included: an int for batches
+            that are padded on the left, a tensor (B,) where each sequence has its own.
+        eos_ids: what ends a response, one id or several; None: nothing does.
+        attention_mask: bool or integer, shape of ``tokens``; 0 takes the position out. A response
+            that was cut off before its end and padded with an eos id needs it: its first padding
+            looks like its end.
+
+    Gradients: none. Nothing is read on the host.
+
+    Errors: ``TypeError`` or ``ValueError`` for dtypes and shapes that are not allowed, and for a
+    negative int as ``prompt_length``.
+
+    Example::
+
+        >>> tokens = torch.tensor([[5, 6, 7, 2, 2], [0, 5, 8, 9, 2]])
+        >>> response_mask(tokens, 2, eos_ids=[2]).int().tolist()
+        [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    """
+    tokens = _checks.check_tokens(tokens)
+    _checks.check_prompt_length(prompt_length, tokens)
+    start = prompt_length.unsqueeze(-1) if isinstance(prompt_length, Tensor) else prompt_length
+    mask = (torch.arange(tokens.shape[-1], device=tokens.device) >= start).expand(tokens.shape)
+    if attention_mask is not None:
+        mask = mask & _flags(attention_mask, tokens, "attention_mask")
+    if eos_ids is None:
+        return mask.clone()
+    ends = mask & _among(tokens, _ids([eos_ids] if isinstance(eos_ids, int) else eos_ids, tokens))
+    return mask & (ends.cumsum(-1) == ends.int())
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """A mask of tokens at the positions whose logits predict them.
+
+    Position t of a causal model's logits predicts token t + 1::
+
+        out[..., t] = mask[..., t + 1]    out[..., T - 1] = False
+
+    Shapes and dtypes: (..., T), bool or integer; returns bool of the same shape, to go beside whole
+    logits (no slicing needed).
+
+    Errors: ``TypeError`` for other dtypes, ``ValueError`` for a scalar.
+
+    Example::
+
+        >>> predicting(torch.tensor([[0, 0, 1, 1]])).int().tolist()
+        [[0, 1, 1, 0]]
+    """
+    mask = _checks.check_flags(mask, "mask", "compare: mask != 0")
+    if mask.ndim == 0:
+        raise ValueError("mask is a scalar, expected flags (..., T)")
+    mask = mask != 0
+    return torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+
+
+def first_occurrences(
+    tokens: Tensor, ids: Sequence[int] | Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """True where an id appears for the first time in its sequence, for each id separately.
+
+    ::
+
+        out[b, t] = tokens[b, t] in ids  and  mask[b, t]
+                    and  no t' < t with tokens[b, t'] = tokens[b, t] and mask[b, t']
+
+    Shapes and dtypes: ``tokens`` (..., T), int32 or int64; ``ids`` a sequence or an int tensor on
+    their device; ``mask`` of the tokens' shape, bool or integer: other positions are overlooked.
+    Returns bool of that shape. Time is that of a sort, for any number of ids; nothing is read on
+    the host.
+
+    Errors: ``TypeError`` or ``ValueError`` for dtypes, shapes and devices that are not allowed.
+
+    Example::
+
+        >>> first_occurrences(torch.tensor([[7, 3, 7, 4, 3]]), [3, 7]).int().tolist()
+        [[1, 1, 0, 0, 0]]
+    """
+    tokens = _checks.check_tokens(tokens)
+    wanted = _among(tokens, _ids(ids, tokens))
+    if mask is not None:
+        wanted = wanted & _flags(mask, tokens, "mask")
+    # What is not wanted sorts into one group of its own, so that it hides nothing.
+    keys = torch.where(wanted, tokens, torch.iinfo(tokens.dtype).min)
+    ordered, order = keys.sort(dim=-1, stable=True)
+    first = torch.ones_like(wanted)
+    first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    return torch.zeros_like(wanted).scatter(-1, order, first) & wanted
+
+
+def special_token_mask(tokens: Tensor, ids: Sequence[int] | Tensor, *, mask: Tensor) -> Tensor:
+    """The mask without the first occurrence of each of the ids.
+
+    ``mask & ~first_occurrences(tokens, ids, mask=mask)``: the special-token masking of the paper,
+    which leaves out *positions*: where a token stands that student and teacher write differently,
+    the teacher's judgement is about the format. ``banned_ids`` of ``topk_rkl`` leaves out ids.
+
+    Shapes and dtypes: as ``first_occurrences``; ``mask`` is needed, most often ``response_mask``'s.
+    Returns bool of its shape, for tokens: beside logits ``predicting`` of it is wanted.
+
+    Errors: as ``first_occurrences``.
+
+    Example::
+
+        >>> tokens = torch.tensor([[27, 5, 27, 6]])
+        >>> special_token_mask(tokens, [27], mask=torch.ones_like(tokens)).int().tolist()
+        [[0, 1, 1, 1]]
+
+    Source: arXiv 2603.25562; its ids are ``token_ids(tokenizer, ["<", "think", "<|im_end|>"])``.
+    """
+    keep = _flags(mask, _checks.check_tokens(tokens), "mask")
+    return keep & ~first_occurrences(tokens, ids, mask=keep)
+
+
+def _flags(mask: Tensor, tokens: Tensor, name: str) -> Tensor:
+    """A mask as bool, one flag per token."""
+    _checks.check_flags(mask, name, "compare: mask != 0")
+    _checks.check_like(mask, tokens, name, "tokens")
+    return mask != 0
+
+
+def _ids(ids: Sequence[int] | Tensor, tokens: Tensor) -> Tensor:
+    """Ids on the tokens' device."""
+    return _checks.as_ids(ids, tokens.device, "ids", "tokens is")
+
+
+def _among(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Whether each token is one of the ids. (``torch.isin`` synchronises for many ids.)"""
+    if ids.numel() == 0:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    ids, _ = ids.long().sort()
+    slots = torch.searchsorted(ids, tokens.long()).clamp(max=ids.numel() - 1)
+    return ids[slots] == tokens
+
+
+def token_ids(tokenizer: Any, strings: Iterable[str]) -> list[int]:
+    """The ids that strings become, each once, in the order in which they appear.
+
+    ``tokenizer.encode(string, add_special_tokens=False)`` of each string by itself. A string that
+    becomes several tokens gives all their ids. Tokenizers that mark the beginning of a word may
+    give a string the id that it has there, and not the one that it has inside a text.
+
+    ``tokenizer`` is one of ``transformers``, or anything with such an ``encode``.
+
+    Errors: ``ValueError`` for a string that becomes nothing or contains an unknown token;
+    ``TypeError`` for a single string in place of several.
+
+    Example::
+
+        ids = token_ids(tokenizer, ["<", "think", "<|im_end|>"])
+        mask = special_token_mask(tokens, ids, mask=mask)
+    """
+    if isinstance(strings, str):
+        raise TypeError(f"strings is {strings!r}, expected several; pass [{strings!r}]")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    found: dict[int, None] = {}
+    for string in strings:
+        ids = list(tokenizer.encode(string, add_special_tokens=False))
+        if not ids:
+            raise ValueError(f"{string!r} becomes no token; leave it out")
+        if unknown in ids and string != getattr(tokenizer, "unk_token", None):
+            raise ValueError(
+                f"{string!r} becomes the tokenizer's unknown token; use strings that it knows"
+            )
+        found.update(dict.fromkeys(ids))
+    return list(found)
+
+
+@dataclass(frozen=True)
+class TokenizerComparison:
+    """What ``compare_tokenizers`` found, and what to do about it.
+
+    ``masked_ids``, for ``special_token_mask``: the student's special tokens that the teacher does
+    not have, or has with another meaning: the loss leaves their first occurrence out.
+    ``banned_ids`` and ``vocab_size``, for ``topk_rkl``: together they keep out of the support all
+    ids that do not mean the same to both. ``identical``: every id is the same string to both, and
+    the special tokens have the same roles; then nothing has to be masked or banned.
+
+    The other fields are what the advice is made of: sizes (one past the largest id), how many ids
+    are the same string to both, and the ids that are not. ``report()`` is all of it as text.
+    """
+
+    masked_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    vocab_size: int
+    identical: bool
+    student_size: int
+    teacher_size: int
+    same_ids: int
+    other_ids: tuple[int, ...]
+    student_only_ids: tuple[int, ...]
+    teacher_only_ids: tuple[int, ...]
+    findings: tuple[str, ...] = field(repr=False)
+
+    def report(self) -> str:
+        """What differs and what to do, a line each."""
+        return "\n".join(self.findings)
+
+    def __str__(self) -> str:
+        """The report."""
+        return self.report()
+
+
+def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
+    """Where two tokenizers differ, and what the loss has to leave out.
+
+    Both models' logits are compared id by id, so an id has to mean the same to both. With "control
+    token" for special and added tokens (an added token may be ordinary to the tokenizer, as
+    ``<think>`` often is)::
+
+        same        ids that are the same string to both
+        vocab_size  one past the largest of them
+        ends        eos of one that is not the eos of the other
+        banned_ids  ids of either that are not in same, gaps below vocab_size, ends,
+                    special tokens of the teacher that are no control tokens of the student
+        masked_ids  control tokens of the student that are not in same; ends that it has
+
+    Why ends are both masked and banned: the models stop by different ids. With the position
+    masked at which the student stopped but the id left in the support, only positions would count
+    at which it went on, and it would learn never to stop; the teacher's eos it would learn to write
+    and go on after. So the student learns nothing about stopping from such a teacher. If it may
+    stop at the teacher's eos as well, take that out of both lists.
+
+    What this cannot see. Models often have more rows than the tokenizer has tokens, and not equally
+    many; ``vocab_size`` lies below all of them, but where you set it yourself take the models' into
+    account. Tokens that are one id to the teacher and plain text to the student (``<think>``, which
+    it spells ``<``, ``think``, ``>``): the report lists those that are added and not special, with
+    the student's spelling; the paper masks the first occurrence of ``<`` and ``think``, see
+    ``token_ids``. Chat templates are compared, and differences reported: give each model the prompt
+    in its own, or both the one that the student will be used with.
+
+    ``student`` and ``teacher`` are tokenizers of ``transformers``, or have ``get_vocab()`` and as
+    much of ``all_special_ids``, ``added_tokens_decoder``, ``eos_token_id``, ``bos_token_id``,
+    ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. Takes a fraction of a
+    second for 150 thousand tokens.
+
+    Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor.
+
+    Example::
+
+        comparison = compare_tokenizers(student_tokenizer, teacher_tokenizer)
+        print(comparison)
+        mask = special_token_mask(tokens, comparison.masked_ids, mask=mask)
+        loss = topk_rkl(student_logits, teacher_logits, mask=predicting(mask),
+                        banned_ids=comparison.banned_ids, vocab_size=comparison.vocab_size)
+    """
+    ours, theirs = _Tokens.of(student, "student"), _Tokens.of(teacher, "teacher")
+    shared = ours.strings.keys() & theirs.strings.keys()
+    same = {i for i in shared if ours.strings[i] == theirs.strings[i]}
+    vocab_size = max(same, default=-1) + 1
+    ends = ({ours.roles["eos"]} ^ {theirs.roles["eos"]}) - {None}
+    unlike = (ours.strings.keys() | theirs.strings.keys() | set(range(vocab_size))) - same
+    unknown = {i for i in theirs.special if i in same and i not in ours.control}
+    masked = (ours.control - same) | (ends & ours.strings.keys())
+    return TokenizerComparison(
+        masked_ids=tuple(sorted(masked)),
+        banned_ids=tuple(sorted(unlike | unknown | ends)),
+        vocab_size=vocab_size,
+        identical=ours == theirs,
+        student_size=ours.size,
+        teacher_size=theirs.size,
+        same_ids=len(same),
+        other_ids=tuple(sorted(shared - same)),
+        student_only_ids=tuple(sorted(ours.strings.keys() - shared)),
+        teacher_only_ids=tuple(sorted(theirs.strings.keys() - shared)),
+        findings=(),
+    )
+
+
+@dataclass
+class _Tokens:
+    """What a tokenizer says of its ids."""
+
+    strings: Mapping[int, str]
+    special: set[int]
+    control: set[int]
+    roles: Mapping[str, int | None]
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str) -> _Tokens:
+        """Of a tokenizer of transformers, or what resembles one."""
+        if not hasattr(tokenizer, "get_vocab"):
+            raise TypeError(
+                f"{name} is a {type(tokenizer).__name__}, expected a tokenizer with get_vocab(); "
+                "of a processor pass .tokenizer"
+            )
+        added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        special |= {i for i, token in added.items() if getattr(token, "special", False)}
+        return cls(
+            strings={i: string for string, i in tokenizer.get_vocab().items()},
+            special=special,
+            control=special | added.keys(),
+            roles={role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES},
+        )
+
+    @property
+    def size(self) -> int:
+        """One past the largest id."""
+        return max(self.strings, default=-1) + 1
