@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 ROLES = ("eos", "bos", "pad", "unk")
-SHOWN = 8
+SHOWN = 8  # ids that a report lists of each kind
+T = TypeVar("T")
 
 
 def response_mask(
@@ -258,7 +259,8 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
         ends        eos of one that is not the eos of the other
         banned_ids  ids of either that are not in same, gaps below vocab_size, ends,
                     special tokens of the teacher that are no control tokens of the student
-        masked_ids  control tokens of the student that are not in same; ends that it has
+        masked_ids  ids of the student: control tokens that are not in same, special tokens that
+                    are no control tokens of the teacher, ends
 
     Why ends are both masked and banned: the models stop by different ids. With the position
     masked at which the student stopped but the id left in the support, only positions would count
@@ -267,8 +269,8 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
     stop at the teacher's eos as well, take that out of both lists.
 
     What this cannot see. Models often have more rows than the tokenizer has tokens, and not equally
-    many; ``vocab_size`` lies below all of them, but where you set it yourself take the models' into
-    account. Tokens that are one id to the teacher and plain text to the student (``<think>``, which
+    many: where a model has fewer rows than ``vocab_size``, its own limit holds anyway; rows above
+    it are left out. Tokens that are one id to the teacher and plain text to the student (``<think>``, which
     it spells ``<``, ``think``, ``>``): the report lists those that are added and not special, with
     the student's spelling; the paper masks the first occurrence of ``<`` and ``think``, see
     ``token_ids``. Chat templates are compared, and differences reported: give each model the prompt
@@ -293,13 +295,12 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
     shared = ours.strings.keys() & theirs.strings.keys()
     same = {i for i in shared if ours.strings[i] == theirs.strings[i]}
     vocab_size = max(same, default=-1) + 1
-    ends = ({ours.roles["eos"]} ^ {theirs.roles["eos"]}) - {None}
+    ends = ours.ends ^ theirs.ends
     unlike = (ours.strings.keys() | theirs.strings.keys() | set(range(vocab_size))) - same
-    unknown = {i for i in theirs.special if i in same and i not in ours.control}
-    masked = (ours.control - same) | (ends & ours.strings.keys())
-    return TokenizerComparison(
+    masked = (ours.control - same) | (ours.special - theirs.control) | (ends & ours.strings.keys())
+    found = TokenizerComparison(
         masked_ids=tuple(sorted(masked)),
-        banned_ids=tuple(sorted(unlike | unknown | ends)),
+        banned_ids=tuple(sorted(unlike | (theirs.special - ours.control) | ends)),
         vocab_size=vocab_size,
         identical=ours == theirs,
         student_size=ours.size,
@@ -310,16 +311,23 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
         teacher_only_ids=tuple(sorted(theirs.strings.keys() - shared)),
         findings=(),
     )
+    findings = [*_differences(found, ours, theirs), *_markers(student, ours, theirs)]
+    if ours.chat_template != theirs.chat_template:
+        findings.append(
+            "Chat templates differ: decide in which of them each model sees the prompt."
+        )
+    return replace(found, findings=(*findings, *_advice(found, ours)))
 
 
 @dataclass
 class _Tokens:
-    """What a tokenizer says of its ids."""
+    """What a tokenizer says of its ids. Equal where every id means the same."""
 
-    strings: Mapping[int, str]
+    strings: dict[int, str]
     special: set[int]
-    control: set[int]
-    roles: Mapping[str, int | None]
+    control: set[int] = field(compare=False)
+    roles: dict[str, int | None]
+    chat_template: object = field(compare=False)
 
     @classmethod
     def of(cls, tokenizer: Any, name: str) -> _Tokens:
@@ -329,17 +337,111 @@ class _Tokens:
                 f"{name} is a {type(tokenizer).__name__}, expected a tokenizer with get_vocab(); "
                 "of a processor pass .tokenizer"
             )
+        strings = {i: string for string, i in tokenizer.get_vocab().items()}
         added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
-        special = set(getattr(tokenizer, "all_special_ids", ()))
+        special = strings.keys() & set(getattr(tokenizer, "all_special_ids", ()))
         special |= {i for i, token in added.items() if getattr(token, "special", False)}
         return cls(
-            strings={i: string for string, i in tokenizer.get_vocab().items()},
+            strings=strings,
             special=special,
             control=special | added.keys(),
             roles={role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES},
+            chat_template=getattr(tokenizer, "chat_template", None),
         )
 
     @property
     def size(self) -> int:
         """One past the largest id."""
         return max(self.strings, default=-1) + 1
+
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a sequence."""
+        end = self.roles["eos"]
+        return set() if end is None else {end}
+
+    def show(self, i: int | None) -> str:
+        """An id and its string."""
+        return "none" if i is None else f"{i} {self.strings[i]!r}" if i in self.strings else f"{i}"
+
+
+def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
+    """What the ids say, a line each."""
+    if found.identical:
+        yield "The tokenizers are identical: the same ids, strings and special tokens."
+        return
+    shared = found.same_ids + len(found.other_ids)
+    if 2 * found.same_ids <= shared:
+        yield (
+            f"THE VOCABULARIES ARE DIFFERENT: of {shared} ids that both have, only "
+            f"{found.same_ids} mean the same. Comparing logits id by id makes no sense for this "
+            "pair: choose a teacher with the student's vocabulary, or train on the teacher's text."
+        )
+    yield (
+        f"Ids: the student has {len(ours.strings)} up to {found.student_size - 1}, the teacher "
+        f"{len(theirs.strings)} up to {found.teacher_size - 1}; {found.same_ids} are the same "
+        f"string to both, {len(found.other_ids)} another string, {len(found.student_only_ids)} "
+        f"only the student's, {len(found.teacher_only_ids)} only the teacher's."
+    )
+    if found.other_ids:
+        yield "Other strings (student, teacher): " + _listed(
+            found.other_ids, lambda i: f"{ours.show(i)}, {theirs.strings[i]!r}"
+        )
+    if found.student_only_ids:
+        yield "Only the student's: " + _listed(found.student_only_ids, ours.show)
+    if found.teacher_only_ids:
+        yield "Only the teacher's: " + _listed(found.teacher_only_ids, theirs.show)
+    flags = sorted(
+        i for i in ours.special ^ theirs.special if i in ours.strings.keys() & theirs.strings.keys()
+    )
+    if flags:
+        yield "Special to one of them only: " + _listed(flags, ours.show)
+    for role in ROLES:
+        if ours.roles[role] != theirs.roles[role]:
+            yield (
+                f"{role}: {ours.show(ours.roles[role])} to the student, "
+                f"{theirs.show(theirs.roles[role])} to the teacher"
+                + (
+                    "; both are masked and banned, so the student learns nothing about when to "
+                    "stop."
+                    if role == "eos"
+                    else "."
+                )
+            )
+
+
+def _markers(student: Any, ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
+    """Tokens of the teacher's text that the student has to spell."""
+    known = set(ours.strings.values())
+    markers = [theirs.strings[i] for i in sorted(theirs.control - theirs.special)]
+    markers = [marker for marker in markers if marker not in known]
+    if not markers or not hasattr(student, "encode"):
+        return
+
+    def spelled(marker: str) -> str:
+        return f"{marker!r} as {student.encode(marker, add_special_tokens=False)}"
+
+    yield (
+        f"One token to the teacher, several to the student: {_listed(markers, spelled)}. Where "
+        "responses contain them, mask token_ids(student, [...]) of them, too."
+    )
+
+
+def _advice(found: TokenizerComparison, ours: _Tokens) -> Iterator[str]:
+    """What to do, a line each."""
+    if found.masked_ids:
+        yield f"special_token_mask: ids {_listed(found.masked_ids, ours.show)}"
+    if found.vocab_size == 0:
+        yield "topk_rkl: no id can enter the support."
+    elif not found.identical:
+        below = [i for i in found.banned_ids if i < found.vocab_size]
+        yield (
+            f"topk_rkl: vocab_size={found.vocab_size}, at most, and not above what the models "
+            f"have; banned_ids, of which {len(below)} are below that: {_listed(below, ours.show)}"
+        )
+
+
+def _listed(items: Sequence[T], show: Callable[[T], str]) -> str:
+    """The first few, and how many there are."""
+    shown = "; ".join(show(item) for item in items[:SHOWN])
+    return f"{shown}; ... ({len(items)})" if len(items) > SHOWN else shown or "none"
