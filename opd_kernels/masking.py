@@ -277,8 +277,8 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
 
     ``student`` and ``teacher`` are tokenizers of ``transformers``, or have ``get_vocab()`` and as
     much of ``all_special_ids``, ``added_tokens_decoder``, ``eos_token_id``, ``bos_token_id``,
-    ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. Takes a fraction of a
-    second for 150 thousand tokens.
+    ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. It reads both
+    vocabularies, so call it once, before training.
 
     Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor.
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerFast
 
 from opd_kernels import (
@@ -197,6 +198,14 @@ def test_one_sequence_is_a_batch_of_one() -> None:
     assert first_occurrences(torch.tensor([3, 3, 4]), [3, 4]).int().tolist() == [1, 0, 1]
 
 
+def test_masks_read_no_value_on_the_host() -> None:
+    with FakeTensorMode():
+        tokens, ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        mask = response_mask(tokens, tokens[:, 0], eos_ids=ids, attention_mask=tokens)
+        mask = predicting(special_token_mask(tokens, ids, mask=mask))
+        assert mask.shape == (2, 5)
+
+
 # Tokenizers
 
 
@@ -261,10 +270,21 @@ def test_ends_that_differ_are_masked_and_banned() -> None:
         assert fragment in found.report()
 
 
+def test_an_end_that_the_student_does_not_have_is_banned_and_cannot_be_masked() -> None:
+    teacher = tokenizer([*QWEN, ("<end>", True)], eos_token="<end>")
+    found = compare_tokenizers(STUDENT, teacher)
+    assert found.masked_ids == (IM_END,)
+    assert found.banned_ids == (IM_END, 11)
+
+
 def test_the_report_lists_what_is_one_token_to_the_teacher_alone() -> None:
     report = compare_tokenizers(STUDENT, REASONER).report()
     assert "One token to the teacher, text to the student: '<think>'; '</think>'." in report
     assert "One token" not in compare_tokenizers(REASONER, STUDENT).report()
+    knows_one = tokenizer([*QWEN, ("</think>", False)], eos_token="<|im_end|>")
+    assert "student: '<think>'." in compare_tokenizers(knows_one, REASONER).report()
+    special = tokenizer([*QWEN, ("<think>", True)], eos_token="<|im_end|>")
+    assert "One token" not in compare_tokenizers(STUDENT, special).report()
 
 
 def test_ids_with_other_strings_are_masked_and_banned_and_later_ids_kept() -> None:
@@ -304,6 +324,14 @@ def test_an_added_token_that_is_special_to_one_only_is_no_reason_to_leave_it_out
     assert not found.identical
     assert found.masked_ids == found.banned_ids == ()
     assert "Special to one of them only: 11 '<tool>'" in found.report()
+    assert compare_tokenizers(teacher, student).masked_ids == ()
+
+
+def test_a_word_that_one_of_them_has_added_is_the_same_token() -> None:
+    added = tokenizer([*QWEN, ("c", False)], eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    found = compare_tokenizers(STUDENT, added)
+    assert found.identical
+    assert found.masked_ids == found.banned_ids == ()
 
 
 @pytest.mark.parametrize("role", ["pad_token", "bos_token"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd_kernels import returns_to_go, sampled_token_advantages, sampled_token_loss
 
@@ -298,6 +299,14 @@ def test_tensors_made_under_inference_mode_can_be_trained_on() -> None:
     logprobs = randn(4).requires_grad_()
     sampled_token_loss(logprobs, old, advantages, mask=mask).backward()
     assert torch.equal(logprobs.grad, -advantages / 4)
+
+
+def test_no_value_is_read_on_the_host() -> None:
+    with FakeTensorMode():
+        values, mask = torch.zeros(2, 5, requires_grad=True), torch.ones(2, 5).bool()
+        advantages = sampled_token_advantages(values, values, 0.9, mask=mask)
+        sampled_token_loss(values, values, advantages, mask=mask).backward()
+        assert values.grad.shape == (2, 5)
 
 
 X = torch.zeros(2, 3)
