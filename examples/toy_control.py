@@ -59,8 +59,8 @@ class Policies:
         """Copies of the first `count` policies, without a graph."""
         return Policies([p.detach()[:count].clone() for p in self.parameters])
 
-    def trained(self, learning_rate: float) -> torch.optim.Optimizer:
-        """Let the parameters take gradients and return Adam for them."""
+    def adam(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Adam for the parameters, which take gradients from here on."""
         for parameter in self.parameters:
             parameter.requires_grad_()
         return torch.optim.Adam(self.parameters, lr=learning_rate)
@@ -129,7 +129,7 @@ def train_teachers(task: Task, generators: Sequence[Generator], iterations: int)
     A step costs STEP_COST * action², and the last one MISS_COST * (s_T - target)² as well.
     """
     teachers = Policies.fresh(generators)
-    optimizer = teachers.trained(TEACHER_LR)
+    optimizer = teachers.adam(TEACHER_LR)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)
     for _ in range(iterations):
         rollouts = roll_out(teachers, task, noise(generators, TEACHER_BATCH))

@@ -124,7 +124,7 @@ def test_at_gamma_one_the_measured_signal_is_that_of_the_gradient_through_the_tr
     frozen = estimators.measure_frozen(
         student, teacher, task, (0.0, 1.0), [torch.Generator().manual_seed(3)], 16, 512
     )
-    student.trained(1.0)
+    student.adam(1.0)
     draws = control.noise([torch.Generator().manual_seed(4)], 2048)
     inputs = walk_with_gradient(control, student, task, draws)
     divergence = control.reverse_kl(student(inputs)[1], teacher(inputs)[1]).sum(-1).mean()
@@ -135,13 +135,23 @@ def test_at_gamma_one_the_measured_signal_is_that_of_the_gradient_through_the_tr
     assert frozen.squared_bias[1, 0] == 0
 
 
+def test_densities_and_divergences_are_those_of_normal_distributions(control: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 100, 2, generator=generator, dtype=torch.float64)
+    actions = torch.randn(100, generator=generator, dtype=torch.float64)
+    p, q = (torch.distributions.Normal(*control.gaussian(side)) for side in (student, teacher))
+    torch.testing.assert_close(control.log_prob(student, actions), p.log_prob(actions))
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(control.reverse_kl(student, teacher), expected)
+
+
 def test_micro_batches_average_to_the_gradient_that_trains(
     control: ModuleType, estimators: ModuleType
 ) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     students, teachers = control.Policies.fresh(generators), control.Policies.fresh(generators)
     rollouts = control.roll_out(students, control.TASKS[1], control.noise(generators, 32))
-    students.trained(1.0)
+    students.adam(1.0)
     features, outputs = students(rollouts.inputs)
     logprobs = control.log_prob(outputs, rollouts.actions)
     teacher = control.log_prob(teachers(rollouts.inputs)[1], rollouts.actions)
@@ -230,6 +240,26 @@ def test_the_results_in_the_repository_are_of_the_full_size_and_give_their_table
     assert results.checkpoints[-1] == max(row.iteration for row in results.training) == 2000
     text, _ = reports.report(results)
     assert text == (folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_gammas_of_a_seed_start_from_one_student_with_the_same_draws(
+    study: ModuleType, control: ModuleType
+) -> None:
+    students = study.Students(1e-3)
+    teachers = control.Policies.fresh(study.streams(study.TEACH))
+    _, divergence, miss = students.update(control.TASKS[0], teachers)
+    for first in (divergence.view(5, 3), miss.view(5, 3)):
+        torch.testing.assert_close(first, first[:1].expand(5, 3))
+        assert first[0].unique().numel() == 3
+    _, divergence, _ = students.update(control.TASKS[1], teachers)
+    assert divergence.unique().numel() == 15
+
+
+def test_every_run_is_discounted_with_its_own_gamma(study: ModuleType) -> None:
+    zeros = torch.zeros(15, 1, 3)
+    first = study.discounted(zeros + 1, zeros)[:, 0, 0].view(5, 3)
+    expected = [1 + gamma + gamma**2 for gamma in study.GAMMAS]
+    torch.testing.assert_close(first, torch.tensor(expected).unsqueeze(-1).expand(5, 3))
 
 
 def test_two_runs_write_the_same_bytes_and_a_report_repeats_table_and_plot(
