@@ -144,8 +144,9 @@ def sample(
     prompts: Sequence[str],
     new_tokens: int,
     dtype: torch.dtype,
+    top_p: float = 0.9,
 ) -> Responses:
-    """Answer every prompt once, at temperature 1 and top-p 0.9, with at most `new_tokens`."""
+    """Answer every prompt once, at temperature 1, with at most `new_tokens`."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     batch: Any = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
@@ -155,7 +156,7 @@ def sample(
         max_new_tokens=new_tokens,
         do_sample=True,
         temperature=1.0,
-        top_p=0.9,
+        top_p=top_p,
         top_k=0,
         eos_token_id=end,
         pad_token_id=end,

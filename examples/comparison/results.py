@@ -1,0 +1,190 @@
+"""The comparison's CSV files, and the table and plots that are made of nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from comparison.arms import ARMS, BEFORE
+from matplotlib.axes import Axes
+
+Row = dict[str, str]
+STEP_EVERY = 5  # of the steps' rows, that many are averaged into one that is kept
+ORDER = [BEFORE.name, *(arm.name for arm in ARMS)]
+# Of a run's training: the column, and where it comes from in the steps' rows.
+OF_STEPS = ("grad_norm", "grad_variance", "seconds")
+COLUMNS = {
+    "success": "success",
+    "success_greedy": "greedy",
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "teacher_score": "teacher's score",
+    "student_mass": "student mass",
+    "length": "length",
+    "grad_norm": "grad norm",
+    "grad_variance": "grad variance",
+    "relative_variance": "relative",
+}
+
+
+def collect(output: Path, results: Path) -> None:
+    """Gather the runs of an output folder in three CSV files: runs, steps, positions."""
+    runs, steps, positions = [], [], []
+    for path in sorted((output / "runs").glob("*.json")):
+        result = json.loads(path.read_text())
+        what = {name: result[name] for name in ("task", "arm", "seed")}
+        for start, gap, count in result.pop("gap_by_position"):
+            positions.append({**what, "position": start, "gap": _short(gap), "tokens": count})
+        logged = output / "steps" / f"{path.stem}.csv"
+        rows = _read(logged) if logged.exists() else []
+        for name in OF_STEPS:
+            result[name] = _mean(rows, name)
+        result["grad_norm_deviation"] = (
+            statistics.stdev(float(row["grad_norm"]) for row in rows) if len(rows) > 1 else None
+        )
+        result["relative_variance"] = _mean(
+            rows, lambda row: float(row["grad_variance"]) / float(row["grad_norm"]) ** 2
+        )
+        runs.append({name: _short(value) for name, value in result.items()})
+        for i in range(0, len(rows), STEP_EVERY):
+            few = rows[i : i + STEP_EVERY]
+            means = {name: _short(_mean(few, name)) for name in few[0] if name != "seconds"}
+            steps.append({**what, **means, "step": few[-1]["step"]})
+    results.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("runs", runs), ("steps", steps), ("positions", positions)):
+        rows.sort(key=lambda row: (row["task"], int(row["seed"]), ORDER.index(row["arm"])))
+        _write(results / f"{name}.csv", rows)
+
+
+def report(results: Path) -> str:
+    """Print what the CSV files say: the table as text; it and the plots are saved beside them."""
+    runs = _read(results / "runs.csv")
+    text = "\n\n".join(_table(task, rows) for task, rows in _grouped(runs, "task").items())
+    (results / "table.md").write_text(text + "\n")
+    draw_steps(results / "steps.png", _read(results / "steps.csv"))
+    draw_positions(results / "positions.png", _read(results / "positions.csv"))
+    return text
+
+
+def _table(task: str, runs: Sequence[Row]) -> str:
+    """A Markdown table of means over seeds, with half of their range."""
+    shown = [name for name in COLUMNS if any(row.get(name) for row in runs)]
+    seeds = len({row["seed"] for row in runs})
+    lines = [
+        f"**{task}**, {seeds} seed{'s' if seeds > 1 else ''}",
+        "",
+        "| arm | " + " | ".join(COLUMNS[name] for name in shown) + " |",
+        "|---|" + "---|" * len(shown),
+    ]
+    by_arm = _grouped(runs, "arm")
+    for arm in sorted(by_arm, key=ORDER.index):
+        cells = [_cell([float(r[name]) for r in by_arm[arm] if r.get(name)]) for name in shown]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, spread = statistics.fmean(values), (max(values) - min(values)) / 2
+    digits = 1 if abs(mean) >= 10 else 3
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+
+
+STEP_PANELS = {
+    "success": "success of the rollouts",
+    "reverse_kl": "reverse KL on the rollouts",
+    "grad_norm": "gradient norm",
+    "grad_variance": "gradient variance",
+    "student_mass": "student mass on the support",
+    "gap": "log-prob gap, teacher - student",
+}
+
+
+def draw_steps(path: Path, rows: Sequence[Row]) -> None:
+    """Curves by step, mean over seeds: a row for each task, a column for each quantity."""
+    tasks = _grouped(rows, "task")
+    figure, axes = plt.subplots(
+        len(tasks), len(STEP_PANELS), figsize=(22, 3.2 * len(tasks)), squeeze=False
+    )
+    for line, (task, of_task) in zip(axes, tasks.items(), strict=True):
+        for ax, (name, title) in zip(line, STEP_PANELS.items(), strict=True):
+            _curves(ax, of_task, "step", name)
+            ax.set_title(f"{task}: {title}", fontsize=9)
+            if name.startswith("grad"):
+                ax.set_yscale("log")
+    _save(figure, axes, path)
+
+
+def draw_positions(path: Path, rows: Sequence[Row]) -> None:
+    """How far the teacher disagrees with what the student said, by position in the response."""
+    tasks = _grouped(rows, "task")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
+    for ax, (task, of_task) in zip(axes[0], tasks.items(), strict=True):
+        _curves(ax, of_task, "position", "gap")
+        ax.set_title(f"{task}: log q - log p of the said token", fontsize=9)
+        ax.set_xlabel("position in the response")
+    _save(figure, axes, path)
+
+
+def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+    by_arm = _grouped([row for row in rows if row.get(y)], "arm")
+    for arm in sorted(by_arm, key=ORDER.index):
+        points = _grouped(by_arm[arm], x)
+        xs = sorted(points, key=int)
+        ys = [statistics.fmean(float(row[y]) for row in points[i]) for i in xs]
+        color = "black" if arm == BEFORE.name else f"C{ORDER.index(arm) - 1}"
+        ax.plot([int(i) for i in xs], ys, label=arm, color=color, linewidth=1.2)
+
+
+def _save(figure: plt.Figure, axes: Sequence[Sequence[Axes]], path: Path) -> None:
+    labels = {}
+    for ax in (ax for line in axes for ax in line):
+        handles, names = ax.get_legend_handles_labels()
+        labels.update(zip(names, handles, strict=True))
+    figure.legend(labels.values(), labels, loc="lower center", ncol=5, fontsize=9)
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row[key]].append(row)
+    return groups
+
+
+def _mean(rows: Sequence[Row], of: str | Callable[[Row], float]) -> float | None:
+    values = [float(row[of]) if isinstance(of, str) else of(row) for row in rows if _has(row, of)]
+    return statistics.fmean(values) if values else None
+
+
+def _has(row: Row, of: str | Callable[[Row], float]) -> bool:
+    return not isinstance(of, str) or row[of] != ""
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,334 @@
+"""The comparison of objectives: its tasks, rollouts, arms, a run's resumption, its report."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("tensorboard", reason="the comparison logs to TensorBoard")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from comparison import arms, models, pairs, results, rollouts, tasks, training  # noqa: E402
+from comparison.vocabulary import (  # noqa: E402
+    IDS,
+    STOP_IDS,
+    STUDENT_END,
+    STUDENT_VOCAB,
+    TEACHER_END,
+    TEACHER_VOCAB,
+    THINK,
+    WORDS,
+    encode,
+    student_tokenizer,
+    teacher_tokenizer,
+)
+
+from opd_kernels import compare_tokenizers  # noqa: E402
+
+KINDS = [tasks.Arithmetic, tasks.World]
+
+
+def solve(episode: Any, rng: random.Random) -> None:
+    while not episode.done:
+        episode.say([*episode.expert(rng), STUDENT_END])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expert_solves_every_problem_in_the_words_and_turns_allowed(kind: Any) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        episode = kind.sample(rng)
+        words = [*episode.prompt]
+        turns = 0
+        while not episode.done:
+            said = [THINK, *episode.expert(rng), STUDENT_END]
+            assert len(said) <= episode.new_tokens
+            words += [*said, *episode.say(said)]
+            turns += 1
+        assert episode.success
+        assert turns <= episode.turn_limit
+        assert set(words) <= set(WORDS)
+
+
+def test_only_the_exact_answer_at_the_end_of_a_turn_that_ended_counts() -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        episode = tasks.Arithmetic.sample(rng)
+        value, signs = episode.numbers[0], zip(episode.operators, episode.numbers[1:], strict=True)
+        for sign, number in signs:
+            value = eval(f"({value} {'*' if sign == '.' else sign} {number}) % 10")
+        right, wrong = str(value), str((value + 1) % 10)
+        for said, success in [
+            (["answer", right, STUDENT_END], True),
+            ([THINK, "answer", right, TEACHER_END], True),
+            (["answer", wrong, STUDENT_END], False),
+            (["answer", right], False),
+            (["answer", right, wrong, STUDENT_END], False),
+            ([right, STUDENT_END], False),
+            ([], False),
+        ]:
+            episode.say(said)
+            assert episode.success is success, said
+
+
+def test_a_world_obeys_only_actions_that_are_possible() -> None:
+    world = tasks.World(
+        rooms=["hall", "study", "attic"],
+        here=0,
+        thing="key",
+        thing_at=1,
+        inside="box",
+        others={},
+        containers={1: "box"},
+        target="attic",
+    )
+
+    def do(*words: str) -> list[str]:
+        return world.say([*words, STUDENT_END])
+
+    assert "at hall west wall east study see nothing" in " ".join(do("go", "west"))
+    assert "see closed box" in " ".join(do("go", "east"))
+    assert "holding" not in do("take", "key")
+    assert "see key box" in " ".join(do("open", "box"))
+    assert "holding key" in " ".join(do("take", "key"))
+    assert not world.success
+    do("go", "east")
+    do("drop", "key")
+    assert world.success
+    assert world.done
+
+
+def test_a_world_ends_after_its_last_turn() -> None:
+    world = tasks.World.sample(random.Random(0))
+    for _ in range(world.turn_limit):
+        assert not world.done
+        world.say(["need", STUDENT_END])
+    assert world.done
+    assert not world.success
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    torch.manual_seed(0)
+    return models.build(STUDENT_VOCAB, 32, layers=2).eval()
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "world", "mixed"])
+def test_rollouts_are_what_the_model_says_to_the_squeezed_sequences(
+    student: Any, task: str
+) -> None:
+    """Greedy choices, with cache and gaps, are those of one pass over the sequences without."""
+    episodes = tasks.sample_episodes(task, 6, random.Random(3))
+    # Stops that come at different places: a random model never says them.
+    with torch.no_grad():
+        student.lm_head.weight[STOP_IDS[0]] += 0.05
+    played = rollouts.play(student, episodes, top_p=1.0, greedy=True)
+    logits = student(input_ids=played.tokens).logits
+    response = played.response
+    assert response.any()
+    assert torch.equal(logits[:, :-1].argmax(-1)[response[:, 1:]], played.tokens[response])
+
+
+def test_a_turn_ends_at_its_first_stop_and_other_rows_go_on(student: Any) -> None:
+    episodes = tasks.sample_episodes("mixed", 8, random.Random(4))
+    torch.manual_seed(1)
+    played = rollouts.play(student, episodes, top_p=1.0)
+    stops = torch.isin(played.tokens, torch.tensor(STOP_IDS)) & played.response
+    for row, (turn, stop) in enumerate(zip(played.turn, stops, strict=True)):
+        limit = episodes[row].turn_limit
+        assert turn.max() < limit
+        for number in range(int(turn.max()) + 1):
+            here = (turn == number).nonzero()[:, 0]
+            assert (here.diff() == 1).all()
+            assert len(here) <= episodes[row].new_tokens
+            assert stop[here].sum() <= 1
+            assert not stop[here[:-1]].any()
+
+
+def random_scores(k: int, vocab: int = 7, teacher_vocab: int = 9) -> arms.Scores:
+    generator = torch.Generator().manual_seed(5)
+    student = torch.randn(4, vocab, generator=generator, dtype=torch.float32) * 2
+    teacher = torch.randn(4, teacher_vocab, generator=generator) * 2
+    tokens = torch.randint(vocab, (4,), generator=generator)
+    return arms.Scores(student.requires_grad_(), teacher, tokens, k, [])
+
+
+def full_reverse_kl(scores: arms.Scores) -> Tensor:
+    log_p, log_q = scores.log_probs
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+@pytest.mark.parametrize("loss", [arms.lsm, arms.truncated, arms.tail_bucket, arms.student_support])
+def test_on_the_whole_vocabulary_every_objective_is_the_reverse_kl(loss: Any) -> None:
+    scores = random_scores(k=7)
+    torch.testing.assert_close(loss(scores), full_reverse_kl(scores), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tail_bucket_is_the_kl_of_the_distributions_with_the_rest_merged() -> None:
+    scores = random_scores(k=3)
+    p, q = (x.double().exp() for x in scores.log_probs)
+    ids = scores.support.ids.long()
+    p, q = (torch.cat([x.gather(-1, ids), 1 - x.gather(-1, ids).sum(-1, True)], -1) for x in (p, q))
+    torch.testing.assert_close(
+        arms.tail_bucket(scores).double(), (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_without_renormalisation_the_loss_can_be_negative() -> None:
+    student = torch.tensor([[-9.0, -9.0, 5.0]])
+    scores = arms.Scores(student, torch.tensor([[4.0, 4.0, 0.0]]), torch.tensor([0]), 2, [])
+    assert arms.truncated(scores).item() < 0
+    assert arms.tail_bucket(scores).item() > 0
+    assert arms.lsm(scores).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_students_support_is_the_students_best_with_the_teachers_logits() -> None:
+    scores = random_scores(k=3)
+    best = scores.student.detach().topk(3).indices
+    log_p = scores.student.gather(-1, best).log_softmax(-1)
+    log_q = scores.teacher.gather(-1, best).log_softmax(-1)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(arms.student_support(scores), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sampled_token_pulls_its_log_prob_by_the_log_ratio() -> None:
+    scores = random_scores(k=3)
+    arms.sampled_token(scores).sum().backward()
+    said_p, said_q = scores.said
+    p = scores.log_probs[0].exp().detach()
+    wanted = (said_p - said_q).detach()[:, None] * (F.one_hot(scores.tokens, 7) - p)
+    torch.testing.assert_close(scores.student.grad, wanted)
+
+
+class TinyPair:
+    """Models of a few thousand parameters in the place of the comparison's."""
+
+    name, seed, k = "mixed", 0, 4
+    batch = 8
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.teacher = models.build(TEACHER_VOCAB, 16, layers=1).requires_grad_(False).eval()
+        self.student = models.build(STUDENT_VOCAB, 16, layers=1)
+        self.tokenizers = compare_tokenizers(student_tokenizer(), teacher_tokenizer())
+
+    rollouts = pairs.SmallPair.rollouts
+    held_out = pairs.SmallPair.held_out
+    teacher_answers = pairs.SmallPair.teacher_answers
+    autocast = pairs.SmallPair.autocast
+    _play = pairs.SmallPair._play
+    _held_out_episodes = pairs.SmallPair._held_out_episodes
+    held_out_episodes = 4
+
+
+def test_the_gradient_of_a_step_is_the_token_means_and_its_variance_that_of_its_parts() -> None:
+    pair = TinyPair()
+    rng = random.Random(0)
+    batch = models.demonstrations("mixed", 8, rng, dialect=True)
+    frozen = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    row = training.update(pair, arms.LSM_TOP_P, frozen, batch)
+    got = [p.grad.clone() for p in pair.student.parameters()]
+    gradients, counts = [], []
+    for part in (batch, *(batch[i : i + 2] for i in range(0, 8, 2))):
+        pair.student.zero_grad()
+        loss = arms.lsm(training.score(pair, part, []))
+        loss.mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in pair.student.parameters()]))
+        counts.append(len(loss))
+    whole, parts = gradients[0], torch.stack(gradients[1:])
+    shares = torch.tensor(counts[1:]) / counts[0]
+    variance = 4 / 3 * (shares * (parts - whole).square().sum(1)).sum()
+    scale = min(1.0, 1 / float(whole.norm()))  # clipped
+    torch.testing.assert_close(
+        torch.cat([g.flatten() for g in got]), whole * scale, rtol=1e-3, atol=1e-6
+    )
+    assert row["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-4)
+    assert row["grad_variance"] == pytest.approx(float(variance), rel=1e-2)
+    assert row["tokens"] == counts[0] == int(batch.response.sum())
+
+
+def test_masking_leaves_out_the_special_tokens_of_every_turn_and_nothing_else() -> None:
+    pair = TinyPair()
+    said = encode(["now", STUDENT_END])
+    tokens = torch.tensor([encode(["<user>", "goal"]) + said + encode(["<user>", "at"]) + said])
+    turn = torch.tensor([[-1, -1, 0, 0, -1, -1, 1, 1]])
+    sequences = rollouts.Rollouts(tokens, turn)
+    kept = {arm.name: training.kept_tokens(pair, arm, sequences).tolist() for arm in arms.ARMS}
+    for arm in arms.ARMS:
+        wanted = [True, False, True, False] if arm.masking else [True] * 4
+        assert kept[arm.name] == wanted, arm.name
+    assert set(pair.tokenizers.masked_ids) == {IDS[STUDENT_END], IDS[TEACHER_END], IDS[THINK]}
+    assert IDS[THINK] in pair.tokenizers.banned_ids
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    budget = training.Budget(steps=4, lr=1e-3, warm_up=2, checkpoint_every=2)
+    ticks: list[int] = []
+
+    def stop_after_three() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            raise Interrupted
+
+    arm = arms.SAMPLED_TOKEN
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(TinyPair(), arm, budget, whole, lambda: None)
+    with pytest.raises(Interrupted):
+        training.run(TinyPair(), arm, budget, broken, stop_after_three)
+    assert not list((broken / "runs").glob("*")) if (broken / "runs").exists() else True
+    training.run(TinyPair(), arm, budget, broken, lambda: None)
+    path = training.result_path(whole, "mixed", arm, 0)
+    assert path.read_text() == (broken / "runs" / path.name).read_text()
+    rows = [results._read(out / "steps" / f"{path.stem}.csv") for out in (whole, broken)]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+    assert not list((broken / "checkpoints").glob("*"))
+    assert list((whole / "tensorboard").glob("*/events*"))
+
+
+def test_all_arms_of_a_seed_meet_the_same_problems(tmp_path: Path) -> None:
+    prompts = []
+    for top_p in (1.0, 0.9):
+        batch, _ = TinyPair().rollouts(7, top_p)
+        first = (batch.turn >= 0).int().argmax(1)
+        prompts.append([row[:n].tolist() for row, n in zip(batch.tokens, first, strict=True)])
+    assert prompts[0] == prompts[1]
+
+
+def make_results(folder: Path, names: Sequence[str]) -> None:
+    budget = training.Budget(steps=2, lr=1e-3)
+    by_name = {arm.name: arm for arm in (arms.BEFORE, *arms.ARMS)}
+    for name in names:
+        steps = training.Budget(steps=0, lr=1e-3) if name == "before" else budget
+        training.run(TinyPair(), by_name[name], steps, folder, lambda: None)
+
+
+def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> None:
+    make_results(tmp_path / "output", ["before", "LSM + top-p", "sampled-token"])
+    kept = tmp_path / "kept"
+    results.collect(tmp_path / "output", kept)
+    shutil.rmtree(tmp_path / "output")
+    text = results.report(kept)
+    assert text.splitlines()[0] == "**mixed**, 1 seed"
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]]
+    assert names == ["before", "sampled-token", "LSM + top-p"]
+    assert len(results._read(kept / "runs.csv")) == 3
+    for name in ("steps.png", "positions.png", "table.md"):
+        assert (kept / name).stat().st_size > 0
