@@ -49,7 +49,7 @@ from pathlib import Path
 try:
     import torch
     from torch import Generator, Tensor
-    from toy_control import (
+    from toy.control import (
         HORIZON,
         TASKS,
         Policies,
@@ -61,14 +61,14 @@ try:
         roll_out,
         train_teachers,
     )
-    from toy_estimators import (
+    from toy.estimators import (
         measure_frozen,
         micro_batch_gradients,
         scores,
         total_variance,
     )
-    from toy_plot import draw_study
-    from toy_report import (
+    from toy.plot import draw_study
+    from toy.report import (
         FILES,
         FrozenStudent,
         Study,

@@ -100,7 +100,7 @@ def test_a_world_obeys_only_actions_that_are_possible() -> None:
     assert "at hall west wall east study see nothing" in " ".join(do("go", "west"))
     assert "see closed box" in " ".join(do("go", "east"))
     assert "holding" not in do("take", "key")
-    assert "see key box" in " ".join(do("open", "box"))
+    assert "see key box" in " ".join(do("open", "it"))
     assert "holding key" in " ".join(do("take", "key"))
     assert not world.success
     do("go", "east")
@@ -272,7 +272,7 @@ def test_masking_leaves_out_the_special_tokens_of_every_turn_and_nothing_else() 
     assert IDS[THINK] in pair.tokenizers.banned_ids
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -283,12 +283,12 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
     def stop_after_three() -> None:
         ticks.append(1)
         if len(ticks) == 3:
-            raise Interrupted
+            raise InterruptionError
 
     arm = arms.SAMPLED_TOKEN
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     training.run(TinyPair(), arm, budget, whole, lambda: None)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         training.run(TinyPair(), arm, budget, broken, stop_after_three)
     assert not list((broken / "runs").glob("*")) if (broken / "runs").exists() else True
     training.run(TinyPair(), arm, budget, broken, lambda: None)

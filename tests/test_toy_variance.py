@@ -27,17 +27,17 @@ def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
 
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "toy_control")
+    return load(monkeypatch, "toy.control")
 
 
 @pytest.fixture
 def estimators(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "toy_estimators")
+    return load(monkeypatch, "toy.estimators")
 
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "toy_report")
+    return load(monkeypatch, "toy.report")
 
 
 @pytest.fixture

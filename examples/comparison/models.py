@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -86,18 +86,20 @@ def train_on_demonstrations(
     steps: int,
     seed: int,
     dialect: bool,
+    turns: Sequence[str] = ("arithmetic", "world"),
     lr: float = 1e-3,
     batch: int = 8,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
-    """Fit the model to what an expert says, both tasks in turn; the last losses' mean."""
+    """Fit the model to what an expert says, the tasks taking `turns`; the last losses' mean."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     recent = 0.0
     for step in range(steps):
+        task = turns[step % len(turns)]
         # An episode of the world is about three times as long.
-        task, count = (("arithmetic", 3 * batch), ("world", batch))[step % 2]
+        count = batch if task == "world" else 3 * batch
         sequences = demonstrations(task, count, rng, dialect)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=sequences.tokens, use_cache=False).logits

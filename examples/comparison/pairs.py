@@ -130,7 +130,14 @@ def prepare_teacher(folder: Path, steps: int, tick: Callable[[], None]) -> None:
     """Train the small teacher on an expert's episodes in its dialect."""
     torch.manual_seed(TEACHER_SEED)
     model = models.new_teacher()
-    models.train_on_demonstrations(model, steps=steps, seed=TEACHER_SEED, dialect=True, tick=tick)
+    models.train_on_demonstrations(
+        model,
+        steps=steps,
+        seed=TEACHER_SEED,
+        dialect=True,
+        turns=("arithmetic", "world", "world"),
+        tick=tick,
+    )
     models.save(folder / "teacher.pt", model.state_dict())
 
 

@@ -1,7 +1,7 @@
 """Two tasks that can be checked exactly, as environments that a model talks to in turns.
 
 ``Arithmetic`` is one turn: a chain of additions and subtractions worked out step by step.
-``World`` is up to eight turns: find a thing in a row of rooms and bring it to another room.
+``World`` is up to seven turns: find a thing in a row of rooms and bring it to another room.
 An expert's turns are what the teacher and the student are trained on before distillation.
 """
 
@@ -107,7 +107,7 @@ class World:
     visited: set[int] = field(default_factory=set)
     heading: int = 1
 
-    turn_limit = 8
+    turn_limit = 7
     new_tokens = 11
 
     @classmethod
@@ -130,7 +130,7 @@ class World:
 
     @classmethod
     def _draw(cls, rng: random.Random) -> World:
-        rooms = rng.sample(ROOMS, rng.choice([3, 4]))
+        rooms = rng.sample(ROOMS, 3)
         thing, other = rng.sample(ITEMS, 2)
         thing_at, target = rng.sample(range(len(rooms)), 2)
         containers = {i: rng.choice(CONTAINERS) for i in range(len(rooms)) if rng.random() < 0.3}
@@ -201,7 +201,7 @@ class World:
         if self.thing_visible:
             return ["take", self.thing]
         if not self.holding and self.here in self.containers and self.here not in self.opened:
-            return ["open", self.containers[self.here]]
+            return ["open", "it"]
         return ["go", going]
 
     def say(self, words: list[str]) -> list[str]:
@@ -213,7 +213,7 @@ class World:
             step = 1 if noun == "east" else -1
             if self.neighbour(step) != "wall":
                 self.here += step
-        elif verb == "open" and self.containers.get(self.here) == noun:
+        elif (verb, noun) == ("open", "it") and self.here in self.containers:
             self.opened.add(self.here)
         elif verb == "take" and noun == self.thing and self.thing_visible:
             self.holding = True

@@ -24,7 +24,7 @@ CONTAINERS = "box chest drawer bag".split()
 OPENERS = "so then next now well first thus ok here hence".split()
 COMMON = [
     *"0 1 2 3 4 5 6 7 8 9 + - = . , ; answer goal put in at east west wall see holding".split(),
-    *"nothing need go open take drop done going closed".split(),
+    *"nothing need go open take drop it going closed".split(),
 ]
 WORDS = [PAD, USER, ASSISTANT, STUDENT_END, TEACHER_END, THINK]
 WORDS += [*COMMON, *OPENERS, *STEPS, *ROOMS, *ITEMS, *CONTAINERS]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
-from toy_control import Policies, Task, log_prob, noise, roll_out
+from toy.control import Policies, Task, log_prob, noise, roll_out
 
 from opd_kernels import sampled_token_advantages
 

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from toy_control import HORIZON, TASKS
-from toy_report import Study, Training, bias, frozen_variance
+from toy.control import HORIZON, TASKS
+from toy.report import Study, Training, bias, frozen_variance
 
 COLORS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red")
 
