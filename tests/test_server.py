@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from teacher_http import Teacher, serving
@@ -22,14 +24,13 @@ from opd_kernels.integrations.server import (
 )
 
 V, K = 40, 5
+TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
 SEQUENCES = [[3, 8, 1, 30, 2], [7, 7], [9, 4, 5]]
 
 
 def logprobs(tokens: list[int]) -> Tensor:
     """A row depends on all tokens up to its own, as a causal model's."""
-    torch.manual_seed(0)
-    table = torch.randn(V, V)
-    return table[torch.tensor(tokens)].cumsum(0).log_softmax(-1)
+    return TABLE[torch.tensor(tokens)].cumsum(0).log_softmax(-1)
 
 
 @pytest.fixture
@@ -191,8 +192,6 @@ def test_busy_and_failing_servers_are_asked_again(teacher: Teacher, status: int)
 
 def test_retry_after_is_obeyed(teacher: Teacher) -> None:
     teacher.script = [(429, {}, {"Retry-After": "1"})]
-    import time
-
     started = time.monotonic()
     ask(teacher, retries=1).topk([[1, 2, 3]])
     assert time.monotonic() - started >= 1
@@ -331,7 +330,5 @@ def test_sequences_that_are_not_allowed(
 
 
 def test_request_bodies_are_json_numbers_for_any_integer_type(teacher: Teacher) -> None:
-    import numpy as np
-
     ask(teacher).topk([np.array([1, 2, 3])])
     assert json.loads(json.dumps(teacher.requests[0][1]["prompt"])) == [1, 2, 3]

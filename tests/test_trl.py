@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +207,42 @@ def test_a_step_is_that_of_one_batch_however_it_is_accumulated(
     assert_same_parameters(student, expected)
 
 
+def train_on_a_rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    args = config(folder, per_device_train_batch_size=1, shuffle_dataset=False)
+    trained = trainer(llama(0), llama(1, hidden_size=24), args)
+    trained.train()
+    if rank == 0:
+        assert trained.accelerator.num_processes == 2
+        measured = {name: logged(trained, name) for name in ("loss", "student_mass", "valid_k")}
+        torch.save((trained.model.state_dict(), measured), folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1, hidden_size=24)
+    expected_loss, expected = hand_written_step(student, teacher)
+    alone = trainer(student, teacher, config(tmp_path, shuffle_dataset=False))
+    alone.train()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_on_a_rank, (port, tmp_path), nprocs=2)
+    parameters, measured = torch.load(tmp_path / "result.pt")
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, expected[name].detach(), rtol=1e-4, atol=2e-6)
+    assert measured["loss"] == pytest.approx([expected_loss], rel=1e-4)
+    assert measured["student_mass"] == pytest.approx(logged(alone, "student_mass"), rel=0.05)
+    assert measured["valid_k"] == [K]
+
+
 def test_the_teacher_stays_as_it_was(tmp_path: Path) -> None:
     teacher = llama(1)
     before = copy.deepcopy(teacher.state_dict())
@@ -370,7 +408,7 @@ def test_the_students_divergence_from_the_teacher_falls(tmp_path: Path) -> None:
         for parameter in student.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     before = full_reverse_kl(student, teacher)
-    args = config(tmp_path, max_steps=40, optim="adamw_torch", learning_rate=3e-3, k=16)
+    args = config(tmp_path, max_steps=40, optim="adamw_torch", learning_rate=1e-2, k=16)
     trained = generating(student, teacher, args)
     assert trained.generation_config.top_p == 0.9
     trained.train()
