@@ -220,7 +220,7 @@ class TokenizerComparison:
     not have, or has with another meaning: the loss leaves their first occurrence out.
     ``banned_ids`` and ``vocab_size``, for ``topk_rkl``: together they keep out of the support all
     ids that do not mean the same to both. ``identical``: every id is the same string to both, and
-    the special tokens have the same roles; then nothing has to be masked or banned.
+    the special tokens have the same roles; then there is nothing to leave out but gaps.
 
     The other fields are what the advice is made of: sizes (one past the largest id), how many ids
     are the same string to both, and the ids that are not. ``report()`` is all of it as text.
@@ -269,17 +269,16 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
     stop at the teacher's eos as well, take that out of both lists.
 
     What this cannot see. Models often have more rows than the tokenizer has tokens, and not equally
-    many: where a model has fewer rows than ``vocab_size``, its own limit holds anyway; rows above
-    it are left out. Tokens that are one id to the teacher and plain text to the student (``<think>``, which
-    it spells ``<``, ``think``, ``>``): the report lists those that are added and not special, with
-    the student's spelling; the paper masks the first occurrence of ``<`` and ``think``, see
-    ``token_ids``. Chat templates are compared, and differences reported: give each model the prompt
-    in its own, or both the one that the student will be used with.
+    many: rows from ``vocab_size`` on are left out, and where a model has fewer its own limit holds.
+    Tokens that are one id to the teacher and text to the student, as ``<think>``, which it spells
+    ``<``, ``think``, ``>``: the report lists those that are added and not special; the paper masks
+    the first ``<`` and ``think``, see ``token_ids``. Chat templates are compared as they stand, and
+    a difference is reported: it is yours to decide which of them each model's prompt has.
 
     ``student`` and ``teacher`` are tokenizers of ``transformers``, or have ``get_vocab()`` and as
     much of ``all_special_ids``, ``added_tokens_decoder``, ``eos_token_id``, ``bos_token_id``,
-    ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. Takes a fraction of a
-    second for 150 thousand tokens.
+    ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. It reads both
+    vocabularies, so call it once, before training.
 
     Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor.
 
@@ -311,7 +310,7 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
         teacher_only_ids=tuple(sorted(theirs.strings.keys() - shared)),
         findings=(),
     )
-    findings = [*_differences(found, ours, theirs), *_markers(student, ours, theirs)]
+    findings = [*_differences(found, ours, theirs), *_markers(ours, theirs)]
     if ours.chat_template != theirs.chat_template:
         findings.append(
             "Chat templates differ: decide in which of them each model sees the prompt."
@@ -410,21 +409,16 @@ def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> 
             )
 
 
-def _markers(student: Any, ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
+def _markers(ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
     """Tokens of the teacher's text that the student has to spell."""
     known = set(ours.strings.values())
     markers = [theirs.strings[i] for i in sorted(theirs.control - theirs.special)]
     markers = [marker for marker in markers if marker not in known]
-    if not markers or not hasattr(student, "encode"):
-        return
-
-    def spelled(marker: str) -> str:
-        return f"{marker!r} as {student.encode(marker, add_special_tokens=False)}"
-
-    yield (
-        f"One token to the teacher, several to the student: {_listed(markers, spelled)}. Where "
-        "responses contain them, mask token_ids(student, [...]) of them, too."
-    )
+    if markers:
+        yield (
+            f"One token to the teacher, text to the student: {_listed(markers, repr)}. Where "
+            "responses contain such, mask token_ids(student, [...]) of them as well."
+        )
 
 
 def _advice(found: TokenizerComparison, ours: _Tokens) -> Iterator[str]:
@@ -433,11 +427,11 @@ def _advice(found: TokenizerComparison, ours: _Tokens) -> Iterator[str]:
         yield f"special_token_mask: ids {_listed(found.masked_ids, ours.show)}"
     if found.vocab_size == 0:
         yield "topk_rkl: no id can enter the support."
-    elif not found.identical:
+    elif found.banned_ids or not found.identical:
         below = [i for i in found.banned_ids if i < found.vocab_size]
         yield (
-            f"topk_rkl: vocab_size={found.vocab_size}, at most, and not above what the models "
-            f"have; banned_ids, of which {len(below)} are below that: {_listed(below, ours.show)}"
+            f"topk_rkl: vocab_size={found.vocab_size} (or the rows of a model that has fewer) and "
+            f"banned_ids, of which {len(below)} are below that: {_listed(below, ours.show)}"
         )
 
 
