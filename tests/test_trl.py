@@ -543,6 +543,38 @@ def test_masking_failures_leaves_out_what_failed_and_divides_by_the_rest(
     assert_same_parameters(student, expected)
 
 
+@pytest.mark.parametrize("behind", ["in process", "behind a server"])
+def test_the_example_runs(
+    tmp_path: Path,
+    served: tuple[Teacher, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    behind: str,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+    import distill_trl
+
+    teacher, _ = served
+    teacher.logprobs = model_logprobs(distill_trl.tiny_model(2))
+    server = ["--teacher-server", teacher.url] if behind == "behind a server" else []
+    options = ["--batch", "2", "--accumulation", "2", "--k", "8", "--masked-tokens", "<eos>"]
+    distill_trl.main(["--smoke", "--output", str(tmp_path), *options, *server])
+    assert len(teacher.requests) == (12 if server else 0)
+    assert "student_mass" in capsys.readouterr().out
+    LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_example_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+    import distill_trl
+
+    with pytest.raises(SystemExit):
+        distill_trl.main(["--student", "somewhere"])
+    assert "--dataset, --teacher or --teacher-server is missing" in capsys.readouterr().err
+
+
 # --- what is refused
 
 
