@@ -15,6 +15,8 @@ import pytest
 import torch
 from teacher_http import Teacher, model_logprobs, serving
 from torch import Tensor
+from torch.distributed.utils import _to_kwargs
+from torch.utils._pytree import tree_leaves
 
 from opd_kernels import topk_rkl
 
@@ -241,6 +243,22 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     assert measured["loss"] == pytest.approx([expected_loss], rel=1e-4)
     assert measured["student_mass"] == pytest.approx(logged(alone, "student_mass"), rel=0.05)
     assert measured["valid_k"] == [K]
+
+
+def test_the_loss_runs_in_wrappers_that_handle_arguments_as_ddp_does_on_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = trainer(llama(0), llama(1), config(tmp_path))
+    redirect = trained._forward_redirection
+
+    def redirected(wrapped: Any, unwrapped: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        moved, named = _to_kwargs(args, kwargs, torch.device("cpu"), False)
+        assert not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        return redirect(wrapped, unwrapped, method, *moved[0], **named[0])
+
+    monkeypatch.setattr(trained, "_forward_redirection", redirected)
+    trained.train()
+    assert logged(trained, "loss")[0] > 0
 
 
 def test_the_teacher_stays_as_it_was(tmp_path: Path) -> None:
@@ -634,7 +652,7 @@ def test_a_teacher_by_name_is_loaded_in_its_dtype_with_its_tokenizer(tmp_path: P
     llama(1).bfloat16().save_pretrained(folder)
     tokenizer([*WORDS[:10], "x", *WORDS[11:]]).save_pretrained(folder)
     with pytest.warns(UserWarning, match="different tokenizers"):
-        trained = trainer(llama(0), str(folder), config(tmp_path))
+        trained = trainer(llama(0), None, config(tmp_path, teacher_model_name_or_path=str(folder)))
     assert trained.teacher_model.dtype == torch.bfloat16
     trained.train()
     assert math.isfinite(logged(trained, "loss")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -165,8 +166,9 @@ class TopKDistillationTrainer(DistillationTrainer):
 
     Args:
         model: as in TRL; also with ``peft_config``, whose adapters have to leave the head alone.
-        teacher_model: a model, or its name or folder; it is loaded in its own dtype unless
-            ``teacher_model_init_kwargs`` says otherwise, and frozen.
+        teacher_model: a model, or its name or folder (or ``args.teacher_model_name_or_path``); it
+            is loaded in its own dtype unless ``teacher_model_init_kwargs`` says otherwise, and
+            frozen.
         args: a ``TopKDistillationConfig``; its ``teacher_server_url`` makes a ``teacher_server``.
         teacher_server: a ``TeacherServer`` in place of ``teacher_model``.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's; that
@@ -218,6 +220,8 @@ class TopKDistillationTrainer(DistillationTrainer):
             args = TopKDistillationConfig(f"{name.split('/')[-1]}-TopKDistillation")
         if not isinstance(args, TopKDistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, expected a TopKDistillationConfig")
+        if teacher_model is None:
+            teacher_model = args.teacher_model_name_or_path
         if teacher_server is None and args.teacher_server_url is not None:
             teacher_server = _server_of(args.teacher_server_url, args)
         _check_one_teacher(teacher_model, teacher_server, args)
@@ -262,7 +266,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             self._check_heads(model, student)
         call = partial(self._topk_loss, student, inputs, normalizer, measure)
         with self.accelerator.autocast():
-            loss, sums = self._forward_redirection(model, student, call)
+            loss, sums = self._inside(model, student, call)
         # Collectives stay out of the wrapped forward.
         if sums is not None:
             self._log_sums("train" if training else "eval", sums)
@@ -341,7 +345,12 @@ class TopKDistillationTrainer(DistillationTrainer):
                 with_logsumexp=measure,
             )
 
-        return self._forward_redirection(self.teacher_model, teacher, select)
+        return self._inside(self.teacher_model, teacher, select)
+
+    def _inside(self, wrapped: nn.Module, unwrapped: nn.Module, call: Callable[[], Any]) -> Any:
+        """What a call gives inside of a model's wrapped forward, where its parameters are whole."""
+        # No tensor goes through the wrapper, which may round it; DDP on a GPU wants some argument.
+        return self._forward_redirection(wrapped, unwrapped, _run, call)
 
     def _hidden(self, model: nn.Module, sequences: Sequences) -> Tensor:
         """What the head gets at the rows that predict the response, (B, C, H)."""
@@ -367,7 +376,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         for wrapped, unwrapped, role in pairs:
             training = unwrapped.training
             unwrapped.eval()
-            self._forward_redirection(wrapped, unwrapped, partial(check, unwrapped, role))
+            self._inside(wrapped, unwrapped, partial(check, unwrapped, role))
             unwrapped.train(training)
         self._heads_are_checked = True
 
@@ -443,6 +452,10 @@ class TopKDistillationTrainer(DistillationTrainer):
             return
         for name, value in zip(Stats._fields, values, strict=True):
             self._metrics[mode][name].append(value / count)
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 def _one_more_row(support: TopK) -> TopK:
