@@ -1,0 +1,335 @@
+"""``TeacherServer``: an inference server's top-K log-probs of given tokens, as a ``TopK``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_kernels.losses import DEFAULT_K
+from opd_kernels.support import TopK
+
+try:
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+except ImportError as error:
+    raise ImportError(
+        'a teacher behind a server needs requests: pip install "opd_kernels[trl]"'
+    ) from error
+
+__all__ = ["Scored", "TeacherServer", "TeacherServerError", "TeacherUnavailableError"]
+
+RETRIED = frozenset({429, *range(500, 600)})
+CONNECT_SECONDS = 10.0
+SHOWN_CHARACTERS = 500
+
+
+class TeacherServerError(RuntimeError):
+    """The server refused a request, or its answer does not fit what was sent."""
+
+
+class TeacherUnavailableError(TeacherServerError):
+    """No answer after all retries: connection, time-out, or status 429 or 5xx."""
+
+
+class Scored(NamedTuple):
+    """What a server knows of a batch: ``topk`` (B, T), ``mask`` bool (B, T), True with entries."""
+
+    topk: TopK
+    mask: Tensor
+
+
+class _Api(NamedTuple):
+    """How a kind of server is asked for the tokens from ``start`` on, and how it answers.
+
+    ``positions`` gives one element per token from ``start`` on, as ``TopK.from_logprobs`` takes it.
+    """
+
+    path: str
+    body: Callable[[TeacherServer, list[int], int], dict[str, Any]]
+    positions: Callable[[Any, list[int], int], list[Any]]
+
+
+class TeacherServer:
+    """A client that asks an inference server for the K most likely tokens at given positions.
+
+    One request per sequence, ``parallel`` of them at a time. The prompt is the whole sequence as
+    token ids, so nothing is tokenised anew; the server generates one token, which is not used.
+
+    Formats, by ``api``:
+
+    - ``"vllm"``: POST ``/v1/completions`` with ``prompt_logprobs``, as vLLM answers it:
+      ``choices[0].prompt_logprobs`` holds one element per token, None for the first, else a mapping
+      from token id to ``{"logprob": ...}`` with the K best and the token that was sent. vLLM
+      refuses K above its ``--max-logprobs``, 20 by default, and sequences that leave no room for
+      the generated token in ``--max-model-len``.
+    - ``"sglang"``: POST ``/generate`` with ``return_logprob``, ``top_logprobs_num`` and
+      ``logprob_start_len``, as SGLang answers it: ``meta_info.input_top_logprobs`` and
+      ``meta_info.input_token_logprobs`` hold one element per token from there on, the first None.
+
+    Both compute these log-probs at temperature 1, whatever the request says.
+
+    Args:
+        base_url: ``http://host:8000``, with or without ``/v1``.
+        model: the name under which the server serves the teacher; None where it serves one.
+        k: entries per position; 32 (the paper's).
+        api: "vllm" or "sglang".
+        timeout: seconds without a byte from the server before a request counts as failed.
+        retries: further attempts after a failed connection, a time-out, or status 429 or 5xx.
+            Other statuses raise at once.
+        backoff: the first retry follows at once, the second after twice as many seconds, and so on,
+            doubled each time; a server's Retry-After is obeyed.
+        parallel: requests at a time.
+        api_key: sent as a bearer token.
+        extra: further fields of the request's body.
+        on_failure: what becomes of a sequence that stays without answer after all retries:
+            "raise", or "mask": a warning, and a sequence without entries.
+
+    Errors: ``ValueError`` for options and sequences that are not allowed;
+    ``TeacherUnavailableError`` after the last retry; ``TeacherServerError`` for a request that the
+    server refuses, its message passed on, and for an answer with another number of positions than
+    were sent or for other tokens, so that entries are never one position off.
+
+    Example::
+
+        with TeacherServer("http://localhost:8000", "Qwen/Qwen3-8B", k=32) as server:
+            topk, mask = server.topk([[1, 5, 7, 2], [1, 9, 2]])
+        loss = topk_rkl(student_logits, topk, mask=mask)  # (2, 4, V)
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        k: int = DEFAULT_K,
+        *,
+        api: str = "vllm",
+        timeout: float = 120.0,
+        retries: int = 4,
+        backoff: float = 1.0,
+        parallel: int = 8,
+        api_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        on_failure: str = "raise",
+    ) -> None:
+        """Checks the options; connects to nothing yet."""
+        _check_choice(api, tuple(APIS), "api")
+        _check_choice(on_failure, ("raise", "mask"), "on_failure")
+        for value, least, name in ((k, 1, "k"), (retries, 0, "retries"), (parallel, 1, "parallel")):
+            if value < least:
+                raise ValueError(f"{name} is {value}, allowed is {least} or more")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout} seconds, allowed is more than 0")
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url is {base_url!r}, expected http://... or https://...")
+        self.model, self.k, self.on_failure = model, k, on_failure
+        self._api, self._timeout, self._extra = APIS[api], timeout, dict(extra or {})
+        self._parallel = parallel
+        self.url = base_url.rstrip("/").removesuffix("/v1") + self._api.path
+        retry = Retry(
+            total=retries,
+            backoff_factor=backoff,
+            status_forcelist=RETRIED,
+            allowed_methods=None,  # POST too: to score a sequence twice does no harm
+            raise_on_status=False,
+        )
+        self._session = requests.Session()
+        if api_key is not None:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=parallel, max_retries=retry))
+
+    def topk(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Scored:
+        """The teacher's entries beside the logits of a batch.
+
+        Row t of sequence b is the teacher's distribution of token t + 1 after the tokens up to t:
+        it belongs to the student's logits at position t. The last row of a sequence has no entries;
+        shorter sequences are padded on the right with rows that have none.
+
+        Args:
+            sequences: B sequences of token ids, prompt and response together, without padding.
+            starts: per sequence the first token that is to be scored, 1 or more, for instance the
+                length of the prompt; rows before ``starts[b] - 1`` have no entries then.
+            device: where the result goes; the CPU without one.
+
+        Returns ``Scored``: the ``TopK`` (B, T) of width k, T being the longest length, and the bool
+        mask (B, T) of the rows that have entries.
+        """
+        batch = [[int(token) for token in sequence] for sequence in sequences]
+        firsts = [1] * len(batch) if starts is None else [int(start) for start in starts]
+        if not batch:
+            raise ValueError("sequences is empty, expected one or more")
+        if len(firsts) != len(batch) or min(firsts) < 1:
+            raise ValueError(
+                f"starts is {firsts}, expected one number of 1 or more for each of the "
+                f"{len(batch)} sequences"
+            )
+        pool = ThreadPoolExecutor(min(self._parallel, len(batch)))
+        try:
+            payload = list(pool.map(self._rows, range(len(batch)), batch, firsts))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        topk = TopK.from_logprobs(payload, k=self.k, device=device)
+        return Scored(topk, (topk.ids >= 0).any(-1))
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._session.close()
+
+    def __enter__(self) -> TeacherServer:
+        """The server, which leaves its connections open until the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the connections."""
+        self.close()
+
+    def _rows(self, index: int, tokens: list[int], start: int) -> list[Any]:
+        """One element per token of a sequence: what the row beside its logits gets."""
+        if start >= len(tokens):
+            return [None] * len(tokens)
+        what = f"POST {self.url} for sequence {index} ({len(tokens)} tokens, k={self.k})"
+        try:
+            answer = self._answer(self._api.body(self, tokens, start), what)
+        except TeacherUnavailableError as error:
+            if self.on_failure == "raise":
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            return [None] * len(tokens)
+        try:
+            scored = self._api.positions(answer, tokens, start)
+        except TeacherServerError as error:
+            raise TeacherServerError(f"{what}: {error}") from None
+        return [*[None] * (start - 1), *scored, None]
+
+    def _answer(self, body: dict[str, Any], what: str) -> Any:
+        try:
+            response = self._session.post(
+                self.url, json=body | self._extra, timeout=(CONNECT_SECONDS, self._timeout)
+            )
+        except requests.RequestException as error:
+            raise TeacherUnavailableError(f"{what} failed after all retries: {error}") from error
+        if response.status_code != requests.codes.ok:
+            kind = (
+                TeacherUnavailableError if response.status_code in RETRIED else TeacherServerError
+            )
+            raise kind(
+                f"{what} was answered {response.status_code}: {response.text[:SHOWN_CHARACTERS]}"
+                f"{_hint(response.text, self.k)}"
+            )
+        try:
+            return response.json()
+        except requests.JSONDecodeError:
+            raise TeacherServerError(
+                f"{what} was answered with {response.text[:SHOWN_CHARACTERS]!r}, expected JSON; is "
+                "this an inference server?"
+            ) from None
+
+
+def _check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
+
+
+def _hint(message: str, k: int) -> str:
+    if "logprobs" not in message:
+        return ""
+    return f" (vLLM serves at most --max-logprobs entries, 20 by default: start it with {k})"
+
+
+def _vllm_body(server: TeacherServer, tokens: list[int], start: int) -> dict[str, Any]:
+    model = {} if server.model is None else {"model": server.model}
+    return model | {
+        "prompt": tokens,
+        "max_tokens": 1,
+        "temperature": 1.0,
+        "prompt_logprobs": server.k,
+    }
+
+
+def _vllm_positions(answer: Any, tokens: list[int], start: int) -> list[Any]:
+    positions = _field(answer, "choices", 0, "prompt_logprobs")
+    _check_count(positions, len(tokens), "prompt_logprobs")
+    for at, entries in enumerate(positions[start:], start):
+        if entries is None:
+            continue
+        if not isinstance(entries, Mapping):
+            raise TeacherServerError(
+                f"prompt_logprobs holds a {type(entries).__name__} at position {at}, expected a "
+                "mapping from token id to log-prob"
+            )
+        if not entries.keys() & {str(tokens[at]), f"token_id:{tokens[at]}"}:
+            raise TeacherServerError(
+                f"prompt_logprobs has no entry for token {tokens[at]}, which was sent at position "
+                f"{at}: its positions are not those of the sequence"
+            )
+    return list(positions[start:])
+
+
+def _sglang_body(server: TeacherServer, tokens: list[int], start: int) -> dict[str, Any]:
+    return {
+        "input_ids": tokens,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "return_logprob": True,
+        "top_logprobs_num": server.k,
+        # The first position from here on has no entries: the one before the first wanted.
+        "logprob_start_len": start - 1,
+    }
+
+
+def _sglang_positions(answer: Any, tokens: list[int], start: int) -> list[Any]:
+    positions = _field(answer, "meta_info", "input_top_logprobs")
+    echoed = _field(answer, "meta_info", "input_token_logprobs")
+    sent = tokens[start - 1 :]
+    _check_count(positions, len(sent), "input_top_logprobs")
+    _check_count(echoed, len(sent), "input_token_logprobs")
+    for at, (token, entry) in enumerate(zip(sent, echoed, strict=True), start - 1):
+        # SGLang echoes the vocabulary's last id as 0.
+        if entry[1] not in (token, 0):
+            raise TeacherServerError(
+                f"input_token_logprobs has token {entry[1]} at position {at}, where {token} was "
+                "sent: its positions are not those of the sequence"
+            )
+    return list(positions[1:])
+
+
+def _field(answer: Any, *path: str | int) -> Any:
+    """What lies at a path of the answer."""
+    node = answer
+    for step in path:
+        try:
+            node = node[step]
+        except (KeyError, IndexError, TypeError):
+            node = None
+        if node is None:
+            shown = ".".join(map(str, path))
+            raise TeacherServerError(
+                f"the answer has no {shown}: {str(answer)[:SHOWN_CHARACTERS]}; does the server "
+                "speak this format? (api)"
+            )
+    return node
+
+
+def _check_count(positions: Any, expected: int, name: str) -> None:
+    if not isinstance(positions, Sequence) or len(positions) != expected:
+        count = len(positions) if isinstance(positions, Sequence) else "no"
+        raise TeacherServerError(
+            f"the answer has {count} positions in {name}, expected {expected}: one for each token"
+        )
+
+
+APIS = {
+    "vllm": _Api("/v1/completions", _vllm_body, _vllm_positions),
+    "sglang": _Api("/generate", _sglang_body, _sglang_positions),
+}

@@ -1,0 +1,556 @@
+"""``TopKDistillationTrainer``: TRL's on-policy distillation with the loss of this package."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opd_kernels.integrations.models import Head, Sequences, own_logits, vocab_size_of
+from opd_kernels.integrations.server import TeacherServer, TeacherServerError
+from opd_kernels.linear import linear_topk_rkl
+from opd_kernels.losses import topk_rkl
+from opd_kernels.masking import compare_tokenizers, special_token_mask, token_ids
+from opd_kernels.selection import select_topk
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+
+try:
+    import trl
+    from transformers import AutoTokenizer
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.models import prepare_deepspeed
+    from trl.trainer.utils import create_model_from_path, get_config_model_id
+except ImportError as error:
+    raise ImportError(
+        f"{error}: TopKDistillationTrainer needs TRL's DistillationTrainer (checked with 1.16.0); "
+        'pip install "opd_kernels[trl]"'
+    ) from error
+
+__all__ = ["TopKDistillationConfig", "TopKDistillationTrainer"]
+
+CHECKED_WITH = "1.16.0"
+# What the trainer calls or overrides, and the arguments that it relies on.
+HOOKS = {
+    "compute_loss": {"model", "inputs", "return_outputs", "num_items_in_batch"},
+    "_generate_and_score_completions": {"inputs"},
+    "_get_last_hidden_state": {"unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"},
+}
+# The tokens that both models read when their heads are checked: few, and of every vocabulary.
+PROBE = 8
+
+
+@dataclass
+class TopKDistillationConfig(DistillationConfig):
+    """TRL's ``DistillationConfig`` with the options of the top-K loss.
+
+    Defaults are the paper's (arXiv 2603.25562): ``k`` 32, ``temperature`` 1 (TRL's default, too)
+    and ``top_p`` 0.9, where TRL's is 1. ``temperature`` is that of the rollouts and the loss, as in
+    TRL. ``beta`` has to stay 1: the loss is a reverse KL. The paper's learning rate is 2e-6; TRL's
+    default, 1e-6, is left.
+
+    Args:
+        k: entries of the teacher's support per token.
+        teacher_temperature: the teacher's temperature in the loss, where it differs.
+        masked_tokens: strings whose ids, as the student's tokenizer has them, are left out of the
+            loss at their first occurrence per response; the paper's are ``<``, ``think`` and
+            ``<|im_end|>``.
+        masked_ids: the same by id, for instance ``compare_tokenizers(...).masked_ids``.
+        banned_ids: ids that never enter the support.
+        vocab_size: only ids below it enter the support; without one those that both models have.
+        use_hidden_states: True: no logits of the student's vocabulary exist, and the teacher's for
+            a few hundred tokens at a time. False: both models compute their logits themselves, in
+            one piece each; for heads that are sharded and for models that do more to their logits
+            than scale and cap them.
+        stats_steps: every how many steps ``student_mass``, ``teacher_mass`` and ``valid_k`` are
+            measured (evaluation: always), at the cost of the student's logits; 0: never.
+        teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``.
+        teacher_server_model: the name under which the server serves the teacher.
+        teacher_server_api: "vllm" or "sglang".
+        teacher_server_timeout: seconds without a byte before a request counts as failed.
+        teacher_server_retries: further attempts for a sequence.
+        teacher_server_parallel: requests at a time, of each process.
+
+    Errors: ``ValueError`` for values that are not allowed.
+
+    Example::
+
+        args = TopKDistillationConfig("run", max_completion_length=1024, masked_tokens=["<"])
+    """
+
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
+    k: int = field(default=32, metadata={"help": "Entries of the teacher's support per token."})
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "The teacher's temperature in the loss, where it differs."}
+    )
+    masked_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose first occurrence per response is left out of the loss."},
+    )
+    masked_ids: list[int] | None = field(
+        default=None, metadata={"help": "The same by id of the student's tokenizer."}
+    )
+    banned_ids: list[int] | None = field(
+        default=None, metadata={"help": "Ids that never enter the support."}
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Only ids below it enter the support."}
+    )
+    use_hidden_states: bool = field(
+        default=True, metadata={"help": "Compute the loss without the student's logits."}
+    )
+    stats_steps: int = field(
+        default=10, metadata={"help": "Measure the masses every so many steps; 0: never."}
+    )
+    teacher_server_url: str | None = field(
+        default=None, metadata={"help": "A server for the teacher, http://host:port."}
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The name under which the server serves the teacher."}
+    )
+    teacher_server_api: str = field(default="vllm", metadata={"help": "vllm or sglang."})
+    teacher_server_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds without a byte before a request has failed."}
+    )
+    teacher_server_retries: int = field(
+        default=4, metadata={"help": "Further attempts for a sequence."}
+    )
+    teacher_server_parallel: int = field(
+        default=8, metadata={"help": "Requests at a time, of each process."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what the kernels would refuse in the first step."""
+        super().__post_init__()
+        if self.beta != 1:
+            raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
+        if self.k < 2:
+            raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
+        if self.stats_steps < 0:
+            raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
+
+
+class TopKDistillationTrainer(DistillationTrainer):
+    """TRL's ``DistillationTrainer`` with the renormalised reverse KL on the teacher's top K.
+
+    Data, generation (with transformers or vLLM), accumulation, checkpoints, evaluation and logging
+    are TRL's. The loss of a step is that of ``topk_rkl``, summed over all response tokens that
+    count and divided by their number over all micro-batches and processes::
+
+        L = 1 / n * sum over tokens of sum over S of p (log p - log q)
+
+    with S the teacher's K best ids of the position, p and q renormalised on S. It is computed from
+    hidden states (``linear_topk_rkl``), so that the student's logits never exist.
+
+    The teacher is a model in this process, whose vocabulary may have another size than the
+    student's, or a server (``TeacherServer``), which is asked once per generated batch. Both must
+    use the student's token ids; where a tokenizer of the teacher is at hand and differs, a warning
+    tells what ``compare_tokenizers`` found.
+
+    Logged besides TRL's metrics, of which only ``entropy`` (a mean over the whole vocabulary) is
+    missing: ``masked_fraction`` of the response tokens; every ``stats_steps`` steps
+    ``student_mass`` and ``teacher_mass``, what the full distributions hold on the support (the
+    teacher's at temperature 1), and ``valid_k``, entries per token. Watch ``student_mass``.
+
+    Heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2) are taken from the models'
+    configurations. Before the first loss both models are run on a few tokens: where their own
+    logits are not those of the head that was found, or a head is sharded, an error tells to set
+    ``use_hidden_states=False``.
+
+    Args:
+        model: as in TRL; also with ``peft_config``, whose adapters have to leave the head alone.
+        teacher_model: a model, or its name or folder (or ``args.teacher_model_name_or_path``); it
+            is loaded in its own dtype unless ``teacher_model_init_kwargs`` says otherwise, and
+            frozen.
+        args: a ``TopKDistillationConfig``; its ``teacher_server_url`` makes a ``teacher_server``.
+        teacher_server: a ``TeacherServer`` in place of ``teacher_model``.
+        teacher_processing_class: the teacher's tokenizer, to be compared with the student's; that
+            of ``teacher_model`` where it is a name or a folder.
+        options: all others of TRL's, by name: ``train_dataset``, ``eval_dataset``,
+            ``processing_class``, ``callbacks``, ``optimizers``, ``quantization_config``,
+            ``peft_config``, ``tools``.
+
+    Overridden are ``compute_loss`` and ``_generate_and_score_completions`` (its result gets the
+    positions that count and, from a server, the teacher's entries); ``_get_last_hidden_state`` and
+    ``_forward_redirection`` are used. Checked with TRL 1.16.0. Run and tested in one process and
+    under DDP; FSDP and DeepSpeed have not been run: the loss is computed inside of the wrapped
+    model's forward, where their parameters are whole, and nothing is passed through that forward,
+    which may round its inputs. Under ``bf16`` or ``fp16`` the loss runs under autocast, as the
+    forward of a ``Trainer`` does.
+
+    Errors: ``ImportError`` for a TRL without these methods; ``TypeError`` for another config;
+    ``ValueError`` for no teacher or two, for a head as above, for images with a server;
+    ``TeacherServerError`` from the server, and where it has no entries for a token that counts.
+
+    Example::
+
+        trainer = TopKDistillationTrainer(
+            "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", TopKDistillationConfig("run"), train_dataset=prompts
+        )
+        trainer.train()
+
+    Source: arXiv 2603.25562, teacher top-K local support matching; special-token masking.
+    """
+
+    _tag_names = ["trl", "distillation", "opd_kernels"]  # noqa: RUF012
+    _name = "Top-K distillation"
+    _paper = {"title": "Revisiting On-Policy Distillation", "id": "2603.25562"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: TopKDistillationConfig | None = None,
+        *,
+        teacher_server: Any = None,
+        teacher_processing_class: Any = None,
+        **options: Any,
+    ) -> None:
+        """As TRL's, with the teacher in either form."""
+        _check_hooks()
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TopKDistillationConfig(f"{name.split('/')[-1]}-TopKDistillation")
+        if not isinstance(args, TopKDistillationConfig):
+            raise TypeError(f"args is a {type(args).__name__}, expected a TopKDistillationConfig")
+        if teacher_model is None:
+            teacher_model = args.teacher_model_name_or_path
+        if teacher_server is None and args.teacher_server_url is not None:
+            teacher_server = _server_of(args.teacher_server_url, args)
+        _check_one_teacher(teacher_model, teacher_server, args)
+        # Without a teacher, whose vocabulary TRL would require to be the student's.
+        super().__init__(model, None, args, **options)
+        self.teacher_server = teacher_server
+        self._limit = vocab_size_of(self.model)
+        if teacher_model is not None:
+            if isinstance(teacher_model, str):
+                teacher_processing_class = teacher_processing_class or _tokenizer_of(
+                    teacher_model, args
+                )
+                teacher_model = _loaded(teacher_model, args)
+            self._limit = min(self._limit, vocab_size_of(teacher_model))
+            self.teacher_model = self._prepared(teacher_model)
+        if args.vocab_size is not None:
+            self._limit = min(self._limit, args.vocab_size)
+        if teacher_processing_class is not None:
+            _warn_if_different(self._tokenizer, teacher_processing_class)
+        self._masked_ids = list(args.masked_ids or [])
+        self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
+        self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
+        self._banned_ids = self._banned_ids.to(self.accelerator.device)
+        self._heads_are_checked = not args.use_hidden_states
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch: its share of the step's mean, times what DDP divides by."""
+        training = self.model.training
+        normalizer = num_items_in_batch
+        if training and inputs.get("num_items_in_batch") is not None:
+            normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        period = self.args.stats_steps
+        measure = period > 0 and not (training and self.state.global_step % period)
+        student = self.accelerator.unwrap_model(model)
+        if not self._heads_are_checked:
+            self._check_heads(model, student)
+        call = partial(self._topk_loss, student, inputs, normalizer, measure)
+        with self.accelerator.autocast():
+            loss, sums = self._inside(model, student, call)
+        # Collectives stay out of the wrapped forward.
+        if sums is not None:
+            self._log_sums("train" if training else "eval", sums)
+        return (loss, None) if return_outputs else loss
+
+    def _topk_loss(
+        self,
+        student: nn.Module,
+        inputs: dict[str, Any],
+        normalizer: Tensor | int | None,
+        measure: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(loss, sums over rows of what is measured); runs inside the student's forward."""
+        sequences = Sequences.of(inputs, self._multimodal_names())
+        mask = inputs["loss_mask"]
+        support = self._support(inputs, sequences, mask, measure)
+        options = {
+            "temperature": self.temperature,
+            "teacher_temperature": self.args.teacher_temperature,
+            "vocab_size": self._limit,
+            "normalizer": normalizer,
+            "return_stats": measure,
+        }
+        if self.args.use_hidden_states:
+            head = Head.of(student, "student")
+            device = head.weight.device
+            result = linear_topk_rkl(
+                self._hidden(student, sequences).to(device),
+                head.weight,
+                support.to(device),
+                student_bias=head.bias,
+                banned_ids=self._banned_ids.to(device),
+                logit_softcap=head.softcap,
+                logit_scale=head.scale,
+                mask=mask.to(device),
+                **options,
+            )
+        else:
+            # One row more than there are tokens: the last predicts what follows the sequence.
+            logits = own_logits(student, sequences)
+            result = topk_rkl(
+                logits,
+                _one_more_row(support.to(logits.device)),
+                mask=F.pad(mask.to(logits.device), (0, 1)),
+                banned_ids=self._banned_ids.to(logits.device),
+                **options,
+            )
+        if not measure:
+            return result, None
+        loss, stats = result
+        return loss, _sums(stats, mask.sum())
+
+    @torch.no_grad()
+    def _support(
+        self, inputs: dict[str, Any], sequences: Sequences, mask: Tensor, measure: bool
+    ) -> TopK:
+        """The teacher's entries (B, C) of the rows that predict the response."""
+        if self.teacher_server is not None:
+            logits = inputs["teacher_logprobs"]
+            return TopK(inputs["teacher_ids"], logits, logits.new_zeros(logits.shape[:-1]))
+        self.teacher_model.eval()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+
+        def select() -> TopK:
+            logits = (
+                Head.of(teacher, "teacher").logits(self._hidden(teacher, sequences))
+                if self.args.use_hidden_states
+                else own_logits(teacher, sequences)[:, :-1]
+            )
+            return select_topk(
+                logits,
+                self.args.k,
+                mask=mask.to(logits.device),
+                banned_ids=self._banned_ids.to(logits.device),
+                vocab_size=self._limit,
+                with_logsumexp=measure,
+            )
+
+        return self._inside(self.teacher_model, teacher, select)
+
+    def _inside(self, wrapped: nn.Module, unwrapped: nn.Module, call: Callable[[], Any]) -> Any:
+        """What a call gives inside of a model's wrapped forward, where its parameters are whole."""
+        # No tensor goes through the wrapper, which may round it; DDP on a GPU wants some argument.
+        return self._forward_redirection(wrapped, unwrapped, _run, call)
+
+    def _hidden(self, model: nn.Module, sequences: Sequences) -> Tensor:
+        """What the head gets at the rows that predict the response, (B, C, H)."""
+        return self._get_last_hidden_state(
+            model, sequences.tokens, sequences.attention, sequences.keep, **sequences.multimodal
+        )
+
+    @torch.no_grad()
+    def _check_heads(self, model: nn.Module, student: nn.Module) -> None:
+        """Each model's logits are those of its hidden states and the head that was found."""
+        tokens = torch.arange(PROBE, device=self.accelerator.device)[None]
+        probe = Sequences(tokens, torch.ones_like(tokens), PROBE - 1, {})
+
+        def check(unwrapped: nn.Module, role: str) -> Tensor:
+            return Head.of(unwrapped, role).check(
+                unwrapped, role, self._hidden(unwrapped, probe), probe
+            )
+
+        pairs = [(model, student, "student")]
+        if self.teacher_model is not None:
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
+            pairs.append((self.teacher_model, teacher, "teacher"))
+        for wrapped, unwrapped, role in pairs:
+            training = unwrapped.training
+            unwrapped.eval()
+            self._inside(wrapped, unwrapped, partial(check, unwrapped, role))
+            unwrapped.train(training)
+        self._heads_are_checked = True
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch with ``loss_mask``, its count, and what a server says of the responses."""
+        batch = super()._generate_and_score_completions(inputs)
+        generated = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            generated &= batch["tool_mask"].bool()
+        counted = special_token_mask(batch["completion_ids"], self._masked_ids, mask=generated)
+        if self.teacher_server is not None:
+            topk, scored = self._ask_server(batch)
+            self._check_scored(counted & ~scored, counted)
+            counted &= scored
+            batch["teacher_ids"], batch["teacher_logprobs"] = topk.ids, topk.logits
+        counts = torch.stack([counted.sum(), generated.sum()])
+        kept, total = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        batch["loss_mask"], batch["num_items_in_batch"] = counted, kept
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["masked_fraction"].append(1 - (kept / total.clamp(min=1)).item())
+        return batch
+
+    def _ask_server(self, batch: dict[str, Any]) -> tuple[TopK, Tensor]:
+        """(entries (B, C, K), mask (B, C)) of the rows that predict the response."""
+        if any(name in batch for name in self._multimodal_names()):
+            raise ValueError(
+                "the batch has images, which a teacher behind a server is not shown; use a "
+                "teacher_model"
+            )
+        prompts = _rows(batch["prompt_ids"], batch["prompt_mask"])
+        responses = _rows(batch["completion_ids"], batch["completion_mask"])
+        starts = [len(prompt) for prompt in prompts]
+        sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        topk, scored = self.teacher_server.topk(sequences, starts=starts)
+        rows, width = batch["completion_ids"].shape
+        ids = torch.full((rows, width, topk.k), -1, dtype=topk.ids.dtype)
+        logprobs = torch.full(ids.shape, -torch.inf)
+        mask = torch.zeros(rows, width, dtype=torch.bool)
+        for row, (start, response) in enumerate(zip(starts, responses, strict=True)):
+            # Row start - 1 predicts the first token of the response.
+            source = slice(start - 1, start - 1 + len(response))
+            target = slice(len(response))
+            ids[row, target], logprobs[row, target] = (
+                topk.ids[row, source],
+                topk.logits[row, source],
+            )
+            mask[row, target] = scored[row, source]
+        device = self.accelerator.device
+        return TopK(ids, logprobs).to(device), mask.to(device)
+
+    def _check_scored(self, missing: Tensor, counted: Tensor) -> None:
+        count = int(missing.sum())
+        if count and self.teacher_server.on_failure == "raise":
+            raise TeacherServerError(
+                f"the teacher's server has no entries for {count} of {int(counted.sum())} response "
+                'tokens; TeacherServer(on_failure="mask") leaves such tokens out'
+            )
+
+    def _multimodal_names(self) -> list[str]:
+        parameters = inspect.signature(self._get_last_hidden_state).parameters
+        return [name for name in parameters if name not in HOOKS["_get_last_hidden_state"]]
+
+    def _prepared(self, teacher: nn.Module) -> nn.Module:
+        teacher.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _log_sums(self, mode: str, sums: Tensor) -> None:
+        total = self.accelerator.gather(sums).view(-1, len(sums)).sum(0)
+        *values, count = total.tolist()
+        if count == 0:
+            return
+        for name, value in zip(Stats._fields, values, strict=True):
+            self._metrics[mode][name].append(value / count)
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+def _one_more_row(support: TopK) -> TopK:
+    """The support (B, C + 1), the last row without entries."""
+    ids = F.pad(support.ids, (0, 0, 0, 1), value=-1)
+    logits = F.pad(support.logits, (0, 0, 0, 1), value=-torch.inf)
+    logsumexp = None if support.logsumexp is None else F.pad(support.logsumexp, (0, 1))
+    return TopK(ids, logits, logsumexp)
+
+
+def _sums(stats: Stats, count: Tensor) -> Tensor:
+    """The sum of each statistic over the rows, and their number; masked rows are 0."""
+    sums = [*(value.sum() for value in stats), count.to(stats.valid_k.device)]
+    return torch.stack([value.double() for value in sums])
+
+
+def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each sequence, without padding."""
+    pairs = zip(ids.cpu(), mask.bool().cpu(), strict=True)
+    return [row[kept].tolist() for row, kept in pairs]
+
+
+def _check_hooks() -> None:
+    missing = [
+        name
+        for name, arguments in HOOKS.items()
+        if not arguments <= _arguments_of(getattr(DistillationTrainer, name, None))
+    ]
+    if missing:
+        raise ImportError(
+            f"TRL {trl.__version__} has no DistillationTrainer with {', '.join(missing)} as "
+            f"TopKDistillationTrainer needs it; install trl=={CHECKED_WITH}"
+        )
+
+
+def _arguments_of(function: Any) -> set[str]:
+    return set() if function is None else set(inspect.signature(function).parameters)
+
+
+def _check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> None:
+    if (teacher_model is None) == (teacher_server is None):
+        given = "neither" if teacher_model is None else "both"
+        raise ValueError(
+            f"of teacher_model and a server (teacher_server or teacher_server_url) {given} is "
+            "given, expected one of them"
+        )
+    if teacher_server is not None and teacher_server.k != args.k:
+        raise ValueError(
+            f"teacher_server asks for {teacher_server.k} entries, args.k is {args.k}; make them one"
+        )
+
+
+def _server_of(url: str, args: TopKDistillationConfig) -> TeacherServer:
+    return TeacherServer(
+        url,
+        args.teacher_server_model,
+        args.k,
+        api=args.teacher_server_api,
+        timeout=args.teacher_server_timeout,
+        retries=args.teacher_server_retries,
+        parallel=args.teacher_server_parallel,
+    )
+
+
+def _loaded(name: str, args: TopKDistillationConfig) -> nn.Module:
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "trust_remote_code": args.trust_remote_code,
+        "revision": args.teacher_model_revision or "main",
+        **(args.teacher_model_init_kwargs or {}),
+    }
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    return create_model_from_path(name, **options)
+
+
+def _tokenizer_of(name: str, args: TopKDistillationConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        warnings.warn(
+            f"no tokenizer is found beside the teacher {name!r}, so its ids are not compared with "
+            "the student's; pass teacher_processing_class",
+            stacklevel=3,
+        )
+        return None
+
+
+def _warn_if_different(student: Any, teacher: Any) -> None:
+    comparison = compare_tokenizers(student, getattr(teacher, "tokenizer", teacher))
+    if not comparison.identical:
+        warnings.warn(
+            "student and teacher have different tokenizers; masked_ids, banned_ids and vocab_size "
+            f"leave out what differs (opd_kernels.compare_tokenizers):\n{comparison}",
+            stacklevel=3,
+        )

@@ -1,0 +1,334 @@
+"""``TeacherServer`` against a server on this machine: alignment, failures, formats."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from teacher_http import Teacher, serving
+from torch import Tensor
+
+from opd_kernels import select_topk
+
+pytest.importorskip("requests", reason="a teacher behind a server needs requests")
+
+from opd_kernels.integrations.server import (
+    TeacherServer,
+    TeacherServerError,
+    TeacherUnavailableError,
+)
+
+V, K = 40, 5
+TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+SEQUENCES = [[3, 8, 1, 30, 2], [7, 7], [9, 4, 5]]
+
+
+def logprobs(tokens: list[int]) -> Tensor:
+    """A row depends on all tokens up to its own, as a causal model's."""
+    return TABLE[torch.tensor(tokens)].cumsum(0).log_softmax(-1)
+
+
+@pytest.fixture
+def teacher() -> Iterator[Teacher]:
+    with serving(logprobs) as teacher:
+        yield teacher
+
+
+def ask(teacher: Teacher, **options: object) -> TeacherServer:
+    options = {"k": K, "timeout": 5.0, "backoff": 0.0} | options
+    return TeacherServer(teacher.url, "teacher", **options)  # type: ignore[arg-type]
+
+
+def positions_of(answer: dict) -> list:
+    return answer["choices"][0]["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_entries_lie_beside_the_logits_that_predict_their_token(teacher: Teacher, api: str) -> None:
+    topk, mask = ask(teacher, api=api).topk(SEQUENCES)
+    assert topk.shape == mask.shape == (3, 5)
+    assert topk.k == K
+    for row, tokens in enumerate(SEQUENCES):
+        expected = select_topk(logprobs(tokens), K)
+        last = len(tokens) - 1
+        assert mask[row].tolist() == [True] * last + [False] * (5 - last)
+        assert torch.equal(topk.ids[row, :last], expected.ids[:last])
+        torch.testing.assert_close(topk.logits[row, :last], expected.logits[:last])
+        assert (topk.ids[row, last:] == -1).all()
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_rows_before_the_start_have_no_entries(teacher: Teacher, api: str) -> None:
+    whole = ask(teacher, api=api).topk(SEQUENCES)
+    topk, mask = ask(teacher, api=api).topk(SEQUENCES, starts=[3, 2, 1])
+    kept = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    assert torch.equal(mask, kept)
+    assert torch.equal(topk.ids, whole.topk.ids.masked_fill(~kept[..., None], -1))
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_what_is_asked(teacher: Teacher, api: str) -> None:
+    server = ask(teacher, api=api, api_key="secret", extra={"priority": 3}, parallel=1)
+    server.topk([[4, 5, 6]], starts=[2])
+    ((path, body, headers),) = teacher.requests
+    assert headers["Authorization"] == "Bearer secret"
+    assert body.pop("priority") == 3
+    if api == "vllm":
+        assert path == "/v1/completions"
+        assert body == {
+            "model": "teacher",
+            "prompt": [4, 5, 6],
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": K,
+        }
+    else:
+        assert path == "/generate"
+        assert body == {
+            "input_ids": [4, 5, 6],
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "top_logprobs_num": K,
+            "logprob_start_len": 1,
+        }
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_base_url_may_end_in_v1(teacher: Teacher, suffix: str) -> None:
+    TeacherServer(teacher.url + suffix, "teacher", K).topk([[1, 2]])
+    assert teacher.requests[0][0] == "/v1/completions"
+
+
+def test_tokens_that_are_tensors_are_sent_as_numbers(teacher: Teacher) -> None:
+    from_tensors = ask(teacher).topk([torch.tensor(tokens) for tokens in SEQUENCES])
+    assert torch.equal(from_tensors.topk.ids, ask(teacher).topk(SEQUENCES).topk.ids)
+
+
+def test_a_sequence_of_one_token_needs_no_request(teacher: Teacher) -> None:
+    topk, mask = ask(teacher).topk([[3]])
+    assert not mask.any()
+    assert (topk.ids == -1).all()
+    assert not teacher.requests
+
+
+def test_requests_run_in_parallel_and_answers_keep_their_order(teacher: Teacher) -> None:
+    teacher.script = [0.3, 0.2, 0.1, 0.1]  # the first request is answered last
+    sequences = [[i, i + 1, i + 2] for i in range(12)]
+    topk, _ = ask(teacher, parallel=4).topk(sequences)
+    assert teacher.most_at_once == 4
+    for row, tokens in enumerate(sequences):
+        assert torch.equal(topk.ids[row, :2], select_topk(logprobs(tokens), K).ids[:2])
+
+
+def test_ids_may_be_written_token_id(teacher: Teacher) -> None:
+    expected = ask(teacher).topk(SEQUENCES)
+
+    def rename(answer: dict) -> dict:
+        named = [p and {f"token_id:{i}": v for i, v in p.items()} for p in positions_of(answer)]
+        answer["choices"][0]["prompt_logprobs"] = named
+        return answer
+
+    teacher.change = rename
+    assert torch.equal(ask(teacher).topk(SEQUENCES).topk.ids, expected.topk.ids)
+
+
+def test_the_sent_token_is_dropped_where_it_is_not_among_the_best(teacher: Teacher) -> None:
+    tokens = [0, int(logprobs([0])[0].argmin()), 1]
+    counts = []
+
+    def count(answer: dict) -> dict:
+        counts.extend(len(position) for position in positions_of(answer)[1:])
+        return answer
+
+    teacher.change = count
+    topk, _ = ask(teacher).topk([tokens])
+    assert counts[0] == K + 1
+    assert tokens[1] not in topk.ids[0, 0]
+    assert torch.equal(topk.ids[0, 0], select_topk(logprobs(tokens), K).ids[0])
+
+
+def test_positions_without_entries_are_absent_and_others_stay_in_place(teacher: Teacher) -> None:
+    whole = ask(teacher).topk([SEQUENCES[0]])
+
+    def thin(answer: dict) -> dict:
+        positions = positions_of(answer)
+        positions[2] = None
+        positions[3] = {"30": positions[3]["30"], **dict(list(positions[3].items())[:2])}
+        return answer
+
+    teacher.change = thin
+    topk, mask = ask(teacher).topk([SEQUENCES[0]])
+    assert mask[0].tolist() == [True, False, True, True, False]
+    assert (topk.ids[0, 1] == -1).all()
+    assert 1 <= (topk.ids[0, 2] >= 0).sum() <= 2
+    assert torch.equal(topk.ids[0, [0, 3]], whole.topk.ids[0, [0, 3]])
+
+
+def test_clamped_minus_infinity_is_absent(teacher: Teacher) -> None:
+    def clamp(answer: dict) -> dict:
+        for position in positions_of(answer)[1:]:
+            *_, last = position
+            position[last]["logprob"] = -9999.0
+        return answer
+
+    teacher.change = clamp
+    topk, mask = ask(teacher).topk([[1, 2, 3]])
+    assert mask[0].tolist() == [True, True, False]
+    assert (topk.logits[topk.ids >= 0] > -100).all()
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_busy_and_failing_servers_are_asked_again(teacher: Teacher, status: int) -> None:
+    teacher.script = [(status, {"message": "later"})] * 2
+    topk, _ = ask(teacher, retries=2).topk([[1, 2, 3]])
+    assert len(teacher.requests) == 3
+    assert torch.equal(topk.ids[0, :2], select_topk(logprobs([1, 2, 3]), K).ids[:2])
+
+
+def test_retry_after_is_obeyed(teacher: Teacher) -> None:
+    teacher.script = [(429, {}, {"Retry-After": "1"})]
+    started = time.monotonic()
+    ask(teacher, retries=1).topk([[1, 2, 3]])
+    assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_the_last_failure_raises_with_the_servers_message(teacher: Teacher, status: int) -> None:
+    teacher.script = [(status, {"message": "on fire"})] * 3
+    with pytest.raises(TeacherUnavailableError, match=f"3 tokens.*{status}: .*on fire"):
+        ask(teacher, retries=2).topk([[1, 2, 3]])
+    assert len(teacher.requests) == 3
+
+
+def test_a_refused_request_raises_at_once_with_the_servers_message(teacher: Teacher) -> None:
+    message = "Requested prompt logprobs of 32, which is greater than max allowed: 20"
+    teacher.script = [(400, {"error": {"message": message}})]
+    with pytest.raises(TeacherServerError, match=f"400: .*{message}.*--max-logprobs") as caught:
+        ask(teacher).topk([[1, 2, 3]])
+    assert not isinstance(caught.value, TeacherUnavailableError)
+    assert len(teacher.requests) == 1
+
+
+def test_another_refusal_has_no_hint(teacher: Teacher) -> None:
+    teacher.script = [(404, {"message": "The model `teacher` does not exist."})]
+    with pytest.raises(TeacherServerError, match="does not exist") as caught:
+        ask(teacher).topk([[1, 2, 3]])
+    assert "max-logprobs" not in str(caught.value)
+
+
+def test_a_time_out_is_retried(teacher: Teacher) -> None:
+    teacher.script = [1.0]
+    topk, _ = ask(teacher, timeout=0.2, retries=1).topk([[1, 2, 3]])
+    assert len(teacher.requests) == 2
+    assert (topk.ids[0, :2] >= 0).all()
+
+
+def test_time_outs_without_end_raise(teacher: Teacher) -> None:
+    teacher.script = [0.6, 0.6]
+    with pytest.raises(TeacherUnavailableError, match=r"sequence 0 \(3 tokens.*timed out"):
+        ask(teacher, timeout=0.1, retries=1).topk([[1, 2, 3]])
+
+
+def test_nobody_there_raises() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    with pytest.raises(TeacherUnavailableError, match="after all retries"):
+        TeacherServer(url, retries=1, backoff=0.0).topk([[1, 2, 3]])
+
+
+def test_masking_failures_warns_and_leaves_the_sequence_without_entries(teacher: Teacher) -> None:
+    teacher.script = [(500, "broken")] * 2
+    server = ask(teacher, retries=1, parallel=1, on_failure="mask")
+    with pytest.warns(UserWarning, match="left out: .*sequence 0.*500: broken"):
+        _, mask = server.topk(SEQUENCES)
+    assert mask.sum(-1).tolist() == [0, 1, 2]
+
+
+def test_masking_failures_does_not_hide_refusals(teacher: Teacher) -> None:
+    teacher.script = [(400, "no")]
+    with pytest.raises(TeacherServerError, match="400: no"):
+        ask(teacher, on_failure="mask", parallel=1).topk(SEQUENCES)
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("drop", [0, -1])
+def test_another_number_of_positions_raises(teacher: Teacher, api: str, drop: int) -> None:
+    def shorten(answer: dict) -> dict:
+        if api == "vllm":
+            positions_of(answer).pop(drop)
+        else:
+            answer["meta_info"]["input_top_logprobs"].pop(drop)
+        return answer
+
+    teacher.change = shorten
+    with pytest.raises(TeacherServerError, match=r"4 positions in \w+, expected 5"):
+        ask(teacher, api=api).topk([SEQUENCES[0]])
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_positions_that_are_off_by_one_raise(teacher: Teacher, api: str) -> None:
+    def shift(answer: dict) -> dict:
+        lists = [positions_of(answer)] if api == "vllm" else list(answer["meta_info"].values())
+        for positions in lists:
+            positions[1:] = [*positions[2:], positions[1]]
+        return answer
+
+    teacher.change = shift
+    with pytest.raises(TeacherServerError, match=r"sequence 0.*not those of the sequence"):
+        ask(teacher, api=api).topk([[3, 8, 1, 30, 2]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": [{"text": "hello"}]}, r"no choices\.0\.prompt_logprobs: .*hello"),
+        ({"choices": []}, "no choices"),
+        ([], "no choices"),
+        ("<html>gateway</html>", "expected JSON"),
+        ({"choices": [{"prompt_logprobs": [None, 1.0, 2.0]}]}, "a float at position 1"),
+        ({"choices": [{"prompt_logprobs": 7}]}, "no positions"),
+    ],
+)
+def test_other_answers_raise(teacher: Teacher, answer: object, message: str) -> None:
+    teacher.script = [(200, answer)]
+    with pytest.raises(TeacherServerError, match=message):
+        ask(teacher).topk([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"retries": -1}, "retries is -1"),
+        ({"parallel": 0}, "parallel is 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"api": "tgi"}, "'vllm', 'sglang'"),
+        ({"on_failure": "ignore"}, "'raise', 'mask'"),
+        ({"base_url": "localhost:8000"}, "http://"),
+    ],
+)
+def test_options_that_are_not_allowed(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherServer(**{"base_url": "http://localhost", **options})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "starts", "message"),
+    [([], None, "empty"), ([[1, 2]], [0], "1 or more"), ([[1, 2]], [1, 1], "1 sequences")],
+)
+def test_sequences_that_are_not_allowed(
+    teacher: Teacher, sequences: list, starts: list | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(teacher).topk(sequences, starts=starts)
+
+
+def test_request_bodies_are_json_numbers_for_any_integer_type(teacher: Teacher) -> None:
+    ask(teacher).topk([np.array([1, 2, 3])])
+    assert json.loads(json.dumps(teacher.requests[0][1]["prompt"])) == [1, 2, 3]
