@@ -12,7 +12,7 @@ SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke test suite fuzz-briefly test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
+.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -20,6 +20,14 @@ demo: $(VENV)/.demo
 # The demo's whole path in a minute, results not judged.
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
+
+# The paper's toy study: minutes on one core.
+toy: $(VENV)/.demo
+	$(BIN)/python examples/toy_variance.py
+
+# Eight objectives, three tasks, three seeds: hours on two cores; goes on where it was interrupted.
+comparison: $(VENV)/.demo
+	$(BIN)/python examples/compare_objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
 test: $(VENV)/.test $(OLDEST)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import sys
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-pytest.importorskip("tensorboard", reason="the comparison logs to TensorBoard")
+for package in ("matplotlib", "tensorboard", "tqdm", "transformers"):
+    pytest.importorskip(package, reason="the comparison needs it")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from comparison import arms, models, pairs, results, rollouts, tasks, training  # noqa: E402
 from comparison.vocabulary import (  # noqa: E402
     IDS,
+    PAD,
     STOP_IDS,
     STUDENT_END,
     STUDENT_VOCAB,
@@ -130,13 +133,19 @@ def test_rollouts_are_what_the_model_says_to_the_squeezed_sequences(
 ) -> None:
     """Greedy choices, with cache and gaps, are those of one pass over the sequences without."""
     episodes = tasks.sample_episodes(task, 6, random.Random(3))
-    # Stops that come at different places: a random model never says them.
-    with torch.no_grad():
-        student.lm_head.weight[STOP_IDS[0]] += 0.05
-    played = rollouts.play(student, episodes, top_p=1.0, greedy=True)
-    logits = student(input_ids=played.tokens).logits
+    # With tied embeddings a random model repeats itself; turns have to end at different places.
+    model = copy.deepcopy(student)
+    torch.manual_seed(2)
+    head = torch.randn(STUDENT_VOCAB, 32)
+    head[STOP_IDS[0]] *= 2
+    model.lm_head.weight = torch.nn.Parameter(head)
+    played = rollouts.play(model, episodes, top_p=1.0, greedy=True)
+    logits = model(input_ids=played.tokens).logits
     response = played.response
-    assert response.any()
+    lengths = {int((turn == n).sum()) for turn in played.turn for n in range(int(turn.max()) + 1)}
+    assert len(lengths) > 2
+    real = (played.tokens != IDS[PAD]) | response
+    assert not (real[:, 1:] & ~real[:, :-1]).any()
     assert torch.equal(logits[:, :-1].argmax(-1)[response[:, 1:]], played.tokens[response])
 
 
@@ -324,11 +333,18 @@ def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> Non
     make_results(tmp_path / "output", ["before", "LSM + top-p", "sampled-token"])
     kept = tmp_path / "kept"
     results.collect(tmp_path / "output", kept)
+    steps = tmp_path / "steps"
+    shutil.move(tmp_path / "output" / "steps", steps)
     shutil.rmtree(tmp_path / "output")
     text = results.report(kept)
     assert text.splitlines()[0] == "**mixed**, 1 seed"
-    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]]
-    assert names == ["before", "sampled-token", "LSM + top-p"]
-    assert len(results._read(kept / "runs.csv")) == 3
+    shown = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]]
+    assert shown == ["before", "sampled-token", "LSM + top-p"]
+    before, *runs = results._read(kept / "runs.csv")
+    assert before["grad_norm"] == ""
+    for row in runs:
+        logged = results._read(steps / f"mixed-{row['arm'].replace(' + ', '-')}-0.csv")
+        mean = sum(float(line["grad_norm"]) for line in logged) / 2
+        assert float(row["grad_norm"]) == pytest.approx(mean, rel=1e-4)
     for name in ("steps.png", "positions.png", "table.md"):
         assert (kept / name).stat().st_size > 0

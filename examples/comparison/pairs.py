@@ -29,7 +29,7 @@ class SmallPair:
 
     k = 8
     batch = 32
-    held_out_episodes = 200
+    held_out_episodes = 128
 
     def __init__(self, task: str, seed: int, folder: Path) -> None:
         """Load the models that `prepare` has trained."""
