@@ -17,9 +17,10 @@ AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
 
-# The demo's whole path in a minute, results not judged.
+# The whole paths of the demo and the comparison in minutes, results not judged.
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
+	$(BIN)/python examples/compare_objectives.py run --smoke --tasks mixed --seeds 0
 
 # The paper's toy study: minutes on one core.
 toy: $(VENV)/.demo

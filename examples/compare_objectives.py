@@ -16,11 +16,12 @@ report. The results kept with the project are in ``examples/results/comparison/`
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ except ImportError as error:
 TASKS = ("arithmetic", "world", "mixed")
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "comparison"
+SMOKE_FOLDER = Path("demo_output") / "comparison"
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--output", type=Path, default=Path("comparison_output"))
+    parser.add_argument("--output", type=Path, default=Path("comparison_output"), help="work")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV files, table, plots")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--without-smollm2", action="store_true", help="the small models only")
-    parser.add_argument("--smoke", action="store_true", help="a step or two of everything")
+    parser.add_argument(
+        "--smoke", action="store_true", help=f"a step or two of everything, in {SMOKE_FOLDER}"
+    )
     options = parser.parse_args(arguments)
+    if options.smoke:
+        options.output, options.results = SMOKE_FOLDER / "work", SMOKE_FOLDER
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}, allowed is 1 or more")
     return options
@@ -165,17 +171,28 @@ def work_through(title: str, jobs: Sequence[Job], workers: int) -> None:
     ):
         ticks = manager.Queue()
         pending = {pool.submit(_do, job, ticks) for job in left}
-        while pending:
-            finished, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
-            bar.update(ticks.qsize())
-            for _ in range(ticks.qsize()):
-                ticks.get()
-            try:
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
+                bar.update(sum(ticks.get() for _ in range(ticks.qsize())))
                 for future in finished:
                     bar.set_postfix_str(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def keep_sizes(output: Path, sizes: Sizes) -> None:
+    """Note the sizes in the output folder; refuse to go on there with others.
+
+    Raises:
+        ValueError: if what is there was made with other sizes.
+    """
+    path, text = output / "sizes.json", json.dumps(asdict(sizes), indent=1)
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"{output} was begun with other sizes ({path}); give another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _do(job: Job, ticks: Any) -> str:
@@ -192,9 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     sizes = SMOKE if options.smoke else FULL
     if options.command == "run":
+        try:
+            keep_sizes(options.output, sizes)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         work_through("models", preparations(options, sizes), options.workers)
         work_through("arms", comparisons(options, sizes), options.workers)
         results.collect(options.output, options.results)
+    if not (options.results / "runs.csv").exists():
+        print(f"there is no runs.csv in {options.results}: nothing was run", file=sys.stderr)
+        return 2
     print(results.report(options.results))
     return 0
 

@@ -7,6 +7,7 @@ An expert's turns are what the teacher and the student are trained on before dis
 
 from __future__ import annotations
 
+import copy
 import operator
 import random
 from dataclasses import dataclass, field
@@ -112,20 +113,15 @@ class World:
 
     @classmethod
     def sample(cls, rng: random.Random) -> World:
-        """Draw a world that the expert solves within the limit."""
+        """Draw a world that takes the expert three turns or more, and not more than the limit."""
         while True:
             world = cls._draw(rng)
-            state = world.here
-            trial = cls._copy(world)
+            trial = copy.deepcopy(world)
             while not trial.done:
                 trial.say([*trial.expert(random.Random(0)), STUDENT_END])
             if trial.success and trial.turns >= 3:
-                world.here = state
-                world.prompt = [
-                    *[USER, "goal", "put", world.thing, "in", world.target, "."],
-                    *world.look(),
-                    ASSISTANT,
-                ]
+                goal = [USER, "goal", "put", world.thing, "in", world.target, "."]
+                world.prompt = [*goal, *world.look(), ASSISTANT]
                 return world
 
     @classmethod
@@ -144,13 +140,6 @@ class World:
             others={rng.randrange(len(rooms)): other},
             containers=containers,
             target=rooms[target],
-        )
-
-    @classmethod
-    def _copy(cls, world: World) -> World:
-        return cls(
-            *[world.rooms, world.here, world.thing, world.thing_at, world.inside],
-            *[world.others, world.containers, world.target],
         )
 
     def neighbour(self, step: int) -> str:
