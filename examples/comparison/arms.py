@@ -115,7 +115,8 @@ class Arm:
     masking: bool = False  # special tokens left out, as positions and from the support
 
 
-BEFORE = Arm("before", lsm)  # no step is taken
+# No step is taken: what the arms start from, and what they are to come near to.
+BEFORE, TEACHER = Arm("before", lsm), Arm("teacher", lsm)
 SAMPLED_TOKEN = Arm("sampled-token", sampled_token)
 LSM_TOP_P = Arm("LSM + top-p", lsm, 0.9)
 ARMS = [

@@ -6,7 +6,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,13 +14,15 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from comparison.arms import ARMS, BEFORE
+from comparison.arms import ARMS, BEFORE, TEACHER
+from comparison.training import MICRO_BATCHES
 from matplotlib.axes import Axes
 
 Row = dict[str, str]
 STEP_EVERY = 5  # of the steps' rows, that many are averaged into one that is kept
-ORDER = [BEFORE.name, *(arm.name for arm in ARMS)]
-# Of a run's training: the column, and where it comes from in the steps' rows.
+ORDER = [TEACHER.name, BEFORE.name, *(arm.name for arm in ARMS)]
+COLORS = {TEACHER.name: "gray", BEFORE.name: "black"}
+# Columns that are means over a run's steps.
 OF_STEPS = ("grad_norm", "grad_variance", "seconds")
 COLUMNS = {
     "success": "success",
@@ -28,11 +30,14 @@ COLUMNS = {
     "reverse_kl": "reverse KL",
     "forward_kl": "forward KL",
     "teacher_score": "teacher's score",
+    "ordinary_reverse_kl": "reverse KL, ordinary",
+    "ordinary_forward_kl": "forward KL, ordinary",
+    "ordinary_teacher_score": "score, ordinary",
     "student_mass": "student mass",
     "length": "length",
     "grad_norm": "grad norm",
     "grad_variance": "grad variance",
-    "relative_variance": "relative",
+    "relative_variance": "relative variance",
 }
 
 
@@ -51,9 +56,8 @@ def collect(output: Path, results: Path) -> None:
         result["grad_norm_deviation"] = (
             statistics.stdev(float(row["grad_norm"]) for row in rows) if len(rows) > 1 else None
         )
-        result["relative_variance"] = _mean(
-            rows, lambda row: float(row["grad_variance"]) / float(row["grad_norm"]) ** 2
-        )
+        result["tokens"] = sum(int(row["tokens"]) for row in rows)
+        result["relative_variance"] = _relative_variance(rows)
         runs.append({name: _short(value) for name, value in result.items()})
         for i in range(0, len(rows), STEP_EVERY):
             few = rows[i : i + STEP_EVERY]
@@ -101,7 +105,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 STEP_PANELS = {
-    "success": "success of the rollouts",
+    "success": "success of the rollouts as the arm samples them",
     "reverse_kl": "reverse KL on the rollouts",
     "grad_norm": "gradient norm",
     "grad_variance": "gradient variance",
@@ -142,7 +146,7 @@ def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str) -> None:
         points = _grouped(by_arm[arm], x)
         xs = sorted(points, key=int)
         ys = [statistics.fmean(float(row[y]) for row in points[i]) for i in xs]
-        color = "black" if arm == BEFORE.name else f"C{ORDER.index(arm) - 1}"
+        color = COLORS.get(arm, f"C{ORDER.index(arm) - 2}")
         ax.plot([int(i) for i in xs], ys, label=arm, color=color, linewidth=1.2)
 
 
@@ -164,13 +168,19 @@ def _grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
     return groups
 
 
-def _mean(rows: Sequence[Row], of: str | Callable[[Row], float]) -> float | None:
-    values = [float(row[of]) if isinstance(of, str) else of(row) for row in rows if _has(row, of)]
+def _relative_variance(rows: Sequence[Row]) -> float | None:
+    """The variance of a micro-batch's gradient over the squared norm of what is expected of it.
+
+    That norm is the step's, which the noise of its micro-batches has made larger, without that.
+    """
+    variance = sum(float(row["grad_variance"]) for row in rows)
+    signal = sum(float(row["grad_norm"]) ** 2 for row in rows) - variance / MICRO_BATCHES
+    return variance / signal if signal > 0 else None
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [float(row[name]) for row in rows if row[name] != ""]
     return statistics.fmean(values) if values else None
-
-
-def _has(row: Row, of: str | Callable[[Row], float]) -> bool:
-    return not isinstance(of, str) or row[of] != ""
 
 
 def _short(value: object) -> object:

@@ -120,8 +120,7 @@ class World:
             while not trial.done:
                 trial.say([*trial.expert(random.Random(0)), STUDENT_END])
             if trial.success and trial.turns >= 3:
-                goal = [USER, "goal", "put", world.thing, "in", world.target, "."]
-                world.prompt = [*goal, *world.look(), ASSISTANT]
+                world.prompt = [USER, *world.look(), ASSISTANT]
                 return world
 
     @classmethod
@@ -148,8 +147,9 @@ class World:
         return self.rooms[there] if 0 <= there < len(self.rooms) else "wall"
 
     def look(self) -> list[str]:
-        """What there is to see: room, neighbours, things."""
-        words = ["at", self.rooms[self.here], "west", self.neighbour(-1)]
+        """What there is to see: the goal, room, neighbours, things."""
+        words = ["goal", "put", self.thing, "in", self.target, "."]
+        words += ["at", self.rooms[self.here], "west", self.neighbour(-1)]
         words += ["east", self.neighbour(1), "see"]
         seen = []
         if self.thing_visible:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from comparison.arms import Arm, Scores
+from comparison.arms import TEACHER, Arm, Scores
 from comparison.models import hidden_states, save
 from comparison.rollouts import Rollouts
 from torch import Tensor
@@ -59,7 +59,7 @@ class Budget:
     checkpoint_every: int = 20
 
 
-def score(pair: Pair, sequences: Rollouts, banned: list[int]) -> Scores:
+def score(pair: Pair, sequences: Rollouts, banned: Sequence[int]) -> Scores:
     """Both models' logits where a response token is predicted; heads meet no other position."""
     rows = predicting(sequences.response)
     with pair.autocast():
@@ -109,7 +109,7 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
     The step's gradient is the token mean. Its variance is that of the micro-batches' gradients g_i,
     weighted with their shares w_i of the tokens: n / (n - 1) sum_i w_i |g_i - sum_j w_j g_j|^2.
     """
-    banned = list(pair.tokenizers.banned_ids) if arm.masking else []
+    banned = pair.tokenizers.banned_ids if arm.masking else ()
     parameters = [p for p in pair.student.parameters() if p.requires_grad]
     size = len(batch) // MICRO_BATCHES
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
@@ -131,7 +131,8 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
             else:
                 parameter.grad.add_(gradient, alpha=share)
         loss += share * mean.item()
-        watched.append(observe(scores))
+        # Whatever an arm leaves out, all are watched on the same support.
+        watched.append(observe(replace(scores, banned=()) if banned else scores))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     optimizer.step()
     n = len(parts)
@@ -145,11 +146,29 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
     }
 
 
+def ordinary(scores: Scores, special: Sequence[int]) -> Scores:
+    """The scores of all other tokens, by models that do not know the special ones."""
+    ids = torch.tensor(special, dtype=torch.long)
+    known = torch.ones(scores.vocab, dtype=torch.bool).index_fill(0, ids, False)
+    rows = known[scores.tokens]
+    student, teacher = (
+        logits[rows, : scores.vocab][:, known] for logits in (scores.student, scores.teacher)
+    )
+    tokens = (known.cumsum(0) - 1)[scores.tokens[rows]]
+    return Scores(student, teacher, tokens, scores.k, ())
+
+
 @torch.no_grad()
 def evaluate(pair: Pair) -> dict[str, Any]:
-    """Held-out problems: success, divergences on own and on expert's words, gap by position."""
+    """Held-out problems: success, divergences on own and on expert's words, gap by position.
+
+    ``ordinary_`` figures are without the special tokens that the pair disagrees about: neither as
+    tokens that were said, nor in the two distributions.
+    """
     sequences, success, greedy = pair.held_out()
-    watched, expert = _watch(pair, sequences), _watch(pair, pair.teacher_answers())
+    (watched, words), (expert, expert_words) = (
+        _watch(pair, s) for s in (sequences, pair.teacher_answers())
+    )
     position = (sequences.response.cumsum(1) - 1)[sequences.response]
     bins = []
     for start in range(0, POSITIONS, POSITION_BIN):
@@ -162,6 +181,9 @@ def evaluate(pair: Pair) -> dict[str, Any]:
         "reverse_kl": float(watched["reverse_kl"].mean()),
         "forward_kl": float(expert["forward_kl"].mean()),
         "teacher_score": float(watched["teacher_score"].mean()),
+        "ordinary_reverse_kl": float(words["reverse_kl"].mean()),
+        "ordinary_forward_kl": float(expert_words["forward_kl"].mean()),
+        "ordinary_teacher_score": float(words["teacher_score"].mean()),
         "student_mass": float(watched["student_mass"].mean()),
         "teacher_mass": float(watched["teacher_mass"].mean()),
         "length": float(sequences.response.sum(1).float().mean()),
@@ -169,10 +191,21 @@ def evaluate(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _watch(pair: Pair, sequences: Rollouts, size: int = 16) -> dict[str, Tensor]:
-    parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
-    watched = [observe(score(pair, part, [])) for part in parts]
-    return {name: torch.cat([w[name] for w in watched]) for name in watched[0]}
+def _watch(
+    pair: Pair, sequences: Rollouts, size: int = 16
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is watched of all response tokens, and of the ordinary ones."""
+    parts = []
+    for start in range(0, len(sequences), size):
+        scores = score(pair, sequences[start : start + size], ())
+        special = pair.tokenizers.masked_ids
+        whole = observe(scores)
+        parts.append((whole, observe(ordinary(scores, special)) if special else whole))
+    whole, words = (
+        {name: torch.cat([part[name] for part in kind]) for name in kind[0]}
+        for kind in zip(*parts, strict=True)
+    )
+    return whole, words
 
 
 def run(pair: Pair, arm: Arm, budget: Budget, output: Path, tick: Callable[[], None]) -> None:
@@ -214,6 +247,8 @@ def run(pair: Pair, arm: Arm, budget: Budget, output: Path, tick: Callable[[], N
         tick()
     board.close()
     torch.manual_seed(pair.seed)
+    if arm == TEACHER:
+        pair.student = pair.teacher
     if steps:
         _write_steps(output / "steps" / f"{name}.csv", steps)
     what = {"task": pair.name, "arm": arm.name, "seed": pair.seed, "steps": len(steps)}
