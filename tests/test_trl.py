@@ -602,6 +602,7 @@ def test_the_example_says_what_is_missing(
         ({"beta": 0.5}, "beta is 0.5"),
         ({"k": 1}, "k is 1"),
         ({"stats_steps": -1}, "stats_steps is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
     ],
 )
 def test_options_that_are_not_allowed(tmp_path: Path, options: dict, message: str) -> None:
