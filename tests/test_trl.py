@@ -464,7 +464,7 @@ def test_every_parameter_gets_a_gradient_under_autocast_from_the_first_step(tmp_
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     options |= {"learning_rate": 1e-2, "max_steps": 4}
-    prompts = 2 * PROMPTS  # one epoch: TRL shuffles a resumed run's next one anew
+    prompts = 2 * PROMPTS  # one epoch: TRL's sampler starts anew on resumption
     whole = llama(0)
     generating(whole, llama(1), config(tmp_path / "whole", **options), prompts).train()
     resumed = llama(0)
@@ -602,6 +602,7 @@ def test_the_example_says_what_is_missing(
         ({"beta": 0.5}, "beta is 0.5"),
         ({"k": 1}, "k is 1"),
         ({"stats_steps": -1}, "stats_steps is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
     ],
 )
 def test_options_that_are_not_allowed(tmp_path: Path, options: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ class TopKDistillationConfig(DistillationConfig):
             raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
         if self.k < 2:
             raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
         if self.stats_steps < 0:
             raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
 
@@ -228,23 +231,21 @@ class TopKDistillationTrainer(DistillationTrainer):
         # Without a teacher, whose vocabulary TRL would require to be the student's.
         super().__init__(model, None, args, **options)
         self.teacher_server = teacher_server
-        self._limit = vocab_size_of(self.model)
+        if isinstance(teacher_model, str):
+            teacher_processing_class = teacher_processing_class or _tokenizer_of(
+                teacher_model, args
+            )
+            teacher_model = _loaded(teacher_model, args)
         if teacher_model is not None:
-            if isinstance(teacher_model, str):
-                teacher_processing_class = teacher_processing_class or _tokenizer_of(
-                    teacher_model, args
-                )
-                teacher_model = _loaded(teacher_model, args)
-            self._limit = min(self._limit, vocab_size_of(teacher_model))
             self.teacher_model = self._prepared(teacher_model)
-        if args.vocab_size is not None:
-            self._limit = min(self._limit, args.vocab_size)
         if teacher_processing_class is not None:
             _warn_if_different(self._tokenizer, teacher_processing_class)
         self._masked_ids = list(args.masked_ids or [])
         self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
         self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
         self._banned_ids = self._banned_ids.to(self.accelerator.device)
+        # Ids that the student lacks must not take a place in the teacher's support.
+        self._limit = min(vocab_size_of(self.model), args.vocab_size or sys.maxsize)
         self._heads_are_checked = not args.use_hidden_states
 
     def compute_loss(
@@ -254,11 +255,13 @@ class TopKDistillationTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch: its share of the step's mean, times what DDP divides by."""
+        """The loss of a micro-batch: its share of the step's mean, times what DDP divides by.
+
+        The count is that of the generated batch; the argument ``num_items_in_batch`` counts labels
+        of the data set, of which there are none.
+        """
         training = self.model.training
-        normalizer = num_items_in_batch
-        if training and inputs.get("num_items_in_batch") is not None:
-            normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         period = self.args.stats_steps
         measure = period > 0 and not (training and self.state.global_step % period)
         student = self.accelerator.unwrap_model(model)
@@ -276,7 +279,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         self,
         student: nn.Module,
         inputs: dict[str, Any],
-        normalizer: Tensor | int | None,
+        normalizer: Tensor,
         measure: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """(loss, sums over rows of what is measured); runs inside the student's forward."""
