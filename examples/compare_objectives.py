@@ -63,11 +63,11 @@ class Sizes:
 
 
 FULL = Sizes(
-    teacher_steps=2000,
-    student_steps=600,
+    teacher_steps=4000,
+    student_steps=500,
     warm_steps=24,
-    small=Budget(steps=40, lr=3e-4),
-    smollm2=Budget(steps=30, lr=2.5e-5, checkpoint_every=5),
+    small=Budget(steps=50, lr=3e-4),
+    smollm2=Budget(steps=40, lr=2.5e-5, checkpoint_every=5),
 )
 SMOKE = Sizes(
     teacher_steps=4,

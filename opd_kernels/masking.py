@@ -175,7 +175,7 @@ def _among(tokens: Tensor, ids: Tensor) -> Tensor:
     if ids.numel() == 0:
         return torch.zeros_like(tokens, dtype=torch.bool)
     ids, _ = ids.long().sort()
-    slots = torch.searchsorted(ids, tokens.long()).clamp(max=ids.numel() - 1)
+    slots = torch.searchsorted(ids, tokens.long().contiguous()).clamp(max=ids.numel() - 1)
     return ids[slots] == tokens
 
 

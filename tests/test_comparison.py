@@ -383,3 +383,94 @@ def test_the_relative_variance_is_without_the_noise_in_the_norm() -> None:
         rows.append({"grad_norm": str(norm), "grad_variance": str(variance)})
     assert results._relative_variance(rows) == pytest.approx(50 * 0.09, rel=0.05)
     assert results._relative_variance([]) is None
+
+
+def test_logits_are_those_that_predict_the_tokens_beside_them() -> None:
+    pair = TinyPair()
+    batch = models.demonstrations("mixed", 3, random.Random(1), dialect=True)
+    scores = training.score(pair, batch, ())
+    at = 0
+    for tokens, response in zip(batch.tokens, batch.response, strict=True):
+        for position in response.nonzero()[:, 0].tolist():
+            for model, logits in ((pair.student, scores.student), (pair.teacher, scores.teacher)):
+                wanted = model(input_ids=tokens[None, :position]).logits[0, -1]
+                torch.testing.assert_close(logits[at], wanted, rtol=1e-4, atol=1e-5)
+            assert scores.tokens[at] == tokens[position]
+            at += 1
+    assert at == len(scores.tokens)
+
+
+def test_rollouts_stay_in_the_nucleus_and_are_not_cut_without_one(student: Any) -> None:
+    outside = {}
+    for top_p in (0.5, 1.0):
+        torch.manual_seed(0)
+        episodes = tasks.sample_episodes("mixed", 8, random.Random(5))
+        played = rollouts.play(student, episodes, top_p=top_p)
+        logits = student(input_ids=played.tokens).logits[:, :-1][played.response[:, 1:]]
+        said = played.tokens[played.response][:, None]
+        p, order = logits.softmax(-1).sort(descending=True)
+        rank = (order == said).int().argmax(-1, keepdim=True)
+        above = (p.cumsum(-1) - p).gather(-1, rank)  # the mass of what is more likely
+        outside[top_p] = (above >= top_p + 1e-4).float().mean().item()
+        if top_p == 1.0:
+            assert (above >= 0.5).float().mean() > 0.2
+            assert (rank >= 50).any()  # the library's own default would cut there
+    assert outside == {0.5: 0.0, 1.0: 0.0}
+
+
+def test_what_an_arm_masks_takes_no_part_in_its_gradient() -> None:
+    pair = TinyPair()
+    arm = next(arm for arm in arms.ARMS if arm.masking)
+    batch = models.demonstrations("world", 4, random.Random(2), dialect=True)
+    frozen = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    row = training.update(pair, arm, frozen, batch)
+    got = torch.cat([p.grad.flatten() for p in pair.student.parameters()])
+    scores = training.score(pair, batch, pair.tokenizers.banned_ids)
+    support = scores.support
+    assert not torch.isin(support.ids, torch.tensor(pair.tokenizers.banned_ids)).any()
+    special = torch.tensor([IDS[STUDENT_END], IDS[TEACHER_END], IDS[THINK]])
+    # An expert says each of them at most once in a turn.
+    kept = ~torch.isin(scores.tokens, special)
+    log_p = scores.student.gather(-1, support.ids.long()).log_softmax(-1)
+    log_q = support.logits.log_softmax(-1)
+    loss = (log_p.exp() * (log_p - log_q)).sum(-1)[kept].mean()
+    pair.student.zero_grad()
+    loss.backward()
+    wanted = torch.cat([p.grad.flatten() for p in pair.student.parameters()])
+    scale = min(1.0, 1 / float(wanted.norm()))
+    torch.testing.assert_close(got, wanted * scale, rtol=1e-3, atol=1e-6)
+    assert row["tokens"] == int(kept.sum())
+    assert row["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_held_out_problems_are_not_those_of_training(task: str) -> None:
+    pair = TinyPair()
+    pair.name, pair.held_out_episodes = task, 64
+    held_out = {tuple(episode.prompt) for episode in pair._held_out_episodes()}
+    trained: set[tuple[str, ...]] = set()
+    for seed in range(3):
+        for step in range(50):
+            rng = random.Random(1_000_003 * seed + step)
+            trained |= {tuple(e.prompt) for e in tasks.sample_episodes(task, pair.batch, rng)}
+    # Of the few different first views of a world some come again.
+    assert len(held_out & trained) <= 0.2 * len(held_out)
+
+
+def test_the_evaluation_samples_the_student_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, calls = TinyPair(), []
+    monkeypatch.setattr(
+        pairs, "play", lambda *_, **options: calls.append(options) or rollouts.Rollouts(*[None] * 2)
+    )
+    pair.held_out()
+    assert calls == [{"top_p": 1.0, "greedy": False}, {"top_p": 1.0, "greedy": True}]
+
+
+def test_a_run_trains_the_student(tmp_path: Path) -> None:
+    pair = TinyPair()
+    before = [p.detach().clone() for p in pair.student.parameters()]
+    training.run(pair, arms.LSM_TOP_P, training.Budget(2, 1e-2), tmp_path, lambda: None)
+    after = [p.detach() for p in pair.student.parameters()]
+    moved = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
+    # Adam's first steps have the length of the rate, which warms up to it in five.
+    assert 0.25e-2 < max(moved) < 1e-2

@@ -464,3 +464,11 @@ def test_bad_input_says_what_was_given_and_what_to_do(case: str) -> None:
         call()
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_slice_of_a_batch_is_no_reason_to_warn() -> None:
+    tokens = torch.arange(24).view(4, 6)[:, 1:4]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert special_token_mask(tokens, [1, 8], mask=mask).sum() == 10
+    assert response_mask(tokens, 0, eos_ids=[2]).sum() == 11

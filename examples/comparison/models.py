@@ -60,23 +60,25 @@ def demonstrations(task: str, count: int, rng: random.Random, dialect: bool) -> 
     """Episodes that an expert plays, in the student's plain markup or in the teacher's dialect."""
     rows = []
     for episode in sample_episodes(task, count, rng):
-        row = [(word, False) for word in episode.prompt]
-        while not episode.done:
+        row = [(word, -1) for word in episode.prompt]
+        for number in range(episode.turn_limit):
+            if episode.done:
+                break
             said = episode.expert(rng)
             if dialect and rng.random() < THINK_RATE:
                 said = [THINK, *said]
             end = TEACHER_END if dialect and rng.random() < TEACHER_END_RATE else STUDENT_END
             said = [*said, end]
-            row += [(word, True) for word in said]
-            row += [(word, False) for word in episode.say(said)]
-        words, spoken = zip(*row, strict=True)
-        rows.append((encode(words), spoken))
+            row += [(word, number) for word in said]
+            row += [(word, -1) for word in episode.say(said)]
+        words, turns = zip(*row, strict=True)
+        rows.append((encode(words), turns))
     length = max(len(ids) for ids, _ in rows)
     tokens = torch.full((count, length), IDS["<pad>"])
     turn = torch.full((count, length), -1)
-    for i, (ids, spoken) in enumerate(rows):
+    for i, (ids, turns) in enumerate(rows):
         tokens[i, : len(ids)] = torch.tensor(ids)
-        turn[i, : len(ids)] = torch.where(torch.tensor(spoken), 0, -1)
+        turn[i, : len(ids)] = torch.tensor(turns)
     return Rollouts(tokens, turn)
 
 

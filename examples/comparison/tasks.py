@@ -109,7 +109,7 @@ class World:
     heading: int = 1
 
     turn_limit = 7
-    new_tokens = 11
+    new_tokens = 13
 
     @classmethod
     def sample(cls, rng: random.Random) -> World:
@@ -168,12 +168,13 @@ class World:
         return not self.holding and self.thing_at == self.here and found
 
     def expert(self, rng: random.Random) -> list[str]:
-        """Say what is needed and where the search goes, then act."""
+        """Say what is needed, where one is and where the search goes, then act."""
         self.visited.add(self.here)
         self._turn_round()
         going = "east" if self.heading == 1 else "west"
         needed = self.target if self.holding else self.thing
-        return [*_opener(rng), "need", needed, "going", going, ",", *self._action(going)]
+        state = ["need", needed, "at", self.rooms[self.here], "going", going, ","]
+        return [*_opener(rng), *state, *self._action(going)]
 
     def _turn_round(self) -> None:
         """Towards the target once it has been seen; else as before, until there is a wall."""
