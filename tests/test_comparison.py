@@ -294,13 +294,18 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
         if len(ticks) == 3:
             raise InterruptionError
 
+    def count() -> None:
+        ticks.append(1)
+
     arm = arms.SAMPLED_TOKEN
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     training.run(TinyPair(), arm, budget, whole, lambda: None)
     with pytest.raises(InterruptionError):
         training.run(TinyPair(), arm, budget, broken, stop_after_three)
     assert not list((broken / "runs").glob("*")) if (broken / "runs").exists() else True
-    training.run(TinyPair(), arm, budget, broken, lambda: None)
+    ticks.clear()
+    training.run(TinyPair(), arm, budget, broken, count)
+    assert len(ticks) == 4
     path = training.result_path(whole, "mixed", arm, 0)
     assert path.read_text() == (broken / "runs" / path.name).read_text()
     rows = [results._read(out / "steps" / f"{path.stem}.csv") for out in (whole, broken)]
@@ -451,7 +456,7 @@ def test_held_out_problems_are_not_those_of_training(task: str) -> None:
     trained: set[tuple[str, ...]] = set()
     for seed in range(3):
         for step in range(50):
-            rng = random.Random(1_000_003 * seed + step)
+            rng = random.Random(pairs.training_seed(seed, step))
             trained |= {tuple(e.prompt) for e in tasks.sample_episodes(task, pair.batch, rng)}
     # Of the few different first views of a world some come again.
     assert len(held_out & trained) <= 0.2 * len(held_out)

@@ -24,6 +24,11 @@ TEACHER_SEED = 7
 HELD_OUT_SEED = 10_000_019  # of the problems and, plus one, of the expert's answers to them
 
 
+def training_seed(seed: int, step: int) -> int:
+    """Of a step's problems: none that the models' first training or the evaluation draws from."""
+    return 1_000_003 * (seed + 1) + step
+
+
 class SmallPair:
     """A teacher of 3.2 and a student of 1.8 million parameters on one task or both mixed."""
 
@@ -41,7 +46,7 @@ class SmallPair:
 
     def rollouts(self, step: int, top_p: float) -> tuple[Rollouts, Tensor]:
         """New problems in every step, the same for all arms of a seed."""
-        rng = random.Random(1_000_003 * self.seed + step)
+        rng = random.Random(training_seed(self.seed, step))
         return self._play(sample_episodes(self.name, self.batch, rng), top_p)
 
     def held_out(self) -> tuple[Rollouts, Tensor, Tensor]:
@@ -97,7 +102,7 @@ class SmolLM2Pair:
 
     def rollouts(self, step: int, top_p: float) -> tuple[Rollouts, None]:
         """Answers to training prompts drawn without replacement."""
-        prompts = random.Random(1_000_003 * self.seed + step).sample(self.training, self.batch)
+        prompts = random.Random(training_seed(self.seed, step)).sample(self.training, self.batch)
         return answers_of(self.student, self.tokenizer, prompts, top_p), None
 
     def held_out(self) -> tuple[Rollouts, None, None]:

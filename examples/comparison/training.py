@@ -227,6 +227,8 @@ def run(pair: Pair, arm: Arm, budget: Budget, output: Path, tick: Callable[[], N
         optimizer.load_state_dict(saved["optimizer"])
         steps = saved["steps"]
     student.train()
+    for _ in steps:
+        tick()
     board = SummaryWriter(output / "tensorboard" / name, purge_step=len(steps))
     for number in range(len(steps), budget.steps):
         start = time.perf_counter()
