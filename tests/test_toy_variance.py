@@ -204,7 +204,9 @@ def test_the_checker_accepts_the_ordering_of_the_paper(reports: ModuleType) -> N
     text, good = reports.report(ideal(reports))
     assert good
     assert "NO" not in text
-    assert text.endswith("The ordering of the paper holds.\n")
+    assert text.endswith(
+        "The paper's ordering holds: the variance rises with gamma; the bias falls.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_checker_rejects_one_seed_with_a_wrong_ordering(
     text, good = reports.report(dataclasses.replace(whole, **{kind: rows}))
     assert not good
     assert claim in text
-    assert text.endswith("The ordering of the paper does NOT hold.\n")
+    assert text.endswith("The paper's ordering does NOT hold.\n")
 
 
 def test_the_results_in_the_repository_are_of_the_full_size_and_give_their_table(

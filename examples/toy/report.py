@@ -172,7 +172,7 @@ def bias(study: Study, seed: int) -> Curve:
 
 
 def claims(study: Study) -> list[Claim]:
-    """What the paper reports, seed by seed."""
+    """The variance as the paper reports it, and the bias that it argues with, seed by seed."""
     quantities = (
         ("variance in training", True, training_variance),
         ("variance at the same student", True, frozen_variance),
@@ -280,6 +280,8 @@ def report(study: Study) -> tuple[str, bool]:
         "",
         *single_lines(study),
         "",
-        "The ordering of the paper holds." if good else "The ordering of the paper does NOT hold.",
+        "The paper's ordering holds: the variance rises with gamma; the bias falls."
+        if good
+        else "The paper's ordering does NOT hold.",
     ]
     return "\n".join(lines) + "\n", good
