@@ -33,8 +33,8 @@ teachers more slowly, and the variance at the same students is 18 times that of 
 
 Checked: for every seed and from every gamma to the next, the variance rises, in training and at the
 same students, as the paper reports it; and the bias falls, which the paper argues with and does not
-measure (at gamma = 1 it is 0 by definition). The exit code is 0 if so, 1 if not, 2 if a package or a file is
-missing or an option is wrong.
+measure (at gamma = 1 it is 0 by definition). The exit code is 0 if so, 1 if not, 2 if a package or
+a file is missing or an option is wrong.
 
     python examples/toy_variance.py             # minutes on one core
     python examples/toy_variance.py --smoke     # the whole path in seconds, not judged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -72,7 +73,10 @@ def response_mask(
         mask = mask & _flags(attention_mask, tokens, "attention_mask")
     if eos_ids is None:
         return mask.clone()
-    ends = mask & _among(tokens, _ids([eos_ids] if isinstance(eos_ids, int) else eos_ids, tokens))
+    if isinstance(eos_ids, Tensor):
+        eos_ids = eos_ids.reshape(-1)
+    several = [int(eos_ids)] if isinstance(eos_ids, Integral) else eos_ids
+    ends = mask & _among(tokens, _ids(several, tokens))
     return mask & (ends.cumsum(-1) == ends.int())
 
 
@@ -196,7 +200,7 @@ def token_ids(tokenizer: Any, strings: Iterable[str]) -> list[int]:
         ids = token_ids(tokenizer, ["<", "think", "<|im_end|>"])
         mask = special_token_mask(tokens, ids, mask=mask)
     """
-    if isinstance(strings, str):
+    if isinstance(strings, (str, bytes)):
         raise TypeError(f"strings is {strings!r}, expected several; pass [{strings!r}]")
     unknown = getattr(tokenizer, "unk_token_id", None)
     found: dict[int, None] = {}
@@ -280,7 +284,8 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
     ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. It reads both
     vocabularies, so call it once, before training.
 
-    Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor.
+    Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor, and for a role
+    with several ids.
 
     Example::
 
@@ -338,13 +343,17 @@ class _Tokens:
             )
         strings = {i: string for string, i in tokenizer.get_vocab().items()}
         added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
-        special = strings.keys() & set(getattr(tokenizer, "all_special_ids", ()))
+        special = strings.keys() & set(getattr(tokenizer, "all_special_ids", None) or ())
         special |= {i for i, token in added.items() if getattr(token, "special", False)}
+        roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
+        for role, i in roles.items():
+            if not (i is None or isinstance(i, Integral)):
+                raise TypeError(f"{name}.{role}_token_id is {i!r}, expected one id or None")
         return cls(
             strings=strings,
             special=special,
             control=special | added.keys(),
-            roles={role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES},
+            roles=roles,
             chat_template=getattr(tokenizer, "chat_template", None),
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -472,3 +474,17 @@ def test_a_slice_of_a_batch_is_no_reason_to_warn() -> None:
     mask = torch.ones_like(tokens, dtype=torch.bool)
     assert special_token_mask(tokens, [1, 8], mask=mask).sum() == 10
     assert response_mask(tokens, 0, eos_ids=[2]).sum() == 11
+
+
+@pytest.mark.parametrize("end", [2, np.int64(2), torch.tensor(2), [2]])
+def test_one_end_may_be_any_kind_of_integer(end: Any) -> None:
+    mask = response_mask(torch.tensor([[1, 2, 3]]), 0, eos_ids=end)
+    assert mask.tolist() == [[True, True, False]]
+
+
+def test_a_role_with_several_ids_is_an_error_that_says_so() -> None:
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, eos_token_id=[0, 1])
+    with pytest.raises(TypeError, match=r"student\.eos_token_id is \[0, 1\], expected one id"):
+        compare_tokenizers(tokenizer, tokenizer)
+    plain = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, all_special_ids=None)
+    assert compare_tokenizers(plain, plain).identical
