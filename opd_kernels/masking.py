@@ -75,7 +75,7 @@ def response_mask(
         return mask.clone()
     if isinstance(eos_ids, Tensor):
         eos_ids = eos_ids.reshape(-1)
-    several = [int(eos_ids)] if isinstance(eos_ids, Integral) else eos_ids
+    several = [int(eos_ids)] if isinstance(eos_ids, (int, Integral)) else eos_ids
     ends = mask & _among(tokens, _ids(several, tokens))
     return mask & (ends.cumsum(-1) == ends.int())
 
