@@ -343,7 +343,7 @@ def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "output")
     text = results.report(kept)
     assert text.splitlines()[0] == "**mixed**, 1 seed"
-    shown = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]]
+    shown = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:8]]
     assert shown == ["teacher", "before", "sampled-token", "LSM + top-p"]
     teacher, before, *runs = results._read(kept / "runs.csv")
     assert before["grad_norm"] == ""

@@ -41,6 +41,20 @@ COLUMNS = {
 }
 
 
+LEGEND = """\
+Means over seeds ± half of their range. Success and all that is of rollouts: held-out problems,
+sampled at temperature 1 and top-p 1; greedy: success of the most likely words. Reverse KL(student
+|| teacher) is on the student's rollouts, forward KL(teacher || student) on an expert's answers,
+full vocabulary, nats per token; the teacher's score is its log-prob of what the student said.
+"Ordinary" figures are without the special tokens that student and teacher write differently, as
+tokens and in both distributions. Student mass is what the student's distribution holds on the
+teacher's best K. Gradient norm (before clipping at 1) and the variance between a step's micro-
+batches are means over training; relative variance is over the squared norm without that noise.
+"Masking" leaves the first special token of each kind in a turn out as a position, and both end
+tokens out of the support; students may stop at either, in every arm.
+"""
+
+
 def collect(output: Path, results: Path) -> None:
     """Gather the runs of an output folder in three CSV files: runs, steps, positions."""
     runs, steps, positions = [], [], []
@@ -73,7 +87,8 @@ def report(results: Path) -> str:
     """Print what the CSV files say: the table as text; it and the plots are saved beside them."""
     runs = _read(results / "runs.csv")
     text = "\n\n".join(_table(task, rows) for task, rows in _grouped(runs, "task").items())
-    (results / "table.md").write_text(text + "\n")
+    text = f"{text}\n\n{LEGEND}"
+    (results / "table.md").write_text(text)
     draw_steps(results / "steps.png", _read(results / "steps.csv"))
     draw_positions(results / "positions.png", _read(results / "positions.csv"))
     return text
