@@ -109,7 +109,7 @@ class World:
     heading: int = 1
 
     turn_limit = 7
-    new_tokens = 13
+    new_tokens = 10
 
     @classmethod
     def sample(cls, rng: random.Random) -> World:
@@ -147,19 +147,17 @@ class World:
         return self.rooms[there] if 0 <= there < len(self.rooms) else "wall"
 
     def look(self) -> list[str]:
-        """What there is to see: the goal, room, neighbours, things."""
+        """The goal, and where things are: each name is followed by its place or state."""
         words = ["goal", "put", self.thing, "in", self.target, "."]
-        words += ["at", self.rooms[self.here], "west", self.neighbour(-1)]
-        words += ["east", self.neighbour(1), "see"]
-        seen = []
+        words += [self.rooms[self.here], "here"]
+        words += [self.neighbour(-1), "west", self.neighbour(1), "east"]
         if self.thing_visible:
-            seen.append(self.thing)
+            words += [self.thing, "here"]
         if self.here in self.others:
-            seen.append(self.others[self.here])
+            words += [self.others[self.here], "here"]
         if self.here in self.containers:
-            state = [] if self.here in self.opened else ["closed"]
-            seen += [*state, self.containers[self.here]]
-        return [*words, *(seen or ["nothing"]), "."]
+            words += [self.containers[self.here], "open" if self.here in self.opened else "closed"]
+        return [*words, *([self.thing, "held"] if self.holding else []), "."]
 
     @property
     def thing_visible(self) -> bool:
@@ -168,13 +166,11 @@ class World:
         return not self.holding and self.thing_at == self.here and found
 
     def expert(self, rng: random.Random) -> list[str]:
-        """Say what is needed, where one is and where the search goes, then act."""
+        """Say what is needed and where it is or may be, then act."""
         self.visited.add(self.here)
         self._turn_round()
-        going = "east" if self.heading == 1 else "west"
-        needed = self.target if self.holding else self.thing
-        state = ["need", needed, "at", self.rooms[self.here], "going", going, ","]
-        return [*_opener(rng), *state, *self._action(going)]
+        needed, place = (self.target if self.holding else self.thing), self._place()
+        return [*_opener(rng), "need", needed, place, ",", *self._action(place)]
 
     def _turn_round(self) -> None:
         """Towards the target once it has been seen; else as before, until there is a wall."""
@@ -185,14 +181,19 @@ class World:
         elif self.neighbour(self.heading) == "wall":
             self.heading = -self.heading
 
-    def _action(self, going: str) -> list[str]:
-        if self.holding and self.rooms[self.here] == self.target:
-            return ["drop", self.thing]
-        if self.thing_visible:
-            return ["take", self.thing]
+    def _place(self) -> str:
+        """Here, in what is closed here, or the direction to go."""
+        arrived = self.holding and self.rooms[self.here] == self.target
+        if arrived or self.thing_visible:
+            return "here"
         if not self.holding and self.here in self.containers and self.here not in self.opened:
-            return ["open", "it"]
-        return ["go", going]
+            return "closed"
+        return "east" if self.heading == 1 else "west"
+
+    def _action(self, place: str) -> list[str]:
+        if place == "here":
+            return ["drop" if self.holding else "take", self.thing]
+        return ["open", "it"] if place == "closed" else ["go", place]
 
     def say(self, words: list[str]) -> list[str]:
         """Carry out the two words after the last comma; anything else changes nothing."""
@@ -213,8 +214,7 @@ class World:
         self.done = self.success or self.turns >= self.turn_limit
         if self.done:
             return []
-        held = ["holding", self.thing, "."] if self.holding else []
-        return [USER, *self.look(), *held, ASSISTANT]
+        return [USER, *self.look(), ASSISTANT]
 
 
 TASKS: dict[str, list[type[Arithmetic] | type[World]]] = {

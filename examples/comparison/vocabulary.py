@@ -21,10 +21,10 @@ ROOMS = "kitchen hall garden cellar study attic library garage bedroom pantry".s
 ITEMS = "lamp key book rope coin ring map apple".split()
 CONTAINERS = "box chest drawer bag".split()
 # What a writer may say or leave out: the entropy of the tasks' language.
-OPENERS = "so then next now well first thus ok here hence".split()
+OPENERS = "so then next now well first thus ok still hence".split()
 COMMON = [
-    *"0 1 2 3 4 5 6 7 8 9 + - = . , ; answer goal put in at east west wall see holding".split(),
-    *"nothing need go open take drop it going closed".split(),
+    *"0 1 2 3 4 5 6 7 8 9 + - = . , ; answer goal put in east west wall held".split(),
+    *"need go open take drop it here closed".split(),
 ]
 WORDS = [PAD, USER, ASSISTANT, STUDENT_END, TEACHER_END, THINK]
 WORDS += [*COMMON, *OPENERS, *STEPS, *ROOMS, *ITEMS, *CONTAINERS]
