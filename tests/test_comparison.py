@@ -270,7 +270,7 @@ def test_the_gradient_of_a_step_is_the_token_means_and_its_variance_that_of_its_
 def test_masking_leaves_out_the_special_tokens_of_every_turn_and_nothing_else() -> None:
     pair = TinyPair()
     said = encode(["now", STUDENT_END])
-    tokens = torch.tensor([encode(["<user>", "goal"]) + said + encode(["<user>", "at"]) + said])
+    tokens = torch.tensor([encode(["<user>", "goal"]) + said + encode(["<user>", "goal"]) + said])
     turn = torch.tensor([[-1, -1, 0, 0, -1, -1, 1, 1]])
     sequences = rollouts.Rollouts(tokens, turn)
     kept = {arm.name: training.kept_tokens(pair, arm, sequences).tolist() for arm in arms.ARMS}
