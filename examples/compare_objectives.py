@@ -63,7 +63,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    teacher_steps=4000,
+    teacher_steps=3000,
     student_steps=400,
     warm_steps=24,
     small=Budget(steps=50, lr=3e-4),

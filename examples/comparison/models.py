@@ -1,4 +1,4 @@
-"""The small transformers, and their training by cross-entropy on an expert's turns."""
+"""The small transformers, and their training by cross-entropy on an expert's episodes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from comparison.rollouts import Rollouts
 from comparison.tasks import sample_episodes
 from comparison.vocabulary import (
     IDS,
+    PAD,
     STUDENT_END,
     STUDENT_VOCAB,
     TEACHER_END,
@@ -39,7 +40,7 @@ def build(vocab: int, width: int, layers: int = 4) -> LlamaForCausalLM:
             num_attention_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            pad_token_id=IDS["<pad>"],
+            pad_token_id=IDS[PAD],
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -74,7 +75,7 @@ def demonstrations(task: str, count: int, rng: random.Random, dialect: bool) -> 
         words, turns = zip(*row, strict=True)
         rows.append((encode(words), turns))
     length = max(len(ids) for ids, _ in rows)
-    tokens = torch.full((count, length), IDS["<pad>"])
+    tokens = torch.full((count, length), IDS[PAD])
     turn = torch.full((count, length), -1)
     for i, (ids, turns) in enumerate(rows):
         tokens[i, : len(ids)] = torch.tensor(ids)
@@ -93,7 +94,7 @@ def train_on_demonstrations(
     batch: int = 8,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
-    """Fit the model to what an expert says, the tasks taking `turns`; the last losses' mean."""
+    """Fit the model to an expert's episodes, the tasks taking `turns`; the last losses' mean."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
@@ -105,7 +106,9 @@ def train_on_demonstrations(
         sequences = demonstrations(task, count, rng, dialect)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=sequences.tokens, use_cache=False).logits
-        targets = sequences.tokens.masked_fill(~sequences.response, -100)[:, 1:]
+        # All tokens, not the expert's alone: from a world that repeats itself a model learns fastest
+        # to look things up.
+        targets = sequences.tokens[:, 1:].masked_fill(sequences.tokens[:, 1:] == IDS[PAD], -100)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
