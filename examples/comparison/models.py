@@ -106,8 +106,7 @@ def train_on_demonstrations(
         sequences = demonstrations(task, count, rng, dialect)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=sequences.tokens, use_cache=False).logits
-        # All tokens, not the expert's alone: from a world that repeats itself a model learns fastest
-        # to look things up.
+        # All tokens, not the expert's alone: a world that repeats itself teaches to look things up.
         targets = sequences.tokens[:, 1:].masked_fill(sequences.tokens[:, 1:] == IDS[PAD], -100)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
         optimizer.zero_grad()
