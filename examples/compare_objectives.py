@@ -64,7 +64,7 @@ class Sizes:
 
 FULL = Sizes(
     teacher_steps=3000,
-    student_steps=400,
+    student_steps=500,
     warm_steps=24,
     small=Budget(steps=50, lr=3e-4),
     smollm2=Budget(steps=40, lr=2.5e-5, checkpoint_every=5),
