@@ -156,8 +156,10 @@ def sampled_token_loss(
     dtype = _arithmetic(logprobs, old_logprobs, advantages)
     cost = _selected(-advantages.detach(), keep, dtype)
     log_ratio = _selected(logprobs, keep, dtype) - _selected(old_logprobs.detach(), keep, dtype)
-    if clip is not None:
-        # On logarithms, so that a ratio that overflows has gradient 0 and not 0 times infinity.
+    # On logarithms, so that a ratio that overflows has gradient 0 and not 0 times infinity.
+    if clip is None:
+        log_ratio = log_ratio.clamp(max=math.log(torch.finfo(dtype).max))
+    else:
         lowest = math.log1p(-clip) if clip < 1 else -math.inf
         log_ratio = torch.where(
             cost > 0, log_ratio.clamp(min=lowest), log_ratio.clamp(max=math.log1p(clip))

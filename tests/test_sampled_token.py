@@ -358,3 +358,14 @@ def test_bad_input_says_what_was_given_and_what_to_do(case: str) -> None:
         call()
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_no_advantage_is_no_loss_however_large_the_ratio(clip: float | None) -> None:
+    logprobs = torch.zeros(2, requires_grad=True)
+    loss = sampled_token_loss(
+        logprobs, torch.full((2,), -200.0), torch.tensor([0.0, -0.0]), clip=clip, reduction="sum"
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert logprobs.grad.tolist() == [0, 0]
