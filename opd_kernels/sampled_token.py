@@ -158,7 +158,7 @@ def sampled_token_loss(
     log_ratio = _selected(logprobs, keep, dtype) - _selected(old_logprobs.detach(), keep, dtype)
     # On logarithms, so that a ratio that overflows has gradient 0 and not 0 times infinity.
     if clip is None:
-        log_ratio = log_ratio.clamp(max=math.log(torch.finfo(dtype).max))
+        log_ratio = log_ratio.clamp(max=math.log(torch.finfo(dtype).max) - 1)
     else:
         lowest = math.log1p(-clip) if clip < 1 else -math.inf
         log_ratio = torch.where(
