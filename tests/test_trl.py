@@ -556,7 +556,7 @@ def test_masking_failures_leaves_out_what_failed_and_divides_by_the_rest(
     teacher.script = [(500, "broken")]
     server = TeacherServer(teacher.url, k=K, retries=0, parallel=1, on_failure="mask")
     args = config(tmp_path, shuffle_dataset=False)
-    with pytest.warns(UserWarning, match="left out: .*sequence 0.*broken"):
+    with pytest.warns(UserWarning, match="left out 1 of 4 .*sequence 0.*broken"):
         trainer(student, None, args, teacher_server=server).train()
     assert_same_parameters(student, expected)
 
