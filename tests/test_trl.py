@@ -658,6 +658,9 @@ def test_the_example_says_what_is_missing(
     with pytest.raises(SystemExit):
         distill_trl.main(["--student", "somewhere"])
     assert "--dataset, --teacher or --teacher-server is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        distill_trl.main(["--smoke", "--teacher", "a", "--teacher-server", "http://b"])
+    assert "--teacher and --teacher-server are both given" in capsys.readouterr().err
 
 
 def test_a_batch_of_which_nothing_is_scored_raises_even_where_failures_are_masked(
