@@ -33,6 +33,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,6 +68,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help='left out at their first occurrence, in the paper: "<" think "<|im_end|>"',
     )
     parser.add_argument("--vllm", action="store_true", help="vLLM generates, in this process")
+    parser.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--smoke", action="store_true", help="tiny random models, a few CPU steps")
     options = parser.parse_args(arguments)
@@ -81,6 +83,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     ]
     if missing and not options.smoke:
         parser.error(f"{', '.join(missing)} is missing; --smoke needs none of them")
+    if options.teacher and options.teacher_server:
+        parser.error("--teacher and --teacher-server are both given, expected one of them")
     return options
 
 
@@ -102,7 +106,8 @@ def config(options: argparse.Namespace) -> TopKDistillationConfig:
         teacher_server_api=options.teacher_api,
         use_vllm=options.vllm,
         use_cpu=smoke,
-        bf16=not smoke,
+        bf16=not smoke and torch.accelerator.is_available(),
+        save_steps=options.save_steps,
         logging_steps=1,
         report_to="none",
     )

@@ -32,8 +32,12 @@ def vllm_answer(body: dict[str, Any], logprobs: Logprobs) -> dict[str, Any]:
     positions: list[Any] = [None]
     for at in range(1, len(tokens)):
         row = rows[at - 1]
-        listed = dict.fromkeys([tokens[at], *row.topk(k).indices.tolist()])
-        positions.append({str(i): {"logprob": row[i].item(), "rank": 1} for i in listed})
+        # The sent token comes first, with its rank in the whole vocabulary.
+        ranks = {tokens[at]: int((row >= row[tokens[at]]).sum())}
+        ranks |= {i: rank for rank, i in enumerate(row.topk(k).indices.tolist(), 1)}
+        positions.append(
+            {str(i): {"logprob": row[i].item(), "rank": rank} for i, rank in ranks.items()}
+        )
     return {"choices": [{"index": 0, "text": "", "prompt_logprobs": positions}]}
 
 
@@ -52,7 +56,8 @@ def sglang_answer(body: dict[str, Any], logprobs: Logprobs) -> dict[str, Any]:
 class Teacher:
     """What the server does and has seen; ``script`` is answered first, one entry per request.
 
-    An entry is (status, answer) or (status, answer, headers), or a number of seconds to sleep.
+    An entry is (status, answer) or (status, answer, headers), a number of seconds to sleep, or a
+    function that is given the connection's file and writes the answer itself.
     """
 
     def __init__(self, logprobs: Logprobs) -> None:
@@ -64,7 +69,7 @@ class Teacher:
         self._now, self._lock = 0, threading.Lock()
         self.url = ""
 
-    def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[Any, ...]:
+    def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
         with self._lock:
             self.requests.append((path, body, headers))
             self._now += 1
@@ -92,7 +97,11 @@ def serving(logprobs: Logprobs) -> Iterator[Teacher]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, answer, *more = teacher.answer(self.path, body, dict(self.headers))
+            reply = teacher.answer(self.path, body, dict(self.headers))
+            if callable(reply):
+                reply(self.wfile)
+                return
+            status, answer, *more = reply
             content = answer if isinstance(answer, str) else json.dumps(answer)
             try:
                 self.send_response(status)

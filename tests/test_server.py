@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from opd_kernels import select_topk
 
 pytest.importorskip("requests", reason="a teacher behind a server needs requests")
 
+from opd_kernels.integrations import server as client
 from opd_kernels.integrations.server import (
     TeacherServer,
     TeacherServerError,
@@ -158,15 +163,60 @@ def test_positions_without_entries_are_absent_and_others_stay_in_place(teacher: 
     def thin(answer: dict) -> dict:
         positions = positions_of(answer)
         positions[2] = None
-        positions[3] = {"30": positions[3]["30"], **dict(list(positions[3].items())[:2])}
+        positions[3] = dict(list(positions[3].items())[:K])
         return answer
 
     teacher.change = thin
     topk, mask = ask(teacher).topk([SEQUENCES[0]])
-    assert mask[0].tolist() == [True, False, True, True, False]
-    assert (topk.ids[0, 1] == -1).all()
-    assert 1 <= (topk.ids[0, 2] >= 0).sum() <= 2
+    assert 30 not in whole.topk.ids[0, 2]  # so that position 3 has K entries, one too many
+    assert mask[0].tolist() == [True, False, False, True, False]
+    assert (topk.ids[0, 1:3] == -1).all()
     assert torch.equal(topk.ids[0, [0, 3]], whole.topk.ids[0, [0, 3]])
+
+
+@pytest.mark.parametrize("ranks", [True, False], ids=["ranks", "no ranks"])
+def test_a_server_that_caps_the_entries_raises(teacher: Teacher, ranks: bool) -> None:
+    def cap(answer: dict) -> dict:
+        for at, position in enumerate(positions_of(answer)[1:], 1):
+            best = sorted(position, key=lambda i: -position[i]["logprob"])[: K - 2]
+            kept = {i: position[i] for i in {str(SEQUENCES[0][at]), *best}}
+            positions_of(answer)[at] = kept if ranks else {i: kept[i]["logprob"] for i in kept}
+        return answer
+
+    teacher.change = cap
+    with pytest.raises(TeacherServerError, match=rf"sequence 0.* of {K} entries.*--max-logprobs"):
+        ask(teacher, on_failure="mask").topk([SEQUENCES[0]])
+
+
+def test_a_sequence_without_any_entries_does_not_look_like_a_cap(teacher: Teacher) -> None:
+    def forget(answer: dict) -> dict:
+        answer["choices"][0]["prompt_logprobs"] = [None] * len(positions_of(answer))
+        return answer
+
+    teacher.change = forget
+    assert not ask(teacher).topk([SEQUENCES[0]]).mask.any()
+
+
+def test_sglang_positions_with_fewer_entries_count_as_without(teacher: Teacher) -> None:
+    def thin(answer: dict) -> dict:
+        answer["meta_info"]["input_top_logprobs"][2].pop()
+        return answer
+
+    teacher.change = thin
+    _, mask = ask(teacher, api="sglang").topk([SEQUENCES[0]])
+    assert mask[0].tolist() == [True, False, True, True, False]
+
+
+def test_answers_without_ranks_are_read_by_their_number(teacher: Teacher) -> None:
+    expected = ask(teacher).topk(SEQUENCES)
+
+    def plain(answer: dict) -> dict:
+        values = [p and {i: v["logprob"] for i, v in p.items()} for p in positions_of(answer)]
+        answer["choices"][0]["prompt_logprobs"] = values
+        return answer
+
+    teacher.change = plain
+    assert torch.equal(ask(teacher).topk(SEQUENCES).topk.ids, expected.topk.ids)
 
 
 def test_clamped_minus_infinity_is_absent(teacher: Teacher) -> None:
@@ -182,7 +232,7 @@ def test_clamped_minus_infinity_is_absent(teacher: Teacher) -> None:
     assert (topk.logits[topk.ids >= 0] > -100).all()
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 501, 502, 503, 504, 529])
 def test_busy_and_failing_servers_are_asked_again(teacher: Teacher, status: int) -> None:
     teacher.script = [(status, {"message": "later"})] * 2
     topk, _ = ask(teacher, retries=2).topk([[1, 2, 3]])
@@ -190,11 +240,108 @@ def test_busy_and_failing_servers_are_asked_again(teacher: Teacher, status: int)
     assert torch.equal(topk.ids[0, :2], select_topk(logprobs([1, 2, 3]), K).ids[:2])
 
 
-def test_retry_after_is_obeyed(teacher: Teacher) -> None:
-    teacher.script = [(429, {}, {"Retry-After": "1"})]
-    started = time.monotonic()
-    ask(teacher, retries=1).topk([[1, 2, 3]])
-    assert time.monotonic() - started >= 1
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds between attempts, which take no time."""
+    pauses: list[float] = []
+
+    class Impatient(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return self.is_set()
+
+    monkeypatch.setattr(client, "Event", Impatient)
+    return pauses
+
+
+def seconds_from_now(seconds: int) -> str:
+    return formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("7", 7),
+        (seconds_from_now(60), pytest.approx(60, abs=30)),
+        (seconds_from_now(-60), 2),
+        ("1", 2),
+        ("soon", 2),
+        ("86400", 120),
+    ],
+)
+def test_retry_after_is_obeyed_within_bounds(
+    teacher: Teacher, pauses: list[float], header: str, expected: Any
+) -> None:
+    teacher.script = [(429, {}, {"Retry-After": header})]
+    ask(teacher, retries=1, backoff=2.0).topk([[1, 2, 3]])
+    assert pauses == [expected]
+
+
+def test_pauses_double_up_to_two_minutes(teacher: Teacher, pauses: list[float]) -> None:
+    teacher.script = [(503, "")] * 9
+    ask(teacher, retries=9, backoff=1.0).topk([[1, 2, 3]])
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 120, 120]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+FAILURES: dict[str, Any] = {
+    "closed before the headers": lambda _: None,
+    "silent after the headers": lambda file: (
+        file.write(HEAD + b"Content-Length: 99\r\n\r\n"),
+        time.sleep(0.6),
+    ),
+    "cut body": lambda file: file.write(HEAD + b'Content-Length: 99\r\n\r\n{"choices"'),
+    "cut chunks": lambda file: file.write(
+        HEAD + b'Transfer-Encoding: chunked\r\n\r\na\r\n{"choices"\r\n'
+    ),
+    "cut JSON": (200, '{"choices": [{"prompt_'),
+    "a gateway's page": (200, "<html>gateway</html>"),
+    "error object": (200, {"object": "error", "message": "engine died", "code": 500}),
+    "nested error object": (200, {"error": {"message": "busy", "code": "429"}}),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_part_of_an_exchange_is_tried_again(teacher: Teacher, failure: str) -> None:
+    teacher.script = [FAILURES[failure]] * 2
+    topk, _ = ask(teacher, retries=2, timeout=0.3).topk([[1, 2, 3]])
+    assert len(teacher.requests) == 3
+    assert torch.equal(topk.ids[0, :2], select_topk(logprobs([1, 2, 3]), K).ids[:2])
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_without_end_raise_or_mask(teacher: Teacher, failure: str) -> None:
+    teacher.script = [FAILURES[failure]] * 4
+    with pytest.raises(TeacherUnavailableError, match=r"sequence 0 \(3 tokens.*after all retries"):
+        ask(teacher, retries=1, timeout=0.3).topk([[1, 2, 3]])
+    with pytest.warns(UserWarning, match="left out 1 of 1 sequences.*after all retries"):
+        ask(teacher, retries=1, timeout=0.3, on_failure="mask").topk([[1, 2, 3]])
+    assert len(teacher.requests) == 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"object": "error", "message": "no such model", "code": 404},
+        {"error": {"message": "no such model", "code": "model_not_found"}},
+        {"error": "no such model"},
+    ],
+)
+def test_error_objects_that_will_not_pass_raise_at_once(teacher: Teacher, answer: Any) -> None:
+    teacher.script = [(200, answer)]
+    with pytest.raises(TeacherServerError, match=r"answered 40[04]: .*no such model") as caught:
+        ask(teacher).topk([[1, 2, 3]])
+    assert not isinstance(caught.value, TeacherUnavailableError)
+    assert len(teacher.requests) == 1
+
+
+def test_a_netrc_does_not_replace_the_key(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    ask(teacher, api_key="secret").topk([[1, 2]])
+    assert teacher.requests[0][2]["Authorization"] == "Bearer secret"
 
 
 @pytest.mark.parametrize("status", [429, 500])
@@ -245,9 +392,20 @@ def test_nobody_there_raises() -> None:
 def test_masking_failures_warns_and_leaves_the_sequence_without_entries(teacher: Teacher) -> None:
     teacher.script = [(500, "broken")] * 2
     server = ask(teacher, retries=1, parallel=1, on_failure="mask")
-    with pytest.warns(UserWarning, match="left out: .*sequence 0.*500: broken"):
+    with pytest.warns(UserWarning, match="left out 1 of 3 .*sequence 0.*500: broken") as caught:
         _, mask = server.topk(SEQUENCES)
     assert mask.sum(-1).tolist() == [0, 1, 2]
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_an_error_waits_neither_for_other_requests_nor_for_their_retries(teacher: Teacher) -> None:
+    teacher.script = [1.5, (503, "busy", {"Retry-After": "30"}), (400, "no"), *[(400, "no")] * 9]
+    started = time.monotonic()
+    with pytest.raises(TeacherServerError, match="400: no"):
+        ask(teacher, parallel=3).topk([[1, 2, 3]] * 12)
+    assert time.monotonic() - started < 1.2
+    time.sleep(0.1)
+    assert len(teacher.requests) < 12
 
 
 def test_masking_failures_does_not_hide_refusals(teacher: Teacher) -> None:
@@ -290,7 +448,6 @@ def test_positions_that_are_off_by_one_raise(teacher: Teacher, api: str) -> None
         ({"choices": [{"text": "hello"}]}, r"no choices\.0\.prompt_logprobs: .*hello"),
         ({"choices": []}, "no choices"),
         ([], "no choices"),
-        ("<html>gateway</html>", "expected JSON"),
         ({"choices": [{"prompt_logprobs": [None, 1.0, 2.0]}]}, "a float at position 1"),
         ({"choices": [{"prompt_logprobs": 7}]}, "no positions"),
     ],
@@ -306,6 +463,7 @@ def test_other_answers_raise(teacher: Teacher, answer: object, message: str) -> 
     [
         ({"k": 0}, "k is 0"),
         ({"retries": -1}, "retries is -1"),
+        ({"backoff": -1}, "backoff is -1"),
         ({"parallel": 0}, "parallel is 0"),
         ({"timeout": 0}, "timeout is 0"),
         ({"api": "tgi"}, "'vllm', 'sglang'"),

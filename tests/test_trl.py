@@ -29,6 +29,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -315,6 +317,71 @@ def test_scaled_and_capped_heads_count_as_the_model_has_them(
     assert_same_parameters(pair[0], expected, 1e-5)
 
 
+def gpt2(seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    tokens = {"vocab_size": V, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **sizes, **tokens, **rates))
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+def test_absolute_positions_do_not_count_the_padding(tmp_path: Path, hidden: bool) -> None:
+    student, teacher = gpt2(0), gpt2(1)
+    _, expected = hand_written_step(student, teacher)
+    args = config(tmp_path, shuffle_dataset=False, use_hidden_states=hidden)
+    trainer(student, teacher, args).train()
+    assert_same_parameters(student, expected, 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+def test_all_that_the_loss_gets_lies_where_the_students_head_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    student, devices = llama(0), set()
+
+    def loss(*values: Any, **options: Any) -> Tensor:
+        leaves = tree_leaves((values, options))
+        devices.update(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(parameter.sum() for parameter in student.parameters())
+
+    own_logits = adapter.own_logits
+    moved = {"linear_topk_rkl": loss, "topk_rkl": loss}
+    moved["own_logits"] = lambda model, sequences: own_logits(model, sequences).to(
+        "meta" if model is student else "cpu"
+    )
+    for name, function in moved.items():
+        monkeypatch.setattr(adapter, name, function)
+    head = adapter.Head.of(student, "student")._replace(weight=torch.empty(V, 32, device="meta"))
+    of = adapter.Head.of
+    args = config(tmp_path, use_hidden_states=hidden, stats_steps=0)
+    trained = trainer(student, llama(1), args)
+    monkeypatch.setattr(
+        adapter.Head, "of", lambda model, role: head if role == "student" else of(model, role)
+    )
+    trained._heads_are_checked = True
+    trained.train()
+    assert devices == {"meta"}
+
+
+def test_tokens_of_tools_take_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = llama(0), llama(1)
+    generate = adapter.DistillationTrainer._generate_and_score_completions
+
+    def with_tools(self: Any, inputs: Any) -> dict[str, Any]:
+        batch = generate(self, inputs)
+        batch["tool_mask"] = batch["completion_mask"].clone()
+        batch["tool_mask"][:, 1] = 0
+        return batch
+
+    monkeypatch.setattr(adapter.DistillationTrainer, "_generate_and_score_completions", with_tools)
+    _, expected = hand_written_step(
+        student, teacher, counted=lambda response: [at != 1 for at in range(len(response))]
+    )
+    trainer(student, teacher, config(tmp_path, shuffle_dataset=False)).train()
+    assert_same_parameters(student, expected)
+
+
 class DoublesItsLogits(LlamaForCausalLM):
     """A model whose configuration does not say what its forward does."""
 
@@ -477,7 +544,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert not torch.equal(whole.lm_head.weight, untrained["lm_head.weight"])
 
 
-def test_evaluation_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
+def test_evaluation_of_one_batch_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
     student, teacher = llama(0), llama(1)
     expected, _ = hand_written_loss(student, teacher, PROMPTS[:4])
     data = Dataset.from_dict({"prompt": PROMPTS[:4]})
@@ -543,7 +610,7 @@ def test_a_position_without_entries_raises(tmp_path: Path, served: tuple[Teacher
 
     teacher.change = forget
     server = TeacherServer(teacher.url, k=K)
-    with pytest.raises(TeacherServerError, match=r"no entries for 4 of \d+ response tokens"):
+    with pytest.raises(TeacherServerError, match=r"no 6 entries for 4 of \d+ response tokens"):
         trainer(llama(0), None, config(tmp_path), teacher_server=server).train()
 
 
@@ -556,7 +623,7 @@ def test_masking_failures_leaves_out_what_failed_and_divides_by_the_rest(
     teacher.script = [(500, "broken")]
     server = TeacherServer(teacher.url, k=K, retries=0, parallel=1, on_failure="mask")
     args = config(tmp_path, shuffle_dataset=False)
-    with pytest.warns(UserWarning, match="left out: .*sequence 0.*broken"):
+    with pytest.warns(UserWarning, match="left out 1 of 4 .*sequence 0.*broken"):
         trainer(student, None, args, teacher_server=server).train()
     assert_same_parameters(student, expected)
 
@@ -591,6 +658,37 @@ def test_the_example_says_what_is_missing(
     with pytest.raises(SystemExit):
         distill_trl.main(["--student", "somewhere"])
     assert "--dataset, --teacher or --teacher-server is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        distill_trl.main(["--smoke", "--teacher", "a", "--teacher-server", "http://b"])
+    assert "--teacher and --teacher-server are both given" in capsys.readouterr().err
+
+
+def test_a_batch_of_which_nothing_is_scored_raises_even_where_failures_are_masked(
+    tmp_path: Path, served: tuple[Teacher, Any]
+) -> None:
+    teacher, _ = served
+    teacher.script = [(500, "broken")] * 4
+    server = TeacherServer(teacher.url, k=K, retries=0, on_failure="mask")
+    trained = trainer(llama(0), None, config(tmp_path), teacher_server=server)
+    with (
+        pytest.warns(UserWarning, match="left out 4 of 4"),
+        pytest.raises(TeacherServerError, match=r"none of the batch's \d+ response tokens"),
+    ):
+        trained.train()
+
+
+@pytest.mark.parametrize("options", [{"banned_ids": [*range(40)]}, {"vocab_size": 40}, {}])
+def test_entries_of_a_server_that_are_not_replaced_are_told(
+    tmp_path: Path, served: tuple[Teacher, Any], options: dict
+) -> None:
+    args = config(tmp_path, teacher_server_url=served[0].url, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained = trainer(llama(0), None, args)
+        trained.train()
+    told = any("dropped and not replaced" in str(warning.message) for warning in caught)
+    assert told == bool(options)
+    assert (logged(trained, "valid_k")[0] < K) == bool(options)
 
 
 # --- what is refused
@@ -603,6 +701,10 @@ def test_the_example_says_what_is_missing(
         ({"k": 1}, "k is 1"),
         ({"stats_steps": -1}, "stats_steps is -1"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
+        ({"teacher_server_model": "x"}, "teacher_server_model needs teacher_server_url"),
+        ({"teacher_server_retries": 9}, "teacher_server_retries needs teacher_server_url"),
     ],
 )
 def test_options_that_are_not_allowed(tmp_path: Path, options: dict, message: str) -> None:
@@ -616,13 +718,47 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_one_teacher_and_no_more(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither is given"):
+    with pytest.raises(ValueError, match="given as nothing"):
         trainer(llama(0), None, config(tmp_path))
     server = TeacherServer("http://127.0.0.1:9", k=K)
-    with pytest.raises(ValueError, match="both is given"):
+    with pytest.raises(ValueError, match="teacher_model and teacher_server,"):
         trainer(llama(0), llama(1), config(tmp_path), teacher_server=server)
+    named = config(tmp_path, teacher_model_name_or_path="somewhere")
+    with pytest.raises(ValueError, match=r"teacher_model and args\.teacher_model_name_or_path,"):
+        trainer(llama(0), llama(1), named)
+    both = config(tmp_path, teacher_server_url="http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"teacher_server and args\.teacher_server_url,"):
+        trainer(llama(0), None, both, teacher_server=server)
     with pytest.raises(ValueError, match=r"asks for 6 entries, args\.k is 7"):
         trainer(llama(0), None, config(tmp_path, k=7), teacher_server=server)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "main"}],
+)
+def test_options_for_loading_are_refused_beside_a_teacher_that_is_loaded(
+    tmp_path: Path, options: dict
+) -> None:
+    with pytest.raises(ValueError, match="loaded by name, teacher_model is given"):
+        trainer(llama(0), llama(1), config(tmp_path, **options))
+
+
+def test_a_teacher_that_shares_what_the_student_trains_is_refused(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    with pytest.raises(ValueError, match=r"shares \d+ parameters with the student"):
+        trainer(student, student, config(tmp_path))
+    student.lm_head = teacher.lm_head
+    with pytest.raises(ValueError, match=r"shares 1 parameters.*lm_head\.weight"):
+        trainer(student, teacher, config(tmp_path))
+    student.lm_head.requires_grad_(False)
+    trainer(student, teacher, config(tmp_path))
+    assert student.model.embed_tokens.weight.requires_grad
+
+
+def test_a_k_beyond_the_vocabulary_is_refused_before_any_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="k is 60, allowed is at most 50"):
+        trainer(llama(0), llama(1, vocab_size=50), config(tmp_path, k=60))
 
 
 def test_another_config_is_refused(tmp_path: Path) -> None:

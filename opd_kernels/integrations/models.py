@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from opd_kernels.head import LinearLogits, shaped
 
-__all__ = ["Head", "Sequences", "own_logits", "vocab_size_of"]
+__all__ = ["Head", "Sequences", "hidden_states", "own_logits", "vocab_size_of"]
 
 INSTEAD = "set use_hidden_states=False: both models' own logits are used then"
 # Half precision rounds a logit by less than 1 %; a scale or softcap that is missed changes more.
@@ -39,6 +39,18 @@ class Sequences(NamedTuple):
             inputs["completion_ids"].shape[1],
             {name: inputs[name] for name in multimodal if name in inputs},
         )
+
+    def fields(self, model: Any, base: Any) -> dict[str, Any]:
+        """What a forward of ``base``, the model or its body, gets.
+
+        Positions count from each sequence's first token, as in generation; without them a model
+        with absolute positions would count the padding. Models that see images make their own.
+        """
+        fields = {"input_ids": self.tokens, "attention_mask": self.attention, "use_cache": False}
+        text_only = model.config.get_text_config() is model.config
+        if text_only and "position_ids" in inspect.signature(base.forward).parameters:
+            fields["position_ids"] = (self.attention.cumsum(-1) - 1).clamp(min=0)
+        return fields | self.multimodal
 
 
 class Head(NamedTuple):
@@ -94,20 +106,28 @@ def _logit_scale(config: Any) -> float:
     return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
+def hidden_states(model: Any, sequences: Sequences) -> Tensor:
+    """What the head gets at the rows that predict the response, (B, C, H)."""
+    body = _without_adapters(model).base_model
+    output = body(**sequences.fields(model, body))
+    return output.last_hidden_state[:, -sequences.keep - 1 : -1]
+
+
 def own_logits(model: Any, sequences: Sequences) -> Tensor:
     """The model's logits from the row that predicts the first token on, (B, C + 1, V)."""
     rows = sequences.keep + 1
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _without_adapters(model)
     few = "logits_to_keep" in inspect.signature(base.forward).parameters
     # Not model(...): this runs inside its forward, whose hooks have run.
     output = model.forward(
-        input_ids=sequences.tokens,
-        attention_mask=sequences.attention,
-        use_cache=False,
-        **sequences.multimodal,
-        **({"logits_to_keep": rows} if few else {}),
+        **sequences.fields(model, base), **({"logits_to_keep": rows} if few else {})
     )
     return output.logits[:, -rows:]
+
+
+def _without_adapters(model: Any) -> Any:
+    """The model of transformers inside one of PEFT, whose layers have the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def vocab_size_of(model: Any) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from opd_kernels.support import TopK
 try:
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 except ImportError as error:
     raise ImportError(
@@ -26,7 +29,15 @@ __all__ = ["Scored", "TeacherServer", "TeacherServerError", "TeacherUnavailableE
 
 RETRIED = frozenset({429, *range(500, 600)})
 CONNECT_SECONDS = 10.0
+PAUSE_SECONDS = 120.0  # the longest between two attempts
 SHOWN_CHARACTERS = 500
+# What may go better the next time: to score a sequence twice does no harm.
+TRANSIENT = (
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+)
 
 
 class TeacherServerError(RuntimeError):
@@ -34,7 +45,15 @@ class TeacherServerError(RuntimeError):
 
 
 class TeacherUnavailableError(TeacherServerError):
-    """No answer after all retries: connection, time-out, or status 429 or 5xx."""
+    """No answer after all retries: connection, time-out, status 429 or 5xx, or broken JSON."""
+
+
+class _PassingError(Exception):
+    """A failure that may pass; ``pause``: for how many seconds the server asks to be left alone."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
 
 
 class Scored(NamedTuple):
@@ -65,9 +84,10 @@ class TeacherServer:
 
     - ``"vllm"``: POST ``/v1/completions`` with ``prompt_logprobs``, as vLLM answers it:
       ``choices[0].prompt_logprobs`` holds one element per token, None for the first, else a mapping
-      from token id to ``{"logprob": ...}`` with the K best and the token that was sent. vLLM
-      refuses K above its ``--max-logprobs``, 20 by default, and sequences that leave no room for
-      the generated token in ``--max-model-len``.
+      from token id to ``{"logprob": ..., "rank": ...}`` with the K best and the token that was
+      sent, which is dropped where it is not among the K best. vLLM refuses K above its
+      ``--max-logprobs``, 20 by default, and sequences that leave no room for the generated token in
+      ``--max-model-len``.
     - ``"sglang"``: POST ``/generate`` with ``return_logprob``, ``top_logprobs_num`` and
       ``logprob_start_len``, as SGLang answers it: ``meta_info.input_top_logprobs`` and
       ``meta_info.input_token_logprobs`` hold one element per token from there on, the first None.
@@ -79,21 +99,28 @@ class TeacherServer:
         model: the name under which the server serves the teacher; None where it serves one.
         k: entries per position; 32 (the paper's).
         api: "vllm" or "sglang".
-        timeout: seconds without a byte from the server before a request counts as failed.
-        retries: further attempts after a failed connection, a time-out, or status 429 or 5xx.
-            Other statuses raise at once.
-        backoff: the first retry follows at once, the second after twice as many seconds, and so on,
-            doubled each time; a server's Retry-After is obeyed.
+        timeout: seconds without a byte from the server before a request counts as failed; a server
+            that goes on sending is waited for.
+        retries: further attempts after a failed connection, a time-out, an answer that is cut off
+            or is not JSON, and status 429 or 5xx, be it in an error object that comes with status
+            200. Other statuses and error objects raise at once.
+        backoff: seconds before the first retry, doubled for each further one; longer where the
+            server's Retry-After says so, never more than 120. A silent server thus holds a sequence
+            for at most (retries + 1) * (10 + timeout) + retries * 120 seconds.
         parallel: requests at a time.
         api_key: sent as a bearer token.
         extra: further fields of the request's body.
         on_failure: what becomes of a sequence that stays without answer after all retries:
             "raise", or "mask": a warning, and a sequence without entries.
 
+    A position for which the server gives fewer than K entries counts as one without entries. Where
+    no position of a sequence has K, the server caps them, and that is an error.
+
     Errors: ``ValueError`` for options and sequences that are not allowed;
     ``TeacherUnavailableError`` after the last retry; ``TeacherServerError`` for a request that the
-    server refuses, its message passed on, and for an answer with another number of positions than
-    were sent or for other tokens, so that entries are never one position off.
+    server refuses, its message passed on, for an answer with another number of positions than were
+    sent or for other tokens, so that entries are never one position off, and for a server that caps
+    K.
 
     Example::
 
@@ -120,7 +147,12 @@ class TeacherServer:
         """Checks the options; connects to nothing yet."""
         _check_choice(api, tuple(APIS), "api")
         _check_choice(on_failure, ("raise", "mask"), "on_failure")
-        for value, least, name in ((k, 1, "k"), (retries, 0, "retries"), (parallel, 1, "parallel")):
+        for value, least, name in (
+            (k, 1, "k"),
+            (retries, 0, "retries"),
+            (backoff, 0, "backoff"),
+            (parallel, 1, "parallel"),
+        ):
             if value < least:
                 raise ValueError(f"{name} is {value}, allowed is {least} or more")
         if not timeout > 0:
@@ -129,20 +161,13 @@ class TeacherServer:
             raise ValueError(f"base_url is {base_url!r}, expected http://... or https://...")
         self.model, self.k, self.on_failure = model, k, on_failure
         self._api, self._timeout, self._extra = APIS[api], timeout, dict(extra or {})
-        self._parallel = parallel
+        self._parallel, self._retries, self._backoff = parallel, retries, backoff
         self.url = base_url.rstrip("/").removesuffix("/v1") + self._api.path
-        retry = Retry(
-            total=retries,
-            backoff_factor=backoff,
-            status_forcelist=RETRIED,
-            allowed_methods=None,  # POST too: to score a sequence twice does no harm
-            raise_on_status=False,
-        )
         self._session = requests.Session()
         if api_key is not None:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+            self._session.auth = partial(_with_token, api_key)
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=parallel, max_retries=retry))
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=parallel))
 
     def topk(
         self,
@@ -175,11 +200,27 @@ class TeacherServer:
                 f"starts is {firsts}, expected one number of 1 or more for each of the "
                 f"{len(batch)} sequences"
             )
-        pool = ThreadPoolExecutor(min(self._parallel, len(batch)))
+        pool, stop = ThreadPoolExecutor(min(self._parallel, len(batch))), Event()
+        sent = enumerate(zip(batch, firsts, strict=True))
+        futures = [pool.submit(self._rows, stop, i, *sequence) for i, sequence in sent]
         try:
-            payload = list(pool.map(self._rows, range(len(batch)), batch, firsts))
+            for future in as_completed(futures):
+                if not self._may_be_left_out(future.exception()):
+                    future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # After an error nothing is waited for: requests under way end by themselves.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        failures = [error for future in futures if (error := future.exception()) is not None]
+        if failures:
+            warnings.warn(
+                f"left out {len(failures)} of {len(batch)} sequences, the first: {failures[0]}",
+                stacklevel=2,
+            )
+        payload = [
+            [None] * len(tokens) if future.exception() else future.result()
+            for tokens, future in zip(batch, futures, strict=True)
+        ]
         topk = TopK.from_logprobs(payload, k=self.k, device=device)
         return Scored(topk, (topk.ids >= 0).any(-1))
 
@@ -195,46 +236,112 @@ class TeacherServer:
         """Closes the connections."""
         self.close()
 
-    def _rows(self, index: int, tokens: list[int], start: int) -> list[Any]:
+    def _may_be_left_out(self, error: BaseException | None) -> bool:
+        return self.on_failure == "mask" and isinstance(error, TeacherUnavailableError)
+
+    def _rows(self, stop: Event, index: int, tokens: list[int], start: int) -> list[Any]:
         """One element per token of a sequence: what the row beside its logits gets."""
         if start >= len(tokens):
             return [None] * len(tokens)
         what = f"POST {self.url} for sequence {index} ({len(tokens)} tokens, k={self.k})"
+        answer = self._answer(stop, self._api.body(self, tokens, start), what)
         try:
-            answer = self._answer(self._api.body(self, tokens, start), what)
-        except TeacherUnavailableError as error:
-            if self.on_failure == "raise":
-                raise
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            return [None] * len(tokens)
-        try:
-            scored = self._api.positions(answer, tokens, start)
+            scored = self._complete(self._api.positions(answer, tokens, start))
         except TeacherServerError as error:
             raise TeacherServerError(f"{what}: {error}") from None
         return [*[None] * (start - 1), *scored, None]
 
-    def _answer(self, body: dict[str, Any], what: str) -> Any:
+    def _complete(self, positions: list[Any]) -> list[Any]:
+        """The positions, those with fewer than k of the best without entries."""
+        counts = [_count_best(entries, self.k) for entries in positions]
+        if any(counts) and max(counts) < self.k:
+            raise TeacherServerError(
+                f"the server gives {max(counts)} of {self.k} entries besides the token that was "
+                f"sent{_hint('logprobs', self.k)}"
+            )
+        return [
+            entries if count >= self.k else None
+            for entries, count in zip(positions, counts, strict=True)
+        ]
+
+    def _answer(self, stop: Event, body: dict[str, Any], what: str) -> Any:
+        """The server's answer, asked for again while what fails may pass and nobody says stop."""
+        attempt = 0
+        while True:
+            try:
+                return self._exchange(body, what)
+            except _PassingError as failure:
+                if attempt == self._retries or stop.is_set():
+                    raise TeacherUnavailableError(
+                        f"{what} failed after all retries: {failure}"
+                    ) from failure
+                pause = max(failure.pause, self._backoff * 2**attempt)
+            stop.wait(min(pause, PAUSE_SECONDS))
+            attempt += 1
+
+    def _exchange(self, body: dict[str, Any], what: str) -> Any:
         try:
             response = self._session.post(
                 self.url, json=body | self._extra, timeout=(CONNECT_SECONDS, self._timeout)
             )
+        except TRANSIENT as error:
+            raise _PassingError(str(error)) from error
         except requests.RequestException as error:
-            raise TeacherUnavailableError(f"{what} failed after all retries: {error}") from error
-        if response.status_code != requests.codes.ok:
-            kind = (
-                TeacherUnavailableError if response.status_code in RETRIED else TeacherServerError
-            )
-            raise kind(
-                f"{what} was answered {response.status_code}: {response.text[:SHOWN_CHARACTERS]}"
-                f"{_hint(response.text, self.k)}"
-            )
-        try:
-            return response.json()
-        except requests.JSONDecodeError:
-            raise TeacherServerError(
-                f"{what} was answered with {response.text[:SHOWN_CHARACTERS]!r}, expected JSON; is "
-                "this an inference server?"
-            ) from None
+            raise TeacherServerError(f"{what}: {error}") from error
+        status, answer = response.status_code, None
+        if status == requests.codes.ok:
+            try:
+                answer = response.json()
+            except requests.JSONDecodeError:
+                raise _PassingError(
+                    f"answered {_text(response)!r}, expected JSON; is this an inference server?"
+                ) from None
+            status = _status_inside(answer)
+        if status in RETRIED:
+            raise _PassingError(f"answered {status}: {_text(response)}", _retry_after(response))
+        if status != requests.codes.ok:
+            text = _text(response)
+            raise TeacherServerError(f"{what} was answered {status}: {text}{_hint(text, self.k)}")
+        return answer
+
+
+def _with_token(token: str, request: Any) -> Any:
+    """The request with a bearer token, which a ``.netrc`` does not replace."""
+    request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
+def _text(response: Any) -> str:
+    """The beginning of an answer, as an error shows it."""
+    return str(response.content[:SHOWN_CHARACTERS].decode(errors="replace"))
+
+
+def _status_inside(answer: Any) -> int:
+    """The status that an error object stands for, 200 where the answer is none."""
+    if not isinstance(answer, Mapping):
+        return 200
+    error = answer if answer.get("object") == "error" else answer.get("error")
+    if error is None:
+        return 200
+    code = str(error.get("code")) if isinstance(error, Mapping) else ""
+    return int(code) if code.isdecimal() else 400
+
+
+def _retry_after(response: Any) -> float:
+    try:
+        return Retry().get_retry_after(response.raw) or 0.0
+    except InvalidHeader:
+        return 0.0
+
+
+def _count_best(entries: Any, k: int) -> int:
+    """How many of the k best a position lists; without ranks all entries count."""
+    if not isinstance(entries, Mapping):
+        return len(entries or ())
+    ranks = (
+        entry.get("rank") if isinstance(entry, Mapping) else None for entry in entries.values()
+    )
+    return sum(rank is None or rank <= k for rank in ranks)
 
 
 def _check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:

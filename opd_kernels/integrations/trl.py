@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_kernels.integrations.models import Head, Sequences, own_logits, vocab_size_of
+from opd_kernels.integrations.models import (
+    Head,
+    Sequences,
+    hidden_states,
+    own_logits,
+    vocab_size_of,
+)
 from opd_kernels.integrations.server import TeacherServer, TeacherServerError
 from opd_kernels.linear import linear_topk_rkl
 from opd_kernels.losses import topk_rkl
@@ -38,7 +44,7 @@ except ImportError as error:
 __all__ = ["TopKDistillationConfig", "TopKDistillationTrainer"]
 
 CHECKED_WITH = "1.16.0"
-# What the trainer calls or overrides, and the arguments that it relies on.
+# What the trainer overrides or reads the names of images from, and the arguments it relies on.
 HOOKS = {
     "compute_loss": {"model", "inputs", "return_outputs", "num_items_in_batch"},
     "_generate_and_score_completions": {"inputs"},
@@ -64,7 +70,8 @@ class TopKDistillationConfig(DistillationConfig):
             loss at their first occurrence per response; the paper's are ``<``, ``think`` and
             ``<|im_end|>``.
         masked_ids: the same by id, for instance ``compare_tokenizers(...).masked_ids``.
-        banned_ids: ids that never enter the support.
+        banned_ids: ids that never enter the support. A server lists them all the same: such entries
+            are dropped and not replaced, as are those of ids that the student lacks.
         vocab_size: only ids below it enter the support; without one those that both models have.
         use_hidden_states: True: no logits of the student's vocabulary exist, and the teacher's for
             a few hundred tokens at a time. False: both models compute their logits themselves, in
@@ -72,7 +79,8 @@ class TopKDistillationConfig(DistillationConfig):
             than scale and cap them.
         stats_steps: every how many steps ``student_mass``, ``teacher_mass`` and ``valid_k`` are
             measured (evaluation: always), at the cost of the student's logits; 0: never.
-        teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``.
+        teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
+            one that wants a key is passed to the trainer as ``teacher_server``.
         teacher_server_model: the name under which the server serves the teacher.
         teacher_server_api: "vllm" or "sglang".
         teacher_server_timeout: seconds without a byte before a request counts as failed.
@@ -128,7 +136,7 @@ class TopKDistillationConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
-        """Checks what the kernels would refuse in the first step."""
+        """Checks what would be refused in the first step, and what would be ignored."""
         super().__post_init__()
         if self.beta != 1:
             raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
@@ -138,6 +146,20 @@ class TopKDistillationConfig(DistillationConfig):
             raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
         if self.stats_steps < 0:
             raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, allowed is more than 0")
+        ignored = [
+            option.name
+            for option in fields(self)
+            if option.name.startswith("teacher_server_")
+            and getattr(self, option.name) != option.default
+        ]
+        if ignored and self.teacher_server_url is None:
+            raise ValueError(
+                f"{', '.join(ignored)} needs teacher_server_url; a TeacherServer has its own"
+            )
 
 
 class TopKDistillationTrainer(DistillationTrainer):
@@ -161,6 +183,7 @@ class TopKDistillationTrainer(DistillationTrainer):
     missing: ``masked_fraction`` of the response tokens; every ``stats_steps`` steps
     ``student_mass`` and ``teacher_mass``, what the full distributions hold on the support (the
     teacher's at temperature 1), and ``valid_k``, entries per token. Watch ``student_mass``.
+    ``eval_loss`` over several batches is the mean of their means, as in TRL.
 
     Heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2) are taken from the models'
     configurations. Before the first loss both models are run on a few tokens: where their own
@@ -168,10 +191,11 @@ class TopKDistillationTrainer(DistillationTrainer):
     ``use_hidden_states=False``.
 
     Args:
-        model: as in TRL; also with ``peft_config``, whose adapters have to leave the head alone.
+        model: as in TRL; also with ``peft_config`` (tested with LoRA), whose adapters have to leave
+            the head alone.
         teacher_model: a model, or its name or folder (or ``args.teacher_model_name_or_path``); it
             is loaded in its own dtype unless ``teacher_model_init_kwargs`` says otherwise, and
-            frozen.
+            frozen, so it cannot be the student or share what the student trains.
         args: a ``TopKDistillationConfig``; its ``teacher_server_url`` makes a ``teacher_server``.
         teacher_server: a ``TeacherServer`` in place of ``teacher_model``.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's; that
@@ -181,16 +205,19 @@ class TopKDistillationTrainer(DistillationTrainer):
             ``peft_config``, ``tools``.
 
     Overridden are ``compute_loss`` and ``_generate_and_score_completions`` (its result gets the
-    positions that count and, from a server, the teacher's entries); ``_get_last_hidden_state`` and
-    ``_forward_redirection`` are used. Checked with TRL 1.16.0. Run and tested in one process and
+    positions that count and, from a server, the teacher's entries); ``_forward_redirection`` is
+    used. Other than in TRL models get ``position_ids`` without the padding on the left, as in
+    generation. Checked with TRL 1.16.0. Run and tested in one process and
     under DDP; FSDP and DeepSpeed have not been run: the loss is computed inside of the wrapped
     model's forward, where their parameters are whole, and nothing is passed through that forward,
     which may round its inputs. Under ``bf16`` or ``fp16`` the loss runs under autocast, as the
     forward of a ``Trainer`` does.
 
     Errors: ``ImportError`` for a TRL without these methods; ``TypeError`` for another config;
-    ``ValueError`` for no teacher or two, for a head as above, for images with a server;
-    ``TeacherServerError`` from the server, and where it has no entries for a token that counts.
+    ``ValueError`` for no teacher or two, for a teacher that shares what the student trains, for
+    options that would have no effect, for a head as above, for images with a server;
+    ``TeacherServerError`` from the server, where it has less than ``k`` entries for a token that
+    counts, and, whatever ``on_failure``, where it has none for a whole generated batch.
 
     Example::
 
@@ -223,11 +250,11 @@ class TopKDistillationTrainer(DistillationTrainer):
             args = TopKDistillationConfig(f"{name.split('/')[-1]}-TopKDistillation")
         if not isinstance(args, TopKDistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, expected a TopKDistillationConfig")
+        _check_one_teacher(teacher_model, teacher_server, args)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
-        if teacher_server is None and args.teacher_server_url is not None:
+        if args.teacher_server_url is not None:
             teacher_server = _server_of(args.teacher_server_url, args)
-        _check_one_teacher(teacher_model, teacher_server, args)
         # Without a teacher, whose vocabulary TRL would require to be the student's.
         super().__init__(model, None, args, **options)
         self.teacher_server = teacher_server
@@ -236,7 +263,11 @@ class TopKDistillationTrainer(DistillationTrainer):
                 teacher_model, args
             )
             teacher_model = _loaded(teacher_model, args)
+        # Ids that the student lacks must not take a place in the teacher's support.
+        self._limit = min(vocab_size_of(self.model), args.vocab_size or sys.maxsize)
         if teacher_model is not None:
+            _check_apart(self.model, teacher_model)
+            _check_k(args.k, min(self._limit, vocab_size_of(teacher_model)))
             self.teacher_model = self._prepared(teacher_model)
         if teacher_processing_class is not None:
             _warn_if_different(self._tokenizer, teacher_processing_class)
@@ -244,8 +275,6 @@ class TopKDistillationTrainer(DistillationTrainer):
         self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
         self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
         self._banned_ids = self._banned_ids.to(self.accelerator.device)
-        # Ids that the student lacks must not take a place in the teacher's support.
-        self._limit = min(vocab_size_of(self.model), args.vocab_size or sys.maxsize)
         self._heads_are_checked = not args.use_hidden_states
 
     def compute_loss(
@@ -290,14 +319,13 @@ class TopKDistillationTrainer(DistillationTrainer):
             "temperature": self.temperature,
             "teacher_temperature": self.args.teacher_temperature,
             "vocab_size": self._limit,
-            "normalizer": normalizer,
             "return_stats": measure,
         }
         if self.args.use_hidden_states:
             head = Head.of(student, "student")
             device = head.weight.device
             result = linear_topk_rkl(
-                self._hidden(student, sequences).to(device),
+                hidden_states(student, sequences).to(device),
                 head.weight,
                 support.to(device),
                 student_bias=head.bias,
@@ -305,16 +333,19 @@ class TopKDistillationTrainer(DistillationTrainer):
                 logit_softcap=head.softcap,
                 logit_scale=head.scale,
                 mask=mask.to(device),
+                normalizer=normalizer.to(device),
                 **options,
             )
         else:
             # One row more than there are tokens: the last predicts what follows the sequence.
             logits = own_logits(student, sequences)
+            device = logits.device
             result = topk_rkl(
                 logits,
-                _one_more_row(support.to(logits.device)),
-                mask=F.pad(mask.to(logits.device), (0, 1)),
-                banned_ids=self._banned_ids.to(logits.device),
+                _one_more_row(support.to(device)),
+                mask=F.pad(mask.to(device), (0, 1)),
+                banned_ids=self._banned_ids.to(device),
+                normalizer=normalizer.to(device),
                 **options,
             )
         if not measure:
@@ -335,7 +366,7 @@ class TopKDistillationTrainer(DistillationTrainer):
 
         def select() -> TopK:
             logits = (
-                Head.of(teacher, "teacher").logits(self._hidden(teacher, sequences))
+                Head.of(teacher, "teacher").logits(hidden_states(teacher, sequences))
                 if self.args.use_hidden_states
                 else own_logits(teacher, sequences)[:, :-1]
             )
@@ -355,12 +386,6 @@ class TopKDistillationTrainer(DistillationTrainer):
         # No tensor goes through the wrapper, which may round it; DDP on a GPU wants some argument.
         return self._forward_redirection(wrapped, unwrapped, _run, call)
 
-    def _hidden(self, model: nn.Module, sequences: Sequences) -> Tensor:
-        """What the head gets at the rows that predict the response, (B, C, H)."""
-        return self._get_last_hidden_state(
-            model, sequences.tokens, sequences.attention, sequences.keep, **sequences.multimodal
-        )
-
     @torch.no_grad()
     def _check_heads(self, model: nn.Module, student: nn.Module) -> None:
         """Each model's logits are those of its hidden states and the head that was found."""
@@ -369,7 +394,7 @@ class TopKDistillationTrainer(DistillationTrainer):
 
         def check(unwrapped: nn.Module, role: str) -> Tensor:
             return Head.of(unwrapped, role).check(
-                unwrapped, role, self._hidden(unwrapped, probe), probe
+                unwrapped, role, hidden_states(unwrapped, probe), probe
             )
 
         pairs = [(model, student, "student")]
@@ -389,14 +414,20 @@ class TopKDistillationTrainer(DistillationTrainer):
         generated = batch["completion_mask"].bool()
         if "tool_mask" in batch:
             generated &= batch["tool_mask"].bool()
-        counted = special_token_mask(batch["completion_ids"], self._masked_ids, mask=generated)
+        wanted = special_token_mask(batch["completion_ids"], self._masked_ids, mask=generated)
+        counted = wanted
         if self.teacher_server is not None:
             topk, scored = self._ask_server(batch)
-            self._check_scored(counted & ~scored, counted)
-            counted &= scored
+            self._check_scored(wanted & ~scored, wanted)
+            counted = wanted & scored
             batch["teacher_ids"], batch["teacher_logprobs"] = topk.ids, topk.logits
-        counts = torch.stack([counted.sum(), generated.sum()])
-        kept, total = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        counts = torch.stack([mask.sum() for mask in (counted, wanted, generated)])
+        kept, asked, total = self.accelerator.gather(counts).view(-1, 3).sum(0)
+        if asked and not kept:
+            raise TeacherServerError(
+                f"the teacher's server has entries for none of the batch's {int(asked)} response "
+                "tokens; what failed is in the warnings"
+            )
         batch["loss_mask"], batch["num_items_in_batch"] = counted, kept
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["masked_fraction"].append(1 - (kept / total.clamp(min=1)).item())
@@ -427,6 +458,13 @@ class TopKDistillationTrainer(DistillationTrainer):
                 topk.logits[row, source],
             )
             mask[row, target] = scored[row, source]
+        if (ids >= self._limit).any() or torch.isin(ids, self._banned_ids.cpu()).any():
+            warnings.warn(
+                "the teacher's server lists ids that are banned or outside the student's "
+                "vocabulary; they are dropped and not replaced, so that tokens have fewer than k "
+                "entries (valid_k)",
+                stacklevel=2,
+            )
         device = self.accelerator.device
         return TopK(ids, logprobs).to(device), mask.to(device)
 
@@ -434,8 +472,9 @@ class TopKDistillationTrainer(DistillationTrainer):
         count = int(missing.sum())
         if count and self.teacher_server.on_failure == "raise":
             raise TeacherServerError(
-                f"the teacher's server has no entries for {count} of {int(counted.sum())} response "
-                'tokens; TeacherServer(on_failure="mask") leaves such tokens out'
+                f"the teacher's server has no {self.args.k} entries for {count} of "
+                f"{int(counted.sum())} response tokens; "
+                'TeacherServer(on_failure="mask") leaves such tokens out'
             )
 
     def _multimodal_names(self) -> list[str]:
@@ -499,15 +538,46 @@ def _arguments_of(function: Any) -> set[str]:
 
 
 def _check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> None:
-    if (teacher_model is None) == (teacher_server is None):
-        given = "neither" if teacher_model is None else "both"
+    given = {
+        "teacher_model": teacher_model,
+        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "teacher_server": teacher_server,
+        "args.teacher_server_url": args.teacher_server_url,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
         raise ValueError(
-            f"of teacher_model and a server (teacher_server or teacher_server_url) {given} is "
-            "given, expected one of them"
+            f"the teacher is given as {' and '.join(names) or 'nothing'}, expected one of "
+            f"{', '.join(given)}"
         )
+    by_name = isinstance(teacher_model or args.teacher_model_name_or_path, str)
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not by_name:
+            raise ValueError(
+                f"args.{name} is for a teacher that is loaded by name, {names[0]} is given; leave "
+                "it out"
+            )
     if teacher_server is not None and teacher_server.k != args.k:
         raise ValueError(
             f"teacher_server asks for {teacher_server.k} entries, args.k is {args.k}; make them one"
+        )
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """The teacher gets frozen and must stay as it is."""
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
+    if shared:
+        raise ValueError(
+            f"the teacher shares {len(shared)} parameters with the student that are trained, "
+            f"{shared[0]} for one; give it a copy (copy.deepcopy), or load it a second time"
+        )
+
+
+def _check_k(k: int, vocabulary: int) -> None:
+    if k > vocabulary:
+        raise ValueError(
+            f"k is {k}, allowed is at most {vocabulary}, the ids that both models have"
         )
 
 
