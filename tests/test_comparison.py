@@ -462,13 +462,19 @@ def test_held_out_problems_are_not_those_of_training(task: str) -> None:
     assert len(held_out & trained) <= 0.2 * len(held_out)
 
 
-def test_the_evaluation_samples_the_student_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_evaluation_samples_as_it_is_in_the_nucleus_and_greedily(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pair, calls = TinyPair(), []
     monkeypatch.setattr(
         pairs, "play", lambda *_, **options: calls.append(options) or rollouts.Rollouts(*[None] * 2)
     )
     pair.held_out()
-    assert calls == [{"top_p": 1.0, "greedy": False}, {"top_p": 1.0, "greedy": True}]
+    assert [(call["top_p"], call["greedy"]) for call in calls] == [
+        (1.0, False),
+        (0.9, False),
+        (1.0, True),
+    ]
 
 
 def test_a_run_trains_the_student(tmp_path: Path) -> None:

@@ -49,11 +49,12 @@ class SmallPair:
         rng = random.Random(training_seed(self.seed, step))
         return self._play(sample_episodes(self.name, self.batch, rng), top_p)
 
-    def held_out(self) -> tuple[Rollouts, Tensor, Tensor]:
-        """Sampled from the student as it is (temperature 1), then greedily; one set for all."""
+    def held_out(self) -> tuple[Rollouts, dict[str, Tensor]]:
+        """One set of problems for all: sampled as the student is, in its nucleus, and greedily."""
         sampled, success = self._play(self._held_out_episodes(), 1.0)
+        _, nucleus = self._play(self._held_out_episodes(), 0.9)
         _, greedy = self._play(self._held_out_episodes(), 1.0, greedy=True)
-        return sampled, success, greedy
+        return sampled, {"": success, "_top_p": nucleus, "_greedy": greedy}
 
     def teacher_answers(self) -> Rollouts:
         """An expert's, in the student's markup."""
@@ -105,10 +106,9 @@ class SmolLM2Pair:
         prompts = random.Random(training_seed(self.seed, step)).sample(self.training, self.batch)
         return answers_of(self.student, self.tokenizer, prompts, top_p), None
 
-    def held_out(self) -> tuple[Rollouts, None, None]:
+    def held_out(self) -> tuple[Rollouts, dict[str, Tensor]]:
         """Answers to the held-out prompts; nothing tells right from wrong."""
-        answers = answers_of(self.student, self.tokenizer, self.held_out_prompts, 1.0)
-        return answers, None, None
+        return answers_of(self.student, self.tokenizer, self.held_out_prompts, 1.0), {}
 
     def teacher_answers(self) -> Rollouts:
         """The teacher's answers to the held-out prompts, sampled once."""

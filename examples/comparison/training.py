@@ -39,8 +39,8 @@ class Pair(Protocol):
     def rollouts(self, step: int, top_p: float) -> tuple[Rollouts, Tensor | None]:
         """The student's rollouts of a step, and which of them succeeded, (B,) bool."""
 
-    def held_out(self) -> tuple[Rollouts, Tensor | None, Tensor | None]:
-        """The student's rollouts on held-out problems, which succeeded, and which if greedy."""
+    def held_out(self) -> tuple[Rollouts, dict[str, Tensor]]:
+        """The student's rollouts on held-out problems; by way of sampling, which succeeded."""
 
     def teacher_answers(self) -> Rollouts:
         """What an expert or the teacher says to held-out problems."""
@@ -165,7 +165,7 @@ def evaluate(pair: Pair) -> dict[str, Any]:
     ``ordinary_`` figures are without the special tokens that the pair disagrees about: neither as
     tokens that were said, nor in the two distributions.
     """
-    sequences, success, greedy = pair.held_out()
+    sequences, successes = pair.held_out()
     (watched, words), (expert, expert_words) = (
         _watch(pair, s) for s in (sequences, pair.teacher_answers())
     )
@@ -176,8 +176,7 @@ def evaluate(pair: Pair) -> dict[str, Any]:
         if here.any():
             bins.append([start, float(watched["gap"][here].mean()), int(here.sum())])
     return {
-        "success": None if success is None else float(success.float().mean()),
-        "success_greedy": None if greedy is None else float(greedy.float().mean()),
+        **{f"success{how}": float(which.float().mean()) for how, which in successes.items()},
         "reverse_kl": float(watched["reverse_kl"].mean()),
         "forward_kl": float(expert["forward_kl"].mean()),
         "teacher_score": float(watched["teacher_score"].mean()),
