@@ -254,24 +254,22 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
-def seconds_from_now(seconds: int) -> str:
-    return formatdate(time.time() + seconds, usegmt=True)
-
-
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
         ("7", 7),
-        (seconds_from_now(60), pytest.approx(60, abs=30)),
-        (seconds_from_now(-60), 2),
+        (60, pytest.approx(60, abs=10)),  # a date so many seconds from now
+        (-60, 2),
         ("1", 2),
         ("soon", 2),
         ("86400", 120),
     ],
 )
 def test_retry_after_is_obeyed_within_bounds(
-    teacher: Teacher, pauses: list[float], header: str, expected: Any
+    teacher: Teacher, pauses: list[float], header: str | int, expected: Any
 ) -> None:
+    if isinstance(header, int):
+        header = formatdate(time.time() + header, usegmt=True)
     teacher.script = [(429, {}, {"Retry-After": header})]
     ask(teacher, retries=1, backoff=2.0).topk([[1, 2, 3]])
     assert pauses == [expected]
