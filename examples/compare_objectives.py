@@ -66,7 +66,7 @@ FULL = Sizes(
     teacher_steps=3000,
     student_steps=500,
     warm_steps=24,
-    small=Budget(steps=50, lr=3e-4),
+    small=Budget(steps=100, lr=1e-4),
     smollm2=Budget(steps=40, lr=2.5e-5, checkpoint_every=5),
 )
 SMOKE = Sizes(
