@@ -50,7 +50,7 @@ answers, full vocabulary, nats per token; the teacher's score is its log-prob of
 said. "Ordinary" figures are without the special tokens that student and teacher write
 differently, as tokens and in both distributions. Student mass is what the student's distribution
 holds on the teacher's best K. Gradient norm (before clipping at 1) and the variance between a
-step's micro- batches are means over training; relative variance is over the squared norm without
+step's micro-batches are means over training; relative variance is over the squared norm without
 that noise. "Masking" leaves the first special token of each kind in a turn out as a position, and
 both end tokens out of the support; students may stop at either, in every arm.
 """
