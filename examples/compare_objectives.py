@@ -5,12 +5,12 @@ the students not to the end. Then each arm (``comparison/arms.py``) distils each
 rollouts: steps of arithmetic, a text world that is played in turns, and both mixed. Two arms also
 run on the demo's SmolLM2 pair. All arms of a seed meet the same problems in the same order.
 
-    python examples/compare_objectives.py run       # about two hours on two cores
+    python examples/compare_objectives.py run       # hours on two cores
     python examples/compare_objectives.py report    # table and plots again, from the CSV files
     tensorboard --logdir comparison_output/tensorboard
 
 `run` goes on where it was interrupted, from checkpoints in its output folder, and ends with the
-report. The results kept with the project are in ``examples/results/comparison/``.
+report. Results go to ``examples/results/comparison/``; none of a whole run are there yet.
 """
 
 from __future__ import annotations
