@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from opd_kernels import topk_rkl
 
-pytest.importorskip("trl", reason="the trainer needs TRL")
+trl = pytest.importorskip("trl", reason="the trainer needs TRL")
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -35,12 +35,23 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from opd_kernels.integrations import trl as adapter
-from opd_kernels.integrations.server import TeacherServer, TeacherServerError
-from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
+from opd_kernels.integrations.server import (
+    TeacherServer,
+    TeacherServerError,
+    TeacherUnavailableError,
+)
+from opd_kernels.integrations.trl import (
+    TopKDistillationConfig,
+    TopKDistillationTrainer,
+)
+from opd_kernels.integrations.trl import (
+    trainer as adapter,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -302,15 +313,18 @@ def test_vocabularies_may_have_different_sizes(
         (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 8}),
         (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 0.25}),
         (CohereForCausalLM, CohereConfig, {"logit_scale": 4.0}),
+        (PhiForCausalLM, PhiConfig, {}),
     ],
-    ids=["gemma2", "granite", "cohere"],
+    ids=["gemma2", "granite", "cohere", "phi"],
 )
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_scaled_and_capped_heads_count_as_the_model_has_them(
+def test_scaled_capped_and_biased_heads_count_as_the_model_has_them(
     tmp_path: Path, make: Any, settings: Any, options: dict, role: str
 ) -> None:
     torch.manual_seed(2)
     special = make(settings(**SMALL | options))
+    if special.lm_head.bias is not None:
+        torch.nn.init.normal_(special.lm_head.bias)
     pair = (special, llama(1)) if role == "student" else (llama(0), special)
     _, expected = hand_written_step(*pair)
     trainer(*pair, config(tmp_path, shuffle_dataset=False)).train()
@@ -587,6 +601,52 @@ def test_a_server_gives_the_gradients_of_the_teacher_in_process(
     assert 0 < logged(trained, "teacher_mass")[0] <= 1
 
 
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_temperatures_apply_to_a_servers_log_probs(
+    tmp_path: Path, served: tuple[Teacher, Any], api: str
+) -> None:
+    teacher, model = served
+    student = llama(0)
+    options = {"temperature": 0.7, "teacher_temperature": 1.3}
+    _, expected = hand_written_step(student, model, **options)
+    args = config(
+        tmp_path,
+        shuffle_dataset=False,
+        teacher_server_url=teacher.url,
+        teacher_server_api=api,
+        **options,
+    )
+    trainer(student, None, args).train()
+    assert_same_parameters(student, expected)
+
+
+def test_images_with_a_server_are_refused(
+    tmp_path: Path, served: tuple[Teacher, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = adapter.DistillationTrainer._generate_and_score_completions
+    monkeypatch.setattr(
+        adapter.DistillationTrainer,
+        "_generate_and_score_completions",
+        lambda self, inputs: generate(self, inputs) | {"pixel_values": torch.zeros(4, 3, 8, 8)},
+    )
+    args = config(tmp_path, teacher_server_url=served[0].url)
+    with pytest.raises(ValueError, match="has images"):
+        trainer(llama(0), None, args).train()
+
+
+def test_options_reach_the_servers_client(tmp_path: Path, served: tuple[Teacher, Any]) -> None:
+    teacher, _ = served
+    options = {"teacher_server_url": teacher.url, "teacher_server_timeout": 0.2}
+    teacher.script = [1.0]
+    args = config(tmp_path, teacher_server_retries=0, **options)
+    with pytest.raises(TeacherUnavailableError, match="timed out"):
+        trainer(llama(0), None, args).train()
+    teacher.script, teacher.most_at_once = [0.05] * 4, 0
+    args = config(tmp_path, teacher_server_parallel=1, **options)
+    trainer(llama(0), None, args).train()
+    assert teacher.most_at_once == 1
+
+
 def test_masked_tokens_take_no_part_with_a_server(
     tmp_path: Path, served: tuple[Teacher, Any]
 ) -> None:
@@ -701,6 +761,8 @@ def test_entries_of_a_server_that_are_not_replaced_are_told(
         ({"k": 1}, "k is 1"),
         ({"stats_steps": -1}, "stats_steps is -1"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"masked_ids": [3, -1]}, "masked_ids has -1"),
+        ({"banned_ids": [-100, 3]}, "banned_ids has -100"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
         ({"teacher_server_model": "x"}, "teacher_server_model needs teacher_server_url"),
@@ -756,13 +818,29 @@ def test_a_teacher_that_shares_what_the_student_trains_is_refused(tmp_path: Path
     assert student.model.embed_tokens.weight.requires_grad
 
 
-def test_a_k_beyond_the_vocabulary_is_refused_before_any_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="k is 60, allowed is at most 50"):
-        trainer(llama(0), llama(1, vocab_size=50), config(tmp_path, k=60))
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"k": 60}, 50),
+        ({"k": 47, "banned_ids": [3, 3, 7, 49, 50, 63, 1000]}, 47),
+        ({"k": 48, "banned_ids": [3, 3, 7, 49, 50, 63, 1000]}, 47),
+        ({"k": 10, "vocab_size": 9}, 9),
+        ({"banned_ids": [*range(V)]}, 0),
+    ],
+)
+def test_a_k_beyond_the_ids_that_can_be_selected_is_refused_before_any_step(
+    tmp_path: Path, options: dict, allowed: int
+) -> None:
+    teacher, args = llama(1, vocab_size=50), config(tmp_path, **options)
+    if args.k <= allowed:
+        trainer(llama(0), teacher, args)
+        return
+    with pytest.raises(ValueError, match=f"k is {args.k}, allowed is at most {allowed},"):
+        trainer(llama(0), teacher, args)
 
 
 def test_another_config_is_refused(tmp_path: Path) -> None:
-    plain = adapter.DistillationConfig(str(tmp_path), use_cpu=True)
+    plain = trl.DistillationConfig(str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="a DistillationConfig, expected a TopKDistillationConfig"):
         trainer(llama(0), llama(1), plain)
 

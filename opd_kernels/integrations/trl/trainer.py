@@ -6,13 +6,16 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import trl
 from torch import Tensor, nn
+from trl import DistillationTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import get_config_model_id
 
 from opd_kernels.integrations.models import (
     Head,
@@ -21,27 +24,25 @@ from opd_kernels.integrations.models import (
     own_logits,
     vocab_size_of,
 )
-from opd_kernels.integrations.server import TeacherServer, TeacherServerError
+from opd_kernels.integrations.server import TeacherServerError
+from opd_kernels.integrations.trl.config import TopKDistillationConfig
+from opd_kernels.integrations.trl.teachers import (
+    check_apart,
+    check_k,
+    check_one_teacher,
+    loaded,
+    server_of,
+    tokenizer_of,
+    warn_if_different,
+)
 from opd_kernels.linear import linear_topk_rkl
 from opd_kernels.losses import topk_rkl
-from opd_kernels.masking import compare_tokenizers, special_token_mask, token_ids
+from opd_kernels.masking import special_token_mask, token_ids
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
-try:
-    import trl
-    from transformers import AutoTokenizer
-    from trl import DistillationConfig, DistillationTrainer
-    from trl.models import prepare_deepspeed
-    from trl.trainer.utils import create_model_from_path, get_config_model_id
-except ImportError as error:
-    raise ImportError(
-        f"{error}: TopKDistillationTrainer needs TRL's DistillationTrainer (checked with 1.16.0); "
-        'pip install "opd_kernels[trl]"'
-    ) from error
-
-__all__ = ["TopKDistillationConfig", "TopKDistillationTrainer"]
+__all__ = ["TopKDistillationTrainer"]
 
 CHECKED_WITH = "1.16.0"
 # What the trainer overrides or reads the names of images from, and the arguments it relies on.
@@ -52,114 +53,6 @@ HOOKS = {
 }
 # The tokens that both models read when their heads are checked: few, and of every vocabulary.
 PROBE = 8
-
-
-@dataclass
-class TopKDistillationConfig(DistillationConfig):
-    """TRL's ``DistillationConfig`` with the options of the top-K loss.
-
-    Defaults are the paper's (arXiv 2603.25562): ``k`` 32, ``temperature`` 1 (TRL's default, too)
-    and ``top_p`` 0.9, where TRL's is 1. ``temperature`` is that of the rollouts and the loss, as in
-    TRL. ``beta`` has to stay 1: the loss is a reverse KL. The paper's learning rate is 2e-6; TRL's
-    default, 1e-6, is left.
-
-    Args:
-        k: entries of the teacher's support per token.
-        teacher_temperature: the teacher's temperature in the loss, where it differs.
-        masked_tokens: strings whose ids, as the student's tokenizer has them, are left out of the
-            loss at their first occurrence per response; the paper's are ``<``, ``think`` and
-            ``<|im_end|>``.
-        masked_ids: the same by id, for instance ``compare_tokenizers(...).masked_ids``.
-        banned_ids: ids that never enter the support. A server lists them all the same: such entries
-            are dropped and not replaced, as are those of ids that the student lacks.
-        vocab_size: only ids below it enter the support; without one those that both models have.
-        use_hidden_states: True: no logits of the student's vocabulary exist, and the teacher's for
-            a few hundred tokens at a time. False: both models compute their logits themselves, in
-            one piece each; for heads that are sharded and for models that do more to their logits
-            than scale and cap them.
-        stats_steps: every how many steps ``student_mass``, ``teacher_mass`` and ``valid_k`` are
-            measured (evaluation: always), at the cost of the student's logits; 0: never.
-        teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
-            one that wants a key is passed to the trainer as ``teacher_server``.
-        teacher_server_model: the name under which the server serves the teacher.
-        teacher_server_api: "vllm" or "sglang".
-        teacher_server_timeout: seconds without a byte before a request counts as failed.
-        teacher_server_retries: further attempts for a sequence.
-        teacher_server_parallel: requests at a time, of each process.
-
-    Errors: ``ValueError`` for values that are not allowed.
-
-    Example::
-
-        args = TopKDistillationConfig("run", max_completion_length=1024, masked_tokens=["<"])
-    """
-
-    top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
-    k: int = field(default=32, metadata={"help": "Entries of the teacher's support per token."})
-    teacher_temperature: float | None = field(
-        default=None, metadata={"help": "The teacher's temperature in the loss, where it differs."}
-    )
-    masked_tokens: list[str] | None = field(
-        default=None,
-        metadata={"help": "Tokens whose first occurrence per response is left out of the loss."},
-    )
-    masked_ids: list[int] | None = field(
-        default=None, metadata={"help": "The same by id of the student's tokenizer."}
-    )
-    banned_ids: list[int] | None = field(
-        default=None, metadata={"help": "Ids that never enter the support."}
-    )
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "Only ids below it enter the support."}
-    )
-    use_hidden_states: bool = field(
-        default=True, metadata={"help": "Compute the loss without the student's logits."}
-    )
-    stats_steps: int = field(
-        default=10, metadata={"help": "Measure the masses every so many steps; 0: never."}
-    )
-    teacher_server_url: str | None = field(
-        default=None, metadata={"help": "A server for the teacher, http://host:port."}
-    )
-    teacher_server_model: str | None = field(
-        default=None, metadata={"help": "The name under which the server serves the teacher."}
-    )
-    teacher_server_api: str = field(default="vllm", metadata={"help": "vllm or sglang."})
-    teacher_server_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds without a byte before a request has failed."}
-    )
-    teacher_server_retries: int = field(
-        default=4, metadata={"help": "Further attempts for a sequence."}
-    )
-    teacher_server_parallel: int = field(
-        default=8, metadata={"help": "Requests at a time, of each process."}
-    )
-
-    def __post_init__(self) -> None:
-        """Checks what would be refused in the first step, and what would be ignored."""
-        super().__post_init__()
-        if self.beta != 1:
-            raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
-        if self.k < 2:
-            raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
-        if self.stats_steps < 0:
-            raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
-        for name in ("temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, allowed is more than 0")
-        ignored = [
-            option.name
-            for option in fields(self)
-            if option.name.startswith("teacher_server_")
-            and getattr(self, option.name) != option.default
-        ]
-        if ignored and self.teacher_server_url is None:
-            raise ValueError(
-                f"{', '.join(ignored)} needs teacher_server_url; a TeacherServer has its own"
-            )
 
 
 class TopKDistillationTrainer(DistillationTrainer):
@@ -250,27 +143,27 @@ class TopKDistillationTrainer(DistillationTrainer):
             args = TopKDistillationConfig(f"{name.split('/')[-1]}-TopKDistillation")
         if not isinstance(args, TopKDistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, expected a TopKDistillationConfig")
-        _check_one_teacher(teacher_model, teacher_server, args)
+        check_one_teacher(teacher_model, teacher_server, args)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
         if args.teacher_server_url is not None:
-            teacher_server = _server_of(args.teacher_server_url, args)
+            teacher_server = server_of(args.teacher_server_url, args)
         # Without a teacher, whose vocabulary TRL would require to be the student's.
         super().__init__(model, None, args, **options)
         self.teacher_server = teacher_server
         if isinstance(teacher_model, str):
-            teacher_processing_class = teacher_processing_class or _tokenizer_of(
-                teacher_model, args
-            )
-            teacher_model = _loaded(teacher_model, args)
+            teacher_processing_class = teacher_processing_class or tokenizer_of(teacher_model, args)
+            teacher_model = loaded(teacher_model, args)
         # Ids that the student lacks must not take a place in the teacher's support.
         self._limit = min(vocab_size_of(self.model), args.vocab_size or sys.maxsize)
+        limit = self._limit
         if teacher_model is not None:
-            _check_apart(self.model, teacher_model)
-            _check_k(args.k, min(self._limit, vocab_size_of(teacher_model)))
+            limit = min(limit, vocab_size_of(teacher_model))
+            check_apart(self.model, teacher_model)
             self.teacher_model = self._prepared(teacher_model)
+        check_k(args.k, args.banned_ids or [], limit)
         if teacher_processing_class is not None:
-            _warn_if_different(self._tokenizer, teacher_processing_class)
+            warn_if_different(self._tokenizer, teacher_processing_class)
         self._masked_ids = list(args.masked_ids or [])
         self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
         self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
@@ -535,95 +428,3 @@ def _check_hooks() -> None:
 
 def _arguments_of(function: Any) -> set[str]:
     return set() if function is None else set(inspect.signature(function).parameters)
-
-
-def _check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> None:
-    given = {
-        "teacher_model": teacher_model,
-        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
-        "teacher_server": teacher_server,
-        "args.teacher_server_url": args.teacher_server_url,
-    }
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(
-            f"the teacher is given as {' and '.join(names) or 'nothing'}, expected one of "
-            f"{', '.join(given)}"
-        )
-    by_name = isinstance(teacher_model or args.teacher_model_name_or_path, str)
-    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-        if getattr(args, name) is not None and not by_name:
-            raise ValueError(
-                f"args.{name} is for a teacher that is loaded by name, {names[0]} is given; leave "
-                "it out"
-            )
-    if teacher_server is not None and teacher_server.k != args.k:
-        raise ValueError(
-            f"teacher_server asks for {teacher_server.k} entries, args.k is {args.k}; make them one"
-        )
-
-
-def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """The teacher gets frozen and must stay as it is."""
-    frozen = {id(parameter) for parameter in teacher.parameters()}
-    shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
-    if shared:
-        raise ValueError(
-            f"the teacher shares {len(shared)} parameters with the student that are trained, "
-            f"{shared[0]} for one; give it a copy (copy.deepcopy), or load it a second time"
-        )
-
-
-def _check_k(k: int, vocabulary: int) -> None:
-    if k > vocabulary:
-        raise ValueError(
-            f"k is {k}, allowed is at most {vocabulary}, the ids that both models have"
-        )
-
-
-def _server_of(url: str, args: TopKDistillationConfig) -> TeacherServer:
-    return TeacherServer(
-        url,
-        args.teacher_server_model,
-        args.k,
-        api=args.teacher_server_api,
-        timeout=args.teacher_server_timeout,
-        retries=args.teacher_server_retries,
-        parallel=args.teacher_server_parallel,
-    )
-
-
-def _loaded(name: str, args: TopKDistillationConfig) -> nn.Module:
-    options: dict[str, Any] = {
-        "dtype": "auto",
-        "trust_remote_code": args.trust_remote_code,
-        "revision": args.teacher_model_revision or "main",
-        **(args.teacher_model_init_kwargs or {}),
-    }
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    return create_model_from_path(name, **options)
-
-
-def _tokenizer_of(name: str, args: TopKDistillationConfig) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError):
-        warnings.warn(
-            f"no tokenizer is found beside the teacher {name!r}, so its ids are not compared with "
-            "the student's; pass teacher_processing_class",
-            stacklevel=3,
-        )
-        return None
-
-
-def _warn_if_different(student: Any, teacher: Any) -> None:
-    comparison = compare_tokenizers(student, getattr(teacher, "tokenizer", teacher))
-    if not comparison.identical:
-        warnings.warn(
-            "student and teacher have different tokenizers; masked_ids, banned_ids and vocab_size "
-            f"leave out what differs (opd_kernels.compare_tokenizers):\n{comparison}",
-            stacklevel=3,
-        )

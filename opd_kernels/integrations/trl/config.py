@@ -1,0 +1,121 @@
+"""``TopKDistillationConfig``: TRL's options and those of the top-K loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from trl import DistillationConfig
+
+__all__ = ["TopKDistillationConfig"]
+
+
+@dataclass
+class TopKDistillationConfig(DistillationConfig):
+    """TRL's ``DistillationConfig`` with the options of the top-K loss.
+
+    Defaults are the paper's (arXiv 2603.25562): ``k`` 32, ``temperature`` 1 (TRL's default, too)
+    and ``top_p`` 0.9, where TRL's is 1. ``temperature`` is that of the rollouts and the loss, as in
+    TRL. ``beta`` has to stay 1: the loss is a reverse KL. The paper's learning rate is 2e-6; TRL's
+    default, 1e-6, is left.
+
+    Args:
+        k: entries of the teacher's support per token.
+        teacher_temperature: the teacher's temperature in the loss, where it differs.
+        masked_tokens: strings whose ids, as the student's tokenizer has them, are left out of the
+            loss at their first occurrence per response; the paper's are ``<``, ``think`` and
+            ``<|im_end|>``.
+        masked_ids: the same by id, for instance ``compare_tokenizers(...).masked_ids``.
+        banned_ids: ids that never enter the support. A server lists them all the same: such entries
+            are dropped and not replaced, as are those of ids that the student lacks.
+        vocab_size: only ids below it enter the support; without one those that both models have.
+        use_hidden_states: True: no logits of the student's vocabulary exist, and the teacher's for
+            a few hundred tokens at a time. False: both models compute their logits themselves, in
+            one piece each; for heads that are sharded and for models that do more to their logits
+            than scale and cap them.
+        stats_steps: every how many steps ``student_mass``, ``teacher_mass`` and ``valid_k`` are
+            measured (evaluation: always), at the cost of the student's logits; 0: never.
+        teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
+            one that wants a key is passed to the trainer as ``teacher_server``.
+        teacher_server_model: the name under which the server serves the teacher.
+        teacher_server_api: "vllm" or "sglang".
+        teacher_server_timeout: seconds without a byte before a request counts as failed.
+        teacher_server_retries: further attempts for a sequence.
+        teacher_server_parallel: requests at a time, of each process.
+
+    Errors: ``ValueError`` for values that are not allowed.
+
+    Example::
+
+        args = TopKDistillationConfig("run", max_completion_length=1024, masked_tokens=["<"])
+    """
+
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
+    k: int = field(default=32, metadata={"help": "Entries of the teacher's support per token."})
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "The teacher's temperature in the loss, where it differs."}
+    )
+    masked_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose first occurrence per response is left out of the loss."},
+    )
+    masked_ids: list[int] | None = field(
+        default=None, metadata={"help": "The same by id of the student's tokenizer."}
+    )
+    banned_ids: list[int] | None = field(
+        default=None, metadata={"help": "Ids that never enter the support."}
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Only ids below it enter the support."}
+    )
+    use_hidden_states: bool = field(
+        default=True, metadata={"help": "Compute the loss without the student's logits."}
+    )
+    stats_steps: int = field(
+        default=10, metadata={"help": "Measure the masses every so many steps; 0: never."}
+    )
+    teacher_server_url: str | None = field(
+        default=None, metadata={"help": "A server for the teacher, http://host:port."}
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The name under which the server serves the teacher."}
+    )
+    teacher_server_api: str = field(default="vllm", metadata={"help": "vllm or sglang."})
+    teacher_server_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds without a byte before a request has failed."}
+    )
+    teacher_server_retries: int = field(
+        default=4, metadata={"help": "Further attempts for a sequence."}
+    )
+    teacher_server_parallel: int = field(
+        default=8, metadata={"help": "Requests at a time, of each process."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what would be refused in the first step, and what would be ignored."""
+        super().__post_init__()
+        if self.beta != 1:
+            raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
+        if self.k < 2:
+            raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
+        for name in ("masked_ids", "banned_ids"):
+            lowest = min(getattr(self, name) or [0])
+            if lowest < 0:
+                raise ValueError(f"{name} has {lowest}, allowed are 0 and more")
+        if self.stats_steps < 0:
+            raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, allowed is more than 0")
+        ignored = [
+            option.name
+            for option in fields(self)
+            if option.name.startswith("teacher_server_")
+            and getattr(self, option.name) != option.default
+        ]
+        if ignored and self.teacher_server_url is None:
+            raise ValueError(
+                f"{', '.join(ignored)} needs teacher_server_url; a TeacherServer has its own"
+            )

@@ -1,0 +1,115 @@
+"""The trainer's teacher: which one is given, what it must not be, how it is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+from trl.trainer.utils import create_model_from_path
+
+from opd_kernels.integrations.server import TeacherServer
+from opd_kernels.integrations.trl.config import TopKDistillationConfig
+from opd_kernels.masking import compare_tokenizers
+
+
+def check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> None:
+    """The teacher is given in one way, and every option about it has an effect."""
+    given = {
+        "teacher_model": teacher_model,
+        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "teacher_server": teacher_server,
+        "args.teacher_server_url": args.teacher_server_url,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(
+            f"the teacher is given as {' and '.join(names) or 'nothing'}, expected one of "
+            f"{', '.join(given)}"
+        )
+    by_name = isinstance(teacher_model or args.teacher_model_name_or_path, str)
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not by_name:
+            raise ValueError(
+                f"args.{name} is for a teacher that is loaded by name, {names[0]} is given; leave "
+                "it out"
+            )
+    if teacher_server is not None and teacher_server.k != args.k:
+        raise ValueError(
+            f"teacher_server asks for {teacher_server.k} entries, args.k is {args.k}; make them one"
+        )
+
+
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """The teacher gets frozen and must stay as it is."""
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
+    if shared:
+        raise ValueError(
+            f"the teacher shares {len(shared)} parameters with the student that are trained, "
+            f"{shared[0]} for one; give it a copy (copy.deepcopy), or load it a second time"
+        )
+
+
+def check_k(k: int, banned_ids: Sequence[int], vocab_size: int) -> None:
+    """There are k ids to be selected: below ``vocab_size`` and not banned."""
+    banned = sum(1 for i in set(banned_ids) if i < vocab_size)
+    if k > vocab_size - banned:
+        raise ValueError(
+            f"k is {k}, allowed is at most {vocab_size - banned}, the ids below {vocab_size} that "
+            "are not banned"
+        )
+
+
+def server_of(url: str, args: TopKDistillationConfig) -> TeacherServer:
+    """The server that the options describe."""
+    return TeacherServer(
+        url,
+        args.teacher_server_model,
+        args.k,
+        api=args.teacher_server_api,
+        timeout=args.teacher_server_timeout,
+        retries=args.teacher_server_retries,
+        parallel=args.teacher_server_parallel,
+    )
+
+
+def loaded(name: str, args: TopKDistillationConfig) -> nn.Module:
+    """The model of a name or folder."""
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "trust_remote_code": args.trust_remote_code,
+        "revision": args.teacher_model_revision or "main",
+        **(args.teacher_model_init_kwargs or {}),
+    }
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    return create_model_from_path(name, **options)
+
+
+def tokenizer_of(name: str, args: TopKDistillationConfig) -> Any:
+    """The tokenizer beside a model; None, with a warning, where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        warnings.warn(
+            f"no tokenizer is found beside the teacher {name!r}, so its ids are not compared with "
+            "the student's; pass teacher_processing_class",
+            stacklevel=3,
+        )
+        return None
+
+
+def warn_if_different(student: Any, teacher: Any) -> None:
+    """Tell where two tokenizers give ids other meanings."""
+    comparison = compare_tokenizers(student, getattr(teacher, "tokenizer", teacher))
+    if not comparison.identical:
+        warnings.warn(
+            "student and teacher have different tokenizers; masked_ids, banned_ids and vocab_size "
+            f"leave out what differs (opd_kernels.compare_tokenizers):\n{comparison}",
+            stacklevel=3,
+        )
