@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from opd_kernels import topk_rkl
 
-trl = pytest.importorskip("trl", reason="the trainer needs TRL")
+pytest.importorskip("trl", reason="the trainer needs TRL")
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,19 +39,15 @@ from transformers import (
     PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
+from trl import DistillationConfig
 
 from opd_kernels.integrations.server import (
     TeacherServer,
     TeacherServerError,
     TeacherUnavailableError,
 )
-from opd_kernels.integrations.trl import (
-    TopKDistillationConfig,
-    TopKDistillationTrainer,
-)
-from opd_kernels.integrations.trl import (
-    trainer as adapter,
-)
+from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
+from opd_kernels.integrations.trl import trainer as adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -840,7 +836,7 @@ def test_a_k_beyond_the_ids_that_can_be_selected_is_refused_before_any_step(
 
 
 def test_another_config_is_refused(tmp_path: Path) -> None:
-    plain = trl.DistillationConfig(str(tmp_path), use_cpu=True)
+    plain = DistillationConfig(str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="a DistillationConfig, expected a TopKDistillationConfig"):
         trainer(llama(0), llama(1), plain)
 
