@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -107,6 +109,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.smoke:
         options.output, options.results = SMOKE_FOLDER / "work", SMOKE_FOLDER
+    options.tasks, options.seeds = (list(dict.fromkeys(x)) for x in (options.tasks, options.seeds))
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}, allowed is 1 or more")
     return options
@@ -167,17 +170,17 @@ def work_through(title: str, jobs: Sequence[Job], workers: int) -> None:
     left = [job for job in jobs if not job.path.exists()]
     total, missing = sum(job.steps for job in jobs), sum(job.steps for job in left)
     context = multiprocessing.get_context("spawn")
+    ticks = context.Queue()
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, context, _one_thread) as pool,
+        ProcessPoolExecutor(workers, context, _begin, (ticks,)) as pool,
         tqdm(total=total, initial=total - missing, desc=title, unit="step") as bar,
     ):
-        ticks = manager.Queue()
-        pending = {pool.submit(_do, job, ticks) for job in left}
+        pending = {pool.submit(_do, job) for job in left}
         try:
             while pending:
                 finished, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
-                bar.update(sum(ticks.get() for _ in range(ticks.qsize())))
+                while not ticks.empty():
+                    bar.update(ticks.get())
                 for future in finished:
                     bar.set_postfix_str(future.result())
         except BaseException:
@@ -198,13 +201,26 @@ def keep_sizes(output: Path, sizes: Sizes) -> None:
     path.write_text(text)
 
 
-def _do(job: Job, ticks: Any) -> str:
-    job.work(*job.arguments, partial(ticks.put, 1))
-    return job.path.stem
+# Of a worker: where it tells of each step.
+_ticks: Any = None
 
 
-def _one_thread() -> None:
+def _begin(ticks: Any) -> None:
+    """A worker: one thread, and no life beyond that of the process that waits for it."""
+    global _ticks
+    _ticks = ticks
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _do(job: Job) -> str:
+    job.work(*job.arguments, partial(_ticks.put, 1))
+    return job.path.stem
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

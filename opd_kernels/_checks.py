@@ -311,7 +311,7 @@ def check_gamma(gamma: object) -> None:
     """A discount."""
     if isinstance(gamma, Tensor):
         raise TypeError("gamma is a Tensor, expected a number from 0 to 1; pass .item()")
-    check_number(gamma, "gamma")
+    check_number(gamma, "gamma", "a number from 0 to 1")
     if not 0 <= gamma <= 1:  # type: ignore[operator]
         raise ValueError(
             f"gamma is {gamma}, allowed is 0 (each token's own reward) to 1 (undiscounted)"
@@ -324,7 +324,7 @@ def check_clip(clip: object) -> None:
         return
     if isinstance(clip, Tensor):
         raise TypeError("clip is a Tensor, expected a number or None; pass .item()")
-    check_number(clip, "clip")
+    check_number(clip, "clip", "a number or None")
     if not 0 <= clip < float("inf"):  # type: ignore[operator]
         raise ValueError(f"clip is {clip}, allowed are finite numbers from 0; None is no clipping")
 
@@ -379,11 +379,11 @@ def check_temperature_tensor(
     check_same_device(temperature, device, name)
 
 
-def check_number(value: object, name: str) -> None:
+def check_number(value: object, name: str, expected: str = "a number or a tensor") -> None:
     """A real number, before its value is looked at (a compiler may only know its type)."""
     numbers = (int, float, torch.SymFloat, torch.SymInt, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, numbers):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a tensor")
+        raise TypeError(f"{name} is a {type(value).__name__}, expected {expected}")
 
 
 def check_temperature_value(temperature: float, name: str) -> None:

@@ -38,8 +38,8 @@ def response_mask(
 
     ::
 
-        mask[b, t] = t >= prompt_length[b]  and  no eos at any t' with prompt_length[b] <= t' < t
-                     and  attention_mask[b, t]
+        after[b, t] = t >= prompt_length[b]  and  attention_mask[b, t]
+        mask[b, t]  = after[b, t]  and  no eos at any t' < t with after[b, t']
 
     Shapes and dtypes: ``tokens`` (B, T), int32 or int64, prompt and response together; also (T,) or
     more leading dimensions. Returns bool of the same shape. It marks the tokens themselves; beside

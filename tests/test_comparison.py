@@ -36,6 +36,9 @@ from comparison.vocabulary import (  # noqa: E402
     student_tokenizer,
     teacher_tokenizer,
 )
+from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
+    EventAccumulator,
+)
 
 from opd_kernels import compare_tokenizers  # noqa: E402
 
@@ -281,6 +284,18 @@ def test_masking_leaves_out_the_special_tokens_of_every_turn_and_nothing_else() 
     assert IDS[THINK] in pair.tokenizers.banned_ids
 
 
+def test_a_step_of_which_everything_is_masked_changes_nothing() -> None:
+    pair = TinyPair()
+    (masking,) = (arm for arm in arms.ARMS if arm.masking)
+    tokens = torch.tensor([encode(["<user>", "goal", STUDENT_END])] * 4)
+    turn = torch.tensor([[-1, -1, 0]] * 4)
+    before = [p.detach().clone() for p in pair.student.parameters()]
+    optimizer = torch.optim.SGD(pair.student.parameters(), lr=1.0)
+    row = training.update(pair, masking, optimizer, rollouts.Rollouts(tokens, turn))
+    assert row["tokens"] == row["loss"] == row["grad_norm"] == 0
+    assert all(map(torch.equal, pair.student.parameters(), before))
+
+
 class InterruptionError(Exception):
     pass
 
@@ -314,7 +329,9 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
     assert rows[0] == rows[1]
     assert len(rows[0]) == 4
     assert not list((broken / "checkpoints").glob("*"))
-    assert list((whole / "tensorboard").glob("*/events*"))
+    for out in (whole, broken):
+        board = EventAccumulator(str(out / "tensorboard" / path.stem)).Reload()
+        assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_all_arms_of_a_seed_meet_the_same_problems(tmp_path: Path) -> None:

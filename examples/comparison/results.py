@@ -46,13 +46,15 @@ LEGEND = """\
 Means over seeds ± half of their range. Success and all that is of rollouts: held-out problems,
 sampled at temperature 1 and top-p 1; top-p 0.9 and greedy: success when sampled so. Reverse
 KL(student || teacher) is on the student's rollouts, forward KL(teacher || student) on an expert's
-answers, full vocabulary, nats per token; the teacher's score is its log-prob of what the student
-said. "Ordinary" figures are without the special tokens that student and teacher write
-differently, as tokens and in both distributions. Student mass is what the student's distribution
-holds on the teacher's best K. Gradient norm (before clipping at 1) and the variance between a
-step's micro-batches are means over training; relative variance is over the squared norm without
-that noise. "Masking" leaves the first special token of each kind in a turn out as a position, and
-both end tokens out of the support; students may stop at either, in every arm.
+answers (SmolLM2: the teacher's), full vocabulary, nats per token; the teacher's score is its
+log-prob of what the student said. "Ordinary" figures are without the special tokens that student
+and teacher write differently, as tokens and in both distributions. Student mass is what the
+student's distribution holds on the teacher's best K. Gradient norm (before clipping at 1) and the
+variance between a step's micro-batches are means over training; relative variance is over the
+squared norm without that noise. "Masking" leaves the first special token of each kind in a turn
+out as a position, and what student and teacher write differently (<think>, both end tokens) out of
+the support; students may stop at either end token, in every arm. The arms of a seed meet the same
+problems; what they say to them differs, and so does the number of tokens they learn from.
 """
 
 

@@ -121,7 +121,7 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
         scores = score(pair, part, banned)
         rows = arm.loss(scores)
         mean = torch.where(keep, rows, 0.0).sum() / keep.sum().clamp(min=1)
-        share = int(keep.sum()) / total
+        share = int(keep.sum()) / max(1, total)
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(mean, parameters), strict=True
         ):
@@ -228,7 +228,7 @@ def run(pair: Pair, arm: Arm, budget: Budget, output: Path, tick: Callable[[], N
     student.train()
     for _ in steps:
         tick()
-    board = SummaryWriter(output / "tensorboard" / name, purge_step=len(steps))
+    board = SummaryWriter(output / "tensorboard" / name, purge_step=len(steps) + 1)
     for number in range(len(steps), budget.steps):
         start = time.perf_counter()
         torch.manual_seed(1_000_003 * pair.seed + number)
