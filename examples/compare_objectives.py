@@ -50,7 +50,8 @@ except ImportError as error:
 TASKS = ("arithmetic", "world", "mixed")
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "comparison"
-SMOKE_FOLDER = Path("demo_output") / "comparison"
+OUTPUT = Path("comparison_output")
+SMOKE_OUTPUT = Path("demo_output") / "comparison"
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,27 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--output", type=Path, default=Path("comparison_output"), help="work")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV files, table, plots")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="models, checkpoints, logs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help=f"CSV files, table, plots; {RESULTS} for a whole run, else a folder in --output",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--without-smollm2", action="store_true", help="the small models only")
     parser.add_argument(
-        "--smoke", action="store_true", help=f"a step or two of everything, in {SMOKE_FOLDER}"
+        "--smoke", action="store_true", help=f"a step or two of everything, in {SMOKE_OUTPUT}"
     )
     options = parser.parse_args(arguments)
-    if options.smoke:
-        options.output, options.results = SMOKE_FOLDER / "work", SMOKE_FOLDER
+    if options.smoke and options.output == OUTPUT:
+        options.output = SMOKE_OUTPUT
     options.tasks, options.seeds = (list(dict.fromkeys(x)) for x in (options.tasks, options.seeds))
+    whole = set(options.tasks) == set(TASKS) and set(options.seeds) == set(SEEDS)
+    if options.smoke or options.without_smollm2 or not whole:
+        options.results = options.results or options.output / "results"
+    options.results = options.results or RESULTS
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}, allowed is 1 or more")
     return options
@@ -184,7 +193,8 @@ def work_through(title: str, jobs: Sequence[Job], workers: int) -> None:
                 for future in finished:
                     bar.set_postfix_str(future.result())
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
@@ -233,11 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
-        work_through("models", preparations(options, sizes), options.workers)
-        work_through("arms", comparisons(options, sizes), options.workers)
+        try:
+            work_through("models", preparations(options, sizes), options.workers)
+            work_through("arms", comparisons(options, sizes), options.workers)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from its checkpoints", file=sys.stderr)
+            return 130
         results.collect(options.output, options.results)
-    if not (options.results / "runs.csv").exists():
-        print(f"there is no runs.csv in {options.results}: nothing was run", file=sys.stderr)
+    missing = [name for name in results.FILES if not (options.results / name).exists()]
+    if missing:
+        print(f"{options.results} has no {', '.join(missing)}: nothing was run", file=sys.stderr)
         return 2
     print(results.report(options.results))
     return 0

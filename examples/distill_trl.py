@@ -85,6 +85,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{', '.join(missing)} is missing; --smoke needs none of them")
     if options.teacher and options.teacher_server:
         parser.error("--teacher and --teacher-server are both given, expected one of them")
+    if options.teacher_model and not options.teacher_server:
+        parser.error("--teacher-model needs --teacher-server; for a model in here: --teacher")
     return options
 
 
@@ -156,8 +158,9 @@ def trainer_of(options: argparse.Namespace) -> TopKDistillationTrainer:
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=tiny_tokenizer(),
         )
-    if Path(options.dataset).is_dir():
-        dataset = load_from_disk(options.dataset)
+    folder = Path(options.dataset)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        dataset = load_from_disk(options.dataset)  # as save_to_disk leaves it
         dataset = dataset[options.split] if isinstance(dataset, dict) else dataset
     else:
         dataset = load_dataset(options.dataset, split=options.split)

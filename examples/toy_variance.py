@@ -90,13 +90,15 @@ except ImportError as error:
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEEDS = (42, 43, 2026)
 TRAJECTORIES = 64
+RESULTS = Path(__file__).parent / "results" / "toy"
+OTHER = Path("demo_output") / "toy"
 ROW_EVERY = 10  # iterations that one row of variance.csv averages
 # Uses of randomness; every seed has a stream of its own for each.
 TRAIN, MEASURE, VISIT, TEACH = range(4)  # and TEACH + 1 for the second task
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `--smoke` overrides the sizes and where results go."""
+    """Read the command line; results of other sizes than the kept ones go elsewhere."""
     parser = argparse.ArgumentParser(
         description="Bias and variance of sampled-token distillation by discount, on toy tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -107,21 +109,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's, for students")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results" / "toy",
-        help="result folder",
+        "--output", type=Path, help=f"result folder; {RESULTS}, but {OTHER} for other sizes"
     )
     parser.add_argument("--report", action="store_true", help="train nothing, read the CSV files")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few iterations, into demo_output/toy; not judged"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a few iterations; not judged")
     options = parser.parse_args(arguments)
     options.groups, options.group_size = 64, 512
+    sizes = ("iterations", "teacher_iterations", "lr")
+    other = any(getattr(options, name) != parser.get_default(name) for name in sizes)
+    options.output = options.output or (OTHER if other or options.smoke else RESULTS)
     if options.smoke:
         options.iterations, options.teacher_iterations = 20, 20
         options.groups, options.group_size = 4, 16
-        options.output = Path("demo_output/toy")
     if min(options.iterations, options.teacher_iterations) < 1:
         parser.error("--iterations and --teacher-iterations must be at least 1")
     return options

@@ -107,7 +107,8 @@ def topk_rkl(
         vocab_size: only ids below it can enter the support; for padded vocabularies.
         reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer``
             or, without one, by the number of unmasked rows (at least 1), not by the weights' sum.
-        normalizer: a number or 0-d tensor, for instance the global token count.
+        normalizer: a number or 0-d tensor, for instance the global token count. Its value is not
+            looked at: clamp a count that may be 0.
         inplace_grad: let backward write the gradient into the memory of ``student_logits``, whose
             values are gone then. Another function of the logits whose backward needs their values
             afterwards gets PyTorch's error about in-place modification. Refused for leaves, views

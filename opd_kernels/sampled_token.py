@@ -129,7 +129,8 @@ def sampled_token_loss(
         mask: False or 0: the token has loss 0 and gradient exactly 0, whatever the inputs hold.
         reduction: "none" gives the loss per token, "sum", or "mean", which divides by
             ``normalizer`` or, without one, by the number of unmasked tokens (at least 1).
-        normalizer: a number or 0-d tensor, for instance the global token count.
+        normalizer: a number or 0-d tensor, for instance the global token count. Its value is not
+            looked at: clamp a count that may be 0.
 
     Gradients: ``logprobs`` only. A ratio has no second bound for negative advantages (dual clip).
 

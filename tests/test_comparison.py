@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import random
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ for package in ("matplotlib", "tensorboard", "tqdm", "transformers"):
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import compare_objectives as command  # noqa: E402
 from comparison import arms, models, pairs, results, rollouts, tasks, training  # noqa: E402
 from comparison.vocabulary import (  # noqa: E402
     IDS,
@@ -502,3 +505,84 @@ def test_a_run_trains_the_student(tmp_path: Path) -> None:
     moved = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
     # Adam's first steps have the length of the rate, which warms up to it in five.
     assert 0.25e-2 < max(moved) < 1e-2
+
+
+# --- the command
+
+
+def test_only_a_whole_run_goes_to_the_results_that_are_kept(tmp_path: Path) -> None:
+    whole = [["run"], ["report"], ["run", "--seeds", "2", "1", "0", "--output", str(tmp_path)]]
+    other = [["--seeds", "5"], ["--tasks", "world"], ["--without-smollm2"], ["--smoke"]]
+    for line in whole:
+        assert command.parse_options(line).results == command.RESULTS
+    for line in other:
+        options = command.parse_options(["run", *line])
+        assert options.results == options.output / "results"
+        given = command.parse_options(["run", *line, "--output", "a", "--results", "b"])
+        assert (given.output, given.results) == (Path("a"), Path("b"))
+    assert command.parse_options(["run", "--smoke"]).output != command.OUTPUT
+
+
+def test_what_is_named_twice_is_run_once() -> None:
+    once = command.parse_options(["run", "--seeds", "1", "0", "--tasks", "world"])
+    twice = command.parse_options(["run", "--seeds", "1", "0", "1", "--tasks", "world", "world"])
+    jobs = [command.comparisons(options, command.FULL) for options in (once, twice)]
+    assert jobs[0] == jobs[1]
+    assert len({job.path for job in jobs[0]}) == len(jobs[0]) == 2 * 10 + 4
+
+
+def test_a_folder_of_other_sizes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.keep_sizes(tmp_path, command.FULL)
+    command.keep_sizes(tmp_path, command.FULL)
+    assert command.main(["run", "--smoke", "--output", str(tmp_path)]) == 2
+    assert "begun with other sizes" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs.csv").touch()
+    assert command.main(["report", "--results", str(tmp_path)]) == 2
+    assert "has no steps.csv, positions.csv" in capsys.readouterr().err
+
+
+def leave(path: Path, tick: Any) -> None:
+    tick()
+    path.touch()
+
+
+def never_end(path: Path, tick: Any) -> None:
+    path.with_suffix(".begun").touch()
+    time.sleep(600)
+
+
+def fail(path: Path, tick: Any) -> None:
+    while not path.with_name("endless.begun").exists():
+        time.sleep(0.05)
+    raise ValueError("broken")
+
+
+def test_jobs_that_are_done_are_not_repeated_and_an_error_ends_all(tmp_path: Path) -> None:
+    def job(name: str, work: Any) -> Any:
+        return command.Job(tmp_path / name, 1, work, (tmp_path / name,))
+
+    (tmp_path / "done").touch()
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="broken"):
+        command.work_through(
+            "test",
+            [
+                job("done", fail),
+                job("first", leave),
+                job("endless", never_end),
+                job("failing", fail),
+                *(job(f"later {i}", never_end) for i in range(3)),
+            ],
+            2,
+        )
+    assert time.monotonic() - started < 120
+    assert (tmp_path / "first").exists()
+    assert not list(tmp_path.glob("later 2*"))
+    assert not multiprocessing.active_children()

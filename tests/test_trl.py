@@ -717,6 +717,9 @@ def test_the_example_says_what_is_missing(
     with pytest.raises(SystemExit):
         distill_trl.main(["--smoke", "--teacher", "a", "--teacher-server", "http://b"])
     assert "--teacher and --teacher-server are both given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        distill_trl.main(["--smoke", "--teacher", "a", "--teacher-model", "b"])
+    assert "--teacher-model needs --teacher-server" in capsys.readouterr().err
 
 
 def test_a_batch_of_which_nothing_is_scored_raises_even_where_failures_are_masked(
@@ -755,6 +758,9 @@ def test_entries_of_a_server_that_are_not_replaced_are_told(
     [
         ({"beta": 0.5}, "beta is 0.5"),
         ({"k": 1}, "k is 1"),
+        ({"k": 2.5}, "k is 2.5, expected an int"),
+        ({"stats_steps": "8"}, "stats_steps is '8', expected an int"),
+        ({"masked_tokens": "<"}, "masked_tokens is '<', expected a list"),
         ({"stats_steps": -1}, "stats_steps is -1"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"masked_ids": [3, -1]}, "masked_ids has -1"),

@@ -87,7 +87,7 @@ def tail_bucket(scores: Scores) -> Tensor:
 
 
 def student_support(scores: Scores) -> Tensor:
-    """LSM on the student's K best instead of the teacher's."""
+    """LSM on the student's K best instead of the teacher's; the paper adds the sampled token."""
     chosen = select_topk(scores.student.detach(), scores.k, vocab_size=scores.vocab)
     support = TopK(chosen.ids, scores.teacher.gather(-1, chosen.ids.long()).float())
     return topk_rkl(scores.student, support, reduction="none")

@@ -15,10 +15,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from comparison.arms import ARMS, BEFORE, TEACHER
-from comparison.training import MICRO_BATCHES
+from comparison.training import CLIP_NORM, MICRO_BATCHES, POSITIONS
 from matplotlib.axes import Axes
 
 Row = dict[str, str]
+FILES = ("runs.csv", "steps.csv", "positions.csv")
+FEWEST_TOKENS = 100  # that a point of the plot by position is the mean of
 STEP_EVERY = 5  # of the steps' rows, that many are averaged into one that is kept
 ORDER = [TEACHER.name, BEFORE.name, *(arm.name for arm in ARMS)]
 COLORS = {TEACHER.name: "gray", BEFORE.name: "black"}
@@ -37,24 +39,30 @@ COLUMNS = {
     "student_mass": "student mass",
     "length": "length",
     "grad_norm": "grad norm",
+    "grad_norm_deviation": "its deviation",
+    "clipped": "steps clipped",
     "grad_variance": "grad variance",
     "relative_variance": "relative variance",
+    "tokens": "tokens",
 }
 
 
 LEGEND = """\
-Means over seeds ± half of their range. Success and all that is of rollouts: held-out problems,
+Means over seeds ± half of their range; one teacher and one set of 128 held-out problems (SmolLM2:
+32 prompts) serve all. K is 8 (SmolLM2: 32). Success and all that is of rollouts: held-out problems,
 sampled at temperature 1 and top-p 1; top-p 0.9 and greedy: success when sampled so. Reverse
 KL(student || teacher) is on the student's rollouts, forward KL(teacher || student) on an expert's
 answers (SmolLM2: the teacher's), full vocabulary, nats per token; the teacher's score is its
 log-prob of what the student said. "Ordinary" figures are without the special tokens that student
 and teacher write differently, as tokens and in both distributions. Student mass is what the
-student's distribution holds on the teacher's best K. Gradient norm (before clipping at 1) and the
-variance between a step's micro-batches are means over training; relative variance is over the
-squared norm without that noise. "Masking" leaves the first special token of each kind in a turn
-out as a position, and what student and teacher write differently (<think>, both end tokens) out of
-the support; students may stop at either end token, in every arm. The arms of a seed meet the same
-problems; what they say to them differs, and so does the number of tokens they learn from.
+student's distribution holds on the teacher's best K. Over training: mean and standard deviation of
+the gradient norm (before clipping at 1), the share of steps that were clipped (before AdamW, which
+takes no notice of a gradient's scale that lasts), the variance between a step's four micro-batches,
+and this over the squared norm without that noise, a ratio that is noisy itself. "Masking" leaves
+the first special token of each kind in a turn out as a position, and what student and teacher write
+differently (<think>, both end tokens) out of the support; students may stop at either end token, in
+every arm. The arms of a seed meet the same problems; what they say to them differs, and so does the
+number of tokens that they learn from.
 """
 
 
@@ -70,10 +78,10 @@ def collect(output: Path, results: Path) -> None:
         rows = _read(logged) if logged.exists() else []
         for name in OF_STEPS:
             result[name] = _mean(rows, name)
-        result["grad_norm_deviation"] = (
-            statistics.stdev(float(row["grad_norm"]) for row in rows) if len(rows) > 1 else None
-        )
-        result["tokens"] = sum(int(row["tokens"]) for row in rows)
+        norms = [float(row["grad_norm"]) for row in rows]
+        result["grad_norm_deviation"] = statistics.stdev(norms) if len(norms) > 1 else None
+        result["clipped"] = statistics.fmean(norm > CLIP_NORM for norm in norms) if norms else None
+        result["tokens"] = sum(int(row["tokens"]) for row in rows) if rows else None
         result["relative_variance"] = _relative_variance(rows)
         runs.append({name: _short(value) for name, value in result.items()})
         for i in range(0, len(rows), STEP_EVERY):
@@ -81,9 +89,9 @@ def collect(output: Path, results: Path) -> None:
             means = {name: _short(_mean(few, name)) for name in few[0] if name != "seconds"}
             steps.append({**what, **means, "step": few[-1]["step"]})
     results.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("runs", runs), ("steps", steps), ("positions", positions)):
+    for name, rows in zip(FILES, (runs, steps, positions), strict=True):
         rows.sort(key=lambda row: (row["task"], int(row["seed"]), ORDER.index(row["arm"])))
-        _write(results / f"{name}.csv", rows)
+        _write(results / name, rows)
 
 
 def report(results: Path) -> str:
@@ -109,17 +117,20 @@ def _table(task: str, runs: Sequence[Row]) -> str:
     ]
     by_arm = _grouped(runs, "arm")
     for arm in sorted(by_arm, key=ORDER.index):
-        cells = [_cell([float(r[name]) for r in by_arm[arm] if r.get(name)]) for name in shown]
+        cells = [_cell([r.get(name) for r in by_arm[arm]]) for name in shown]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float]) -> str:
+def _cell(fields: Sequence[str | None]) -> str:
+    """Mean ± half range; where runs lack the value, of how many it is."""
+    values = [float(field) for field in fields if field]
     if not values:
         return ""
     mean, spread = statistics.fmean(values), (max(values) - min(values)) / 2
-    digits = 1 if abs(mean) >= 10 else 3
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+    digits = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 10 else 3
+    text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+    return text if len(values) == len(fields) else f"{text} ({len(values)} of {len(fields)})"
 
 
 STEP_PANELS = {
@@ -148,24 +159,34 @@ def draw_steps(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw_positions(path: Path, rows: Sequence[Row]) -> None:
-    """How far the teacher disagrees with what the student said, by position in the response."""
+    """How far the teacher disagrees with what the student said, by position in the response.
+
+    Only where an arm's runs have ``FEWEST_TOKENS`` or more.
+    """
     tasks = _grouped(rows, "task")
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
     for ax, (task, of_task) in zip(axes[0], tasks.items(), strict=True):
-        _curves(ax, of_task, "position", "gap")
+        _curves(ax, of_task, "position", "gap", weight="tokens")
         ax.set_title(f"{task}: log q - log p of the said token", fontsize=9)
-        ax.set_xlabel("position in the response")
+        ax.set_xlabel(f"position in the response, the first {POSITIONS}")
     _save(figure, axes, path)
 
 
-def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, weight: str = "") -> None:
+    """A curve for each arm: means over seeds, weighted by a column if one is named."""
     by_arm = _grouped([row for row in rows if row.get(y)], "arm")
     for arm in sorted(by_arm, key=ORDER.index):
-        points = _grouped(by_arm[arm], x)
-        xs = sorted(points, key=int)
-        ys = [statistics.fmean(float(row[y]) for row in points[i]) for i in xs]
+        points = []
+        for at, here in _grouped(by_arm[arm], x).items():
+            weights = [float(row[weight]) for row in here] if weight else [1.0] * len(here)
+            total = sum(weights)
+            if not weight or total >= FEWEST_TOKENS:
+                values = (float(row[y]) * w for row, w in zip(here, weights, strict=True))
+                points.append((int(at), sum(values) / total))
+        points.sort()
         color = COLORS.get(arm, f"C{ORDER.index(arm) - 2}")
-        ax.plot([int(i) for i in xs], ys, label=arm, color=color, linewidth=1.2)
+        xs, ys = [at for at, _ in points], [value for _, value in points]
+        ax.plot(xs, ys, label=arm, color=color, linewidth=1.2)
 
 
 def _save(figure: plt.Figure, axes: Sequence[Sequence[Axes]], path: Path) -> None:

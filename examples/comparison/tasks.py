@@ -196,7 +196,7 @@ class World:
         return ["open", "it"] if place == "closed" else ["go", place]
 
     def say(self, words: list[str]) -> list[str]:
-        """Carry out the two words after the last comma; anything else changes nothing."""
+        """Carry out the last two words; anything that is no possible action changes nothing."""
         spoken = [word for word in words if word not in MARKUP]
         verb, noun = spoken[-2:] if len(spoken) >= 2 else ["", ""]
         self.turns += 1

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from opd_kernels import TokenizerComparison, predicting, special_token_mask, topk_rkl
 
 MICRO_BATCHES = 4
+CLIP_NORM = 1.0
 POSITION_BIN, POSITIONS = 4, 64
 
 
@@ -133,7 +134,7 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
         loss += share * mean.item()
         # Whatever an arm leaves out, all are watched on the same support.
         watched.append(observe(replace(scores, banned=()) if banned else scores))
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
     optimizer.step()
     n = len(parts)
     tokens = {name: torch.cat([w[name] for w in watched]) for name in watched[0]}

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from trl import DistillationConfig
+try:
+    from trl import DistillationConfig
+except ImportError as error:
+    raise ImportError(
+        f"{error}: TopKDistillationTrainer needs TRL's DistillationTrainer (checked with 1.16.0); "
+        'pip install "opd_kernels[trl]"'
+    ) from error
 
 __all__ = ["TopKDistillationConfig"]
 
@@ -95,6 +101,11 @@ class TopKDistillationConfig(DistillationConfig):
         super().__post_init__()
         if self.beta != 1:
             raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
+        for name in ("k", "stats_steps"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an int")
+        if isinstance(self.masked_tokens, str):
+            raise ValueError(f"masked_tokens is {self.masked_tokens!r}, expected a list of strings")
         if self.k < 2:
             raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
         if self.vocab_size is not None and self.vocab_size < 1:
