@@ -565,8 +565,8 @@ def fail(path: Path, tick: Any) -> None:
 
 
 def test_jobs_that_are_done_are_not_repeated_and_an_error_ends_all(tmp_path: Path) -> None:
-    def job(name: str, work: Any) -> Any:
-        return command.Job(tmp_path / name, 1, work, (tmp_path / name,))
+    def job(name: str, work: Any, leaves: str = "") -> Any:
+        return command.Job(tmp_path / name, 1, work, (tmp_path / (leaves or name),))
 
     (tmp_path / "done").touch()
     started = time.monotonic()
@@ -574,7 +574,7 @@ def test_jobs_that_are_done_are_not_repeated_and_an_error_ends_all(tmp_path: Pat
         command.work_through(
             "test",
             [
-                job("done", fail),
+                job("done", leave, "repeated"),
                 job("first", leave),
                 job("endless", never_end),
                 job("failing", fail),
@@ -584,5 +584,6 @@ def test_jobs_that_are_done_are_not_repeated_and_an_error_ends_all(tmp_path: Pat
         )
     assert time.monotonic() - started < 120
     assert (tmp_path / "first").exists()
+    assert not (tmp_path / "repeated").exists()
     assert not list(tmp_path.glob("later 2*"))
     assert not multiprocessing.active_children()
