@@ -5,12 +5,16 @@ the students not to the end. Then each arm (``comparison/arms.py``) distils each
 rollouts: steps of arithmetic, a text world that is played in turns, and both mixed. Two arms also
 run on the demo's SmolLM2 pair. All arms of a seed meet the same problems in the same order.
 
-    python examples/compare_objectives.py run       # hours on two cores
+    python examples/compare_objectives.py run       # two hours and a half on two cores
     python examples/compare_objectives.py report    # table and plots again, from the CSV files
     tensorboard --logdir comparison_output/tensorboard
 
 `run` goes on where it was interrupted, from checkpoints in its output folder, and ends with the
-report. Results go to ``examples/results/comparison/``; none of a whole run are there yet.
+report. Results of a whole run go to ``examples/results/comparison/``.
+
+Other than in arXiv 2603.25562, besides sizes: one teacher serves both tasks, which mix within a
+batch; masking works turn by turn and also keeps the special tokens out of the support; the
+student's support does without the sampled token; models stop at either end token.
 """
 
 from __future__ import annotations
