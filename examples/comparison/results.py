@@ -23,7 +23,11 @@ FILES = ("runs.csv", "steps.csv", "positions.csv")
 FEWEST_TOKENS = 100  # that a point of the plot by position is the mean of
 STEP_EVERY = 5  # of the steps' rows, that many are averaged into one that is kept
 ORDER = [TEACHER.name, BEFORE.name, *(arm.name for arm in ARMS)]
-COLORS = {TEACHER.name: "gray", BEFORE.name: "black"}
+COLORS = dict(
+    zip(ORDER, ("gray", "black", *(f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8))), strict=True)
+)
+# It collapses: panels are scaled to the others, which it leaves.
+OFF_SCALE = "no renormalisation + top-p"
 # Columns that are means over a run's steps.
 OF_STEPS = ("grad_norm", "grad_variance", "seconds")
 COLUMNS = {
@@ -151,10 +155,10 @@ def draw_steps(path: Path, rows: Sequence[Row]) -> None:
     )
     for line, (task, of_task) in zip(axes, tasks.items(), strict=True):
         for ax, (name, title) in zip(line, STEP_PANELS.items(), strict=True):
-            _curves(ax, of_task, "step", name)
-            ax.set_title(f"{task}: {title}", fontsize=9)
             if name.startswith("grad"):
                 ax.set_yscale("log")
+            _curves(ax, of_task, "step", name)
+            ax.set_title(f"{task}: {title}", fontsize=9)
     _save(figure, axes, path)
 
 
@@ -175,7 +179,8 @@ def draw_positions(path: Path, rows: Sequence[Row]) -> None:
 def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, weight: str = "") -> None:
     """A curve for each arm: means over seeds, weighted by a column if one is named."""
     by_arm = _grouped([row for row in rows if row.get(y)], "arm")
-    for arm in sorted(by_arm, key=ORDER.index):
+    limits = None
+    for arm in sorted(by_arm, key=lambda arm: (arm == OFF_SCALE, ORDER.index(arm))):
         points = []
         for at, here in _grouped(by_arm[arm], x).items():
             weights = [float(row[weight]) for row in here] if weight else [1.0] * len(here)
@@ -184,9 +189,13 @@ def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, weight: str = "") -> 
                 values = (float(row[y]) * w for row, w in zip(here, weights, strict=True))
                 points.append((int(at), sum(values) / total))
         points.sort()
-        color = COLORS.get(arm, f"C{ORDER.index(arm) - 2}")
         xs, ys = [at for at, _ in points], [value for _, value in points]
-        ax.plot(xs, ys, label=arm, color=color, linewidth=1.2)
+        ax.plot(xs, ys, label=arm, color=COLORS[arm], linewidth=1.2)
+        if arm != OFF_SCALE:
+            limits = ax.get_ylim()
+    if limits is not None:
+        ax.set_ylim(limits)
+    ax.set_visible(bool(by_arm))
 
 
 def _save(figure: plt.Figure, axes: Sequence[Sequence[Axes]], path: Path) -> None:
