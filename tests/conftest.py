@@ -119,3 +119,11 @@ def threads() -> int:
     before = torch.get_num_threads()
     yield before
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: int) -> Iterator[None]:
+    """For models that are tiny; the test's random numbers stay its own."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield

@@ -7,23 +7,34 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from teacher_http import Teacher, model_logprobs, serving
 from torch import Tensor
 from torch.distributed.utils import _to_kwargs
 from torch.utils._pytree import tree_leaves
 
-from opd_kernels import topk_rkl
-
 pytest.importorskip("trl", reason="the trainer needs TRL")
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_trl import (
+    PROMPTS,
+    SMALL,
+    WORDS,
+    K,
+    V,
+    assert_same_parameters,
+    config,
+    hand_written_loss,
+    hand_written_step,
+    llama,
+    logged,
+    sequences,
+    tokenizer,
+    trainer,
+)
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -37,165 +48,15 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
-    PreTrainedTokenizerFast,
 )
-from trl import DistillationConfig
 
-from opd_kernels.integrations.server import (
-    TeacherServer,
-    TeacherServerError,
-    TeacherUnavailableError,
-)
-from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
+from opd_kernels.integrations.trl import TopKDistillationTrainer
 from opd_kernels.integrations.trl import trainer as adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-V, K = 64, 6
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(V - 3))]
-PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10", "w11", "w12 w13", "w14", "w15 w16"]
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(threads: int) -> Iterator[None]:
-    torch.set_num_threads(1)  # the tensors are tiny
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-
-
-def llama(seed: int, **options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SMALL | options))
-
-
-def config(folder: Path, **options: Any) -> TopKDistillationConfig:
-    defaults = {
-        "k": K,
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 8,
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "stats_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return TopKDistillationConfig(str(folder), **defaults | options)
-
-
-def fixed_response(prompt: list[int]) -> list[int]:
-    """A response that depends on its prompt alone; lengths differ, the last token may be eos."""
-    generator = torch.Generator().manual_seed(sum(prompt))
-    length = 2 + sum(prompt) % 5
-    tokens = torch.randint(3, V, (length,), generator=generator).tolist()
-    return [*tokens[:-1], 1] if length % 2 else tokens
-
-
-class WithFixedResponses(TopKDistillationTrainer):
-    """Rollouts do not depend on the student."""
-
-    def _generate_single_turn(self, prompt_ids: list, *_: Any) -> list[list[int]]:
-        return [fixed_response(list(prompt)) for prompt in prompt_ids]
-
-
-def trainer(
-    student: Any, teacher: Any, args: Any, prompts: list[str] = PROMPTS, **options: Any
-) -> TopKDistillationTrainer:
-    options = {"processing_class": tokenizer()} | options
-    data = Dataset.from_dict({"prompt": prompts})
-    return WithFixedResponses(student, teacher, args, train_dataset=data, **options)
-
-
-def sequences(prompts: list[str]) -> list[tuple[list[int], list[int]]]:
-    ids = [tokenizer()(prompt)["input_ids"] for prompt in prompts]
-    return [(prompt, fixed_response(prompt)) for prompt in ids]
-
-
-def hand_written_loss(
-    student: Any,
-    teacher: Any,
-    prompts: list[str],
-    counted: Callable[[list[int]], list[bool]] = lambda response: [True] * len(response),
-    **options: Any,
-) -> tuple[Tensor, int]:
-    """(loss, tokens): a mean over all counted tokens, one sequence at a time, without padding."""
-    total, tokens = torch.zeros(()), 0
-    for prompt, response in sequences(prompts):
-        whole = torch.tensor([prompt + response])
-        with torch.no_grad():
-            teacher_logits = teacher(whole).logits
-        mask = torch.zeros(1, whole.shape[1], dtype=torch.bool)
-        mask[0, len(prompt) - 1 : -1] = torch.tensor(counted(response))
-        total = total + topk_rkl(
-            student(whole).logits,
-            teacher_logits,
-            mask=mask,
-            reduction="sum",
-            backend="reference",
-            **{"k": K} | options,
-        )
-        tokens += int(mask.sum())
-    return total / tokens, tokens
-
-
-def hand_written_step(
-    student: Any, teacher: Any, prompts: list[str] = PROMPTS[:4], rate: float = 0.5, **options: Any
-) -> tuple[float, dict[str, Tensor]]:
-    """(loss, parameters after a step of SGD) of one batch of all prompts."""
-    student = copy.deepcopy(student)
-    loss, _ = hand_written_loss(student, teacher, prompts, **options)
-    loss.backward()
-    with torch.no_grad():
-        for parameter in student.parameters():
-            if parameter.grad is not None:
-                parameter -= rate * parameter.grad
-    return loss.item(), dict(student.named_parameters())
-
-
-def assert_same_parameters(
-    model: Any, expected: dict[str, Tensor], tolerance: float = 2e-6
-) -> None:
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            parameter.detach(), expected[name].detach(), rtol=1e-4, atol=tolerance, msg=name
-        )
-
-
-def logged(trained: TopKDistillationTrainer, name: str) -> list[float]:
-    return [entry[name] for entry in trained.state.log_history if name in entry]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
@@ -561,298 +422,6 @@ def test_evaluation_of_one_batch_is_the_mean_over_its_tokens(tmp_path: Path) -> 
     args = config(tmp_path, per_device_eval_batch_size=4)
     metrics = trainer(student, teacher, args, eval_dataset=data).evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
-
-
-# --- a teacher behind a server
-
-
-@pytest.fixture
-def served() -> Iterator[tuple[Teacher, LlamaForCausalLM]]:
-    model = llama(1).eval()
-    with serving(model_logprobs(model)) as teacher:
-        yield teacher, model
-
-
-@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
-@pytest.mark.parametrize("api", ["vllm", "sglang"])
-def test_a_server_gives_the_gradients_of_the_teacher_in_process(
-    tmp_path: Path, served: tuple[Teacher, Any], api: str, hidden: bool
-) -> None:
-    teacher, model = served
-    student = llama(0)
-    expected_loss, expected = hand_written_step(student, model)
-    args = config(
-        tmp_path,
-        shuffle_dataset=False,
-        use_hidden_states=hidden,
-        teacher_server_url=teacher.url,
-        teacher_server_model="teacher",
-        teacher_server_api=api,
-    )
-    trained = trainer(student, None, args)
-    trained.train()
-    assert logged(trained, "loss") == pytest.approx([expected_loss], rel=1e-4)
-    assert_same_parameters(student, expected)
-    assert len(teacher.requests) == 4  # each sequence of the step once
-    assert 0 < logged(trained, "teacher_mass")[0] <= 1
-
-
-@pytest.mark.parametrize("api", ["vllm", "sglang"])
-def test_temperatures_apply_to_a_servers_log_probs(
-    tmp_path: Path, served: tuple[Teacher, Any], api: str
-) -> None:
-    teacher, model = served
-    student = llama(0)
-    options = {"temperature": 0.7, "teacher_temperature": 1.3}
-    _, expected = hand_written_step(student, model, **options)
-    args = config(
-        tmp_path,
-        shuffle_dataset=False,
-        teacher_server_url=teacher.url,
-        teacher_server_api=api,
-        **options,
-    )
-    trainer(student, None, args).train()
-    assert_same_parameters(student, expected)
-
-
-def test_images_with_a_server_are_refused(
-    tmp_path: Path, served: tuple[Teacher, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generate = adapter.DistillationTrainer._generate_and_score_completions
-    monkeypatch.setattr(
-        adapter.DistillationTrainer,
-        "_generate_and_score_completions",
-        lambda self, inputs: generate(self, inputs) | {"pixel_values": torch.zeros(4, 3, 8, 8)},
-    )
-    args = config(tmp_path, teacher_server_url=served[0].url)
-    with pytest.raises(ValueError, match="has images"):
-        trainer(llama(0), None, args).train()
-
-
-def test_options_reach_the_servers_client(tmp_path: Path, served: tuple[Teacher, Any]) -> None:
-    teacher, _ = served
-    options = {"teacher_server_url": teacher.url, "teacher_server_timeout": 0.2}
-    teacher.script = [1.0]
-    args = config(tmp_path, teacher_server_retries=0, **options)
-    with pytest.raises(TeacherUnavailableError, match="timed out"):
-        trainer(llama(0), None, args).train()
-    teacher.script, teacher.most_at_once = [0.05] * 4, 0
-    args = config(tmp_path, teacher_server_parallel=1, **options)
-    trainer(llama(0), None, args).train()
-    assert teacher.most_at_once == 1
-
-
-def test_masked_tokens_take_no_part_with_a_server(
-    tmp_path: Path, served: tuple[Teacher, Any]
-) -> None:
-    teacher, model = served
-    student = llama(0)
-    _, expected = hand_written_step(
-        student, model, counted=lambda response: [token != 1 for token in response]
-    )
-    args = config(tmp_path, shuffle_dataset=False, masked_ids=[1])
-    server = TeacherServer(teacher.url, k=K)
-    trainer(student, None, args, teacher_server=server).train()
-    assert_same_parameters(student, expected)
-
-
-def test_a_position_without_entries_raises(tmp_path: Path, served: tuple[Teacher, Any]) -> None:
-    teacher, _ = served
-
-    def forget(answer: dict) -> dict:
-        answer["choices"][0]["prompt_logprobs"][-1] = None
-        return answer
-
-    teacher.change = forget
-    server = TeacherServer(teacher.url, k=K)
-    with pytest.raises(TeacherServerError, match=r"no 6 entries for 4 of \d+ response tokens"):
-        trainer(llama(0), None, config(tmp_path), teacher_server=server).train()
-
-
-def test_masking_failures_leaves_out_what_failed_and_divides_by_the_rest(
-    tmp_path: Path, served: tuple[Teacher, Any]
-) -> None:
-    teacher, model = served
-    student = llama(0)
-    _, expected = hand_written_step(student, model, PROMPTS[1:4])
-    teacher.script = [(500, "broken")]
-    server = TeacherServer(teacher.url, k=K, retries=0, parallel=1, on_failure="mask")
-    args = config(tmp_path, shuffle_dataset=False)
-    with pytest.warns(UserWarning, match="left out 1 of 4 .*sequence 0.*broken"):
-        trainer(student, None, args, teacher_server=server).train()
-    assert_same_parameters(student, expected)
-
-
-@pytest.mark.parametrize("behind", ["in process", "behind a server"])
-def test_the_example_runs(
-    tmp_path: Path,
-    served: tuple[Teacher, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    behind: str,
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
-    import distill_trl
-
-    teacher, _ = served
-    teacher.logprobs = model_logprobs(distill_trl.tiny_model(2))
-    server = ["--teacher-server", teacher.url] if behind == "behind a server" else []
-    options = ["--batch", "2", "--accumulation", "2", "--k", "8", "--masked-tokens", "<eos>"]
-    distill_trl.main(["--smoke", "--output", str(tmp_path), *options, *server])
-    assert len(teacher.requests) == (12 if server else 0)
-    assert "student_mass" in capsys.readouterr().out
-    LlamaForCausalLM.from_pretrained(tmp_path)
-
-
-def test_the_example_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
-    import distill_trl
-
-    with pytest.raises(SystemExit):
-        distill_trl.main(["--student", "somewhere"])
-    assert "--dataset, --teacher or --teacher-server is missing" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        distill_trl.main(["--smoke", "--teacher", "a", "--teacher-server", "http://b"])
-    assert "--teacher and --teacher-server are both given" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        distill_trl.main(["--smoke", "--teacher", "a", "--teacher-model", "b"])
-    assert "--teacher-model needs --teacher-server" in capsys.readouterr().err
-
-
-def test_a_batch_of_which_nothing_is_scored_raises_even_where_failures_are_masked(
-    tmp_path: Path, served: tuple[Teacher, Any]
-) -> None:
-    teacher, _ = served
-    teacher.script = [(500, "broken")] * 4
-    server = TeacherServer(teacher.url, k=K, retries=0, on_failure="mask")
-    trained = trainer(llama(0), None, config(tmp_path), teacher_server=server)
-    with (
-        pytest.warns(UserWarning, match="left out 4 of 4"),
-        pytest.raises(TeacherServerError, match=r"none of the batch's \d+ response tokens"),
-    ):
-        trained.train()
-
-
-@pytest.mark.parametrize("options", [{"banned_ids": [*range(40)]}, {"vocab_size": 40}, {}])
-def test_entries_of_a_server_that_are_not_replaced_are_told(
-    tmp_path: Path, served: tuple[Teacher, Any], options: dict
-) -> None:
-    args = config(tmp_path, teacher_server_url=served[0].url, **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trained = trainer(llama(0), None, args)
-        trained.train()
-    told = any("dropped and not replaced" in str(warning.message) for warning in caught)
-    assert told == bool(options)
-    assert (logged(trained, "valid_k")[0] < K) == bool(options)
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": 0.5}, "beta is 0.5"),
-        ({"k": 1}, "k is 1"),
-        ({"k": 2.5}, "k is 2.5, expected an int"),
-        ({"stats_steps": "8"}, "stats_steps is '8', expected an int"),
-        ({"masked_tokens": "<"}, "masked_tokens is '<', expected a list"),
-        ({"stats_steps": -1}, "stats_steps is -1"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"masked_ids": [3, -1]}, "masked_ids has -1"),
-        ({"banned_ids": [-100, 3]}, "banned_ids has -100"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
-        ({"teacher_server_model": "x"}, "teacher_server_model needs teacher_server_url"),
-        ({"teacher_server_retries": 9}, "teacher_server_retries needs teacher_server_url"),
-    ],
-)
-def test_options_that_are_not_allowed(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
-
-
-def test_defaults_are_the_papers() -> None:
-    args = TopKDistillationConfig("unused", use_cpu=True)
-    assert (args.k, args.temperature, args.top_p) == (32, 1.0, 0.9)
-
-
-def test_one_teacher_and_no_more(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="given as nothing"):
-        trainer(llama(0), None, config(tmp_path))
-    server = TeacherServer("http://127.0.0.1:9", k=K)
-    with pytest.raises(ValueError, match="teacher_model and teacher_server,"):
-        trainer(llama(0), llama(1), config(tmp_path), teacher_server=server)
-    named = config(tmp_path, teacher_model_name_or_path="somewhere")
-    with pytest.raises(ValueError, match=r"teacher_model and args\.teacher_model_name_or_path,"):
-        trainer(llama(0), llama(1), named)
-    both = config(tmp_path, teacher_server_url="http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"teacher_server and args\.teacher_server_url,"):
-        trainer(llama(0), None, both, teacher_server=server)
-    with pytest.raises(ValueError, match=r"asks for 6 entries, args\.k is 7"):
-        trainer(llama(0), None, config(tmp_path, k=7), teacher_server=server)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "main"}],
-)
-def test_options_for_loading_are_refused_beside_a_teacher_that_is_loaded(
-    tmp_path: Path, options: dict
-) -> None:
-    with pytest.raises(ValueError, match="loaded by name, teacher_model is given"):
-        trainer(llama(0), llama(1), config(tmp_path, **options))
-
-
-def test_a_teacher_that_shares_what_the_student_trains_is_refused(tmp_path: Path) -> None:
-    student, teacher = llama(0), llama(1)
-    with pytest.raises(ValueError, match=r"shares \d+ parameters with the student"):
-        trainer(student, student, config(tmp_path))
-    student.lm_head = teacher.lm_head
-    with pytest.raises(ValueError, match=r"shares 1 parameters.*lm_head\.weight"):
-        trainer(student, teacher, config(tmp_path))
-    student.lm_head.requires_grad_(False)
-    trainer(student, teacher, config(tmp_path))
-    assert student.model.embed_tokens.weight.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("options", "allowed"),
-    [
-        ({"k": 60}, 50),
-        ({"k": 47, "banned_ids": [3, 3, 7, 49, 50, 63, 1000]}, 47),
-        ({"k": 48, "banned_ids": [3, 3, 7, 49, 50, 63, 1000]}, 47),
-        ({"k": 10, "vocab_size": 9}, 9),
-        ({"banned_ids": [*range(V)]}, 0),
-    ],
-)
-def test_a_k_beyond_the_ids_that_can_be_selected_is_refused_before_any_step(
-    tmp_path: Path, options: dict, allowed: int
-) -> None:
-    teacher, args = llama(1, vocab_size=50), config(tmp_path, **options)
-    if args.k <= allowed:
-        trainer(llama(0), teacher, args)
-        return
-    with pytest.raises(ValueError, match=f"k is {args.k}, allowed is at most {allowed},"):
-        trainer(llama(0), teacher, args)
-
-
-def test_another_config_is_refused(tmp_path: Path) -> None:
-    plain = DistillationConfig(str(tmp_path), use_cpu=True)
-    with pytest.raises(TypeError, match="a DistillationConfig, expected a TopKDistillationConfig"):
-        trainer(llama(0), llama(1), plain)
-
-
-def test_a_trl_without_the_hooks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(adapter.DistillationTrainer, "_get_last_hidden_state")
-    with pytest.raises(ImportError, match=r"has no .*_get_last_hidden_state.*install trl==1.16.0"):
-        trainer(llama(0), llama(1), config(tmp_path))
 
 
 def test_other_tokenizers_warn_with_the_comparison(tmp_path: Path) -> None:
