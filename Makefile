@@ -26,7 +26,7 @@ smoke: $(VENV)/.demo
 toy: $(VENV)/.demo
 	$(BIN)/python examples/toy_variance.py
 
-# Eight objectives, three tasks, three seeds: 2.5 hours on two cores; goes on where it was interrupted.
+# Eight objectives, three tasks, three seeds: 2.5 hours on two cores and more for the models; resumes.
 comparison: $(VENV)/.demo
 	$(BIN)/python examples/compare_objectives.py run
 

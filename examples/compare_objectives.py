@@ -5,7 +5,7 @@ the students not to the end. Then each arm (``comparison/arms.py``) distils each
 rollouts: steps of arithmetic, a text world that is played in turns, and both mixed. Two arms also
 run on the demo's SmolLM2 pair. All arms of a seed meet the same problems in the same order.
 
-    python examples/compare_objectives.py run       # two hours and a half on two cores
+    python examples/compare_objectives.py run       # 2.5 hours on two cores, after the models
     python examples/compare_objectives.py report    # table and plots again, from the CSV files
     tensorboard --logdir comparison_output/tensorboard
 
