@@ -12,7 +12,7 @@ SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) test-gpu cubins lint fuzz sanitize bench bench-gpu clean
+.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu cubins lint fuzz sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -55,13 +55,10 @@ $(AOT): test-aot-%: $(VENV)/.test
 	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/test_aot.py
 
 # On a machine with a GPU, in the environment that is there: needs torch, triton, pytest, hypothesis,
-# pybind11 and ninja, and no network.
-test-gpu:
-	$(PYTHON) tests/run_gpu.py
-
-bench-gpu:
-	$(PYTHON) tests/run_gpu.py --only build
-	$(PYTHON) benchmarks/gpu.py
+# pybind11 and ninja, and no network. Part 1 takes six minutes, part 2 four; benchmarks/gpu says more.
+PART := 1
+gpu:
+	$(PYTHON) benchmarks/gpu --part $(PART) $(if $(SECONDS),--seconds $(SECONDS))
 
 # Registers, resident blocks and instructions of the CUDA kernels, for GPUs that need not be here.
 cubins: $(VENV)/.test

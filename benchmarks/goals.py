@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
 from report import Result
-from timing import Times
 
-# Of the time of unusual rows to that of random ones, for every backend.
-UNUSUAL_RATIO = 1.1
+# How many times as long as random rows others may take, by what they hold.
+UNUSUAL_RATIO = 1.05
+UNUSUAL_RATIOS = {"20 banned ids": 1.1}
 
 
 @dataclass(frozen=True)
@@ -18,20 +17,25 @@ class Goals:
     """Of one backend; None where there is no goal."""
 
     percent: float  # of the yardsticks' speed, at the headline shapes
-    times: dict[str, float]  # how many times as long peers and other backends take
+    peers: dict[str, float]  # how many times as long peers take
     few_rows_percent: float | None = None  # of the read ceiling
+    widest_percent: float | None = None  # of the read ceiling, at K = 1024
     host_us: float | None = None  # of the host in a call
 
 
 GOALS = {
     "cuda": Goals(
-        percent=90,
-        times={"careful eager": 8, "naive eager": 20, "triton": 1.05},
-        few_rows_percent=60,
+        percent=93,
+        peers={"careful eager": 8, "naive eager": 20},
+        few_rows_percent=65,
+        widest_percent=75,
         host_us=25,
     ),
-    "triton": Goals(percent=80, times={"careful eager": 5, "naive eager": 15}),
+    "triton": Goals(percent=88, peers={"careful eager": 5, "naive eager": 15}),
 }
+WIDEST = 1024
+# The shape whose few rows are judged by the read ceiling.
+FEW_ROWS = 64
 
 # Of `linear_topk_rkl`, by device: how many times as long something takes at a K.
 LINEAR_GOALS: dict[str, dict[tuple[str, int], float]] = {
@@ -41,6 +45,9 @@ LINEAR_GOALS: dict[str, dict[tuple[str, int], float]] = {
     },
     "cuda": {("LM head, trained", 64): 7, ("LM head, trained", 32): 10},
 }
+# Milliseconds on an H100, by K: forward and backward with a trained head.
+LINEAR_ROWS, MINE = 8192, "forward + backward, trained"
+LINEAR_MS = {64: 5.2, 32: 2.9}
 # Of a teacher in process to its matrix product and the student's side alone.
 TEACHER_RATIO = 1.25
 
@@ -52,37 +59,39 @@ def judge_point(
     goals = GOALS.get(backend)
     if goals is None:
         return
-    if (part, measure) == ("few rows", "forward") and goals.few_rows_percent is not None:
-        what = f"{backend}, {point.rows} rows: forward, % of the read ceiling"
-        result.goal(what, row["percent_of_read"], least=goals.few_rows_percent)
-    what = f"{backend}, K={point.k}: {measure}"
-    if (part, measure) == ("headline", "forward"):
-        result.goal(f"{what}, % of the read ceiling", row["percent_of_read"], least=goals.percent)
-        if row["peak_bytes"] is not None:
-            most = 12 * point.rows * point.k + 0.05 * point.nbytes
-            result.goal(f"{what}, extra MB", row["peak_bytes"] / 1e6, most=most / 1e6)
+    ceiling = {
+        "headline": goals.percent,
+        "few rows": goals.few_rows_percent if point.rows == FEW_ROWS else None,
+        "shapes": goals.widest_percent if point.k == WIDEST else None,
+    }[part]
+    what = f"{backend}, {point.rows} rows, K={point.k}: {measure}"
+    if measure == "forward" and ceiling is not None:
+        result.goal(f"{what}, % of the read ceiling", row["percent_of_read"], least=ceiling)
+    if (part, measure) == ("headline", "forward") and row["peak_bytes"] is not None:
+        most = 12 * point.rows * point.k + 0.05 * point.nbytes
+        result.goal(f"{what}, extra MB", row["peak_bytes"] / 1e6, most=most / 1e6)
     if (part, measure) == ("headline", "forward + backward"):
         percent = row["percent_of_read_and_memset"]
         result.goal(f"{what}, % of read + memset", percent, least=goals.percent)
 
 
-def judge_backends(result: Result, point: Any, times: Times) -> None:
-    """Backends beside each other, timed in the same turns at a headline shape."""
-    for name, goals in GOALS.items():
-        for other, least in goals.times.items():
-            for measure in ("forward", "forward + backward"):
-                if (name, measure) in times and (other, measure) in times:
-                    ratio = statistics.median(times[other, measure])
-                    ratio /= statistics.median(times[name, measure])
-                    what = f"{name}, K={point.k}: {measure}, {other} / ours"
-                    result.goal(what, ratio, least=least)
+def judge_few_rows(result: Result, backend: str, few: int, many: int, ratio: float) -> None:
+    """Fewer rows beside more: a wave of clusters too many would show."""
+    if GOALS[backend].few_rows_percent is not None:
+        result.goal(f"{backend}: forward, {few} rows / {many} rows", ratio, most=1)
+
+
+def judge_unusual(result: Result, backend: str, content: str, measure: str, ratio: float) -> None:
+    """The time of unusual rows to that of random ones."""
+    what = f"{backend}, {content}: {measure} / random rows"
+    result.goal(what, ratio, most=UNUSUAL_RATIOS.get(content, UNUSUAL_RATIO))
 
 
 def judge_peer(result: Result, point: Any, backend: str, label: str, ratio: float) -> None:
     """A peer's time to the backend's."""
-    if backend in GOALS and label in GOALS[backend].times:
+    if backend in GOALS and label in GOALS[backend].peers:
         what = f"{backend}, K={point.k}: {label} / ours"
-        result.goal(what, ratio, least=GOALS[backend].times[label])
+        result.goal(what, ratio, least=GOALS[backend].peers[label])
 
 
 def judge_host(result: Result, backend: str, measure: str, host_us: float) -> None:
@@ -109,6 +118,14 @@ def judge_linear(
             what += f" ({least:g} and a memset of a fresh dW)"
             least = row["ms"] / (row["ms"] / least + fresh["ms"])
         result.goal(what, row["times_ours"], least=least)
+    if device == "cuda" and MINE in rows:
+        judge_linear_ms(result, point, f"{who}, {MINE}", rows[MINE]["ms"])
+
+
+def judge_linear_ms(result: Result, point: Any, who: str, ms: float) -> None:
+    """The time itself, whatever it is beside."""
+    if point.k in LINEAR_MS and point.rows == LINEAR_ROWS:
+        result.goal(f"{who}, K={point.k}: ms (H100)", ms, most=LINEAR_MS[point.k])
 
 
 def judge_linear_memory(result: Result, point: Any, who: str, row: dict[str, Any]) -> None:

@@ -30,9 +30,12 @@ class Result:
         self.goals.append({"what": what, "value": value, "goal": goal, "met": met})
 
     def content(self) -> dict[str, Any]:
-        """All of it."""
+        """All of it, flat."""
+        return {**self.head, **self.found()}
+
+    def found(self) -> dict[str, Any]:
+        """All but the head."""
         return {
-            **self.head,
             "goals": self.goals,
             "not_reached": self.not_reached,
             "rows": self.rows,
@@ -43,7 +46,7 @@ class Result:
         if self.path is None:
             return
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content(), indent=1) + "\n")
+        partial.write_text(json.dumps({"head": self.head, **self.found()}, indent=1) + "\n")
         partial.replace(self.path)
 
 
@@ -60,6 +63,8 @@ def comment(row: dict[str, Any]) -> str:
         said.append(f"{row['host_us']:.1f} us on the host")
     if "times_ours" in row:
         said.append(f"{row['times_ours']:.2f} x {row.get('beside', row['backend'])}")
+    if "times_product" in row:
+        said.append(f"{row['times_product']:.3f} x the product")
     if "extra_bytes" in row:
         said.append(f"{row['extra_bytes'] / 1e6:.1f} MB besides gradients")
     if row.get("scaled", 1) > 1:
@@ -115,19 +120,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return [line for title, lines in groups.items() for line in [title, *lines]]
 
 
+def goal_line(goal: dict[str, Any]) -> str:
+    """Whether a goal was met, by what."""
+    met = "met" if goal["met"] else "missed"
+    return f"{met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})"
+
+
 def report(result: Result) -> None:
     """Prints the table, then what was aimed at."""
     print("\n" + ", ".join(f"{key} {value}" for key, value in result.head.items()))
     print("\n".join(table(result.rows)))
     print("\nverdict")
     for goal in result.goals:
-        met = "met" if goal["met"] else "missed"
-        print(f"  {met:6s}  {goal['what']}: {goal['value']:.4g} (goal: {goal['goal']})")
-    for row in result.rows:
-        if row.get("launches"):
-            what = f"{row['backend']}, {row['rows']} rows: launches of {row['measure']}"
-            print(f"  {what}: {len(row['launches'])}")
+        print(f"  {goal_line(goal)}")
     for name in result.not_reached:
         print(f"  not reached: {name}")
-    if result.path is not None:
-        print(f"\nwritten to {result.path}")

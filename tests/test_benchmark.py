@@ -64,14 +64,10 @@ def run(script: str, *arguments: str | Path, **environment: str) -> str:
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The benchmarks' modules."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = ("calls", "goals", "gpu", "heads", "linear", "profile_gpu", "repetition", "report")
-    names += ("timing",)
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-
-
-@pytest.fixture
-def no_ncu(monkeypatch: pytest.MonkeyPatch, benchmarks: SimpleNamespace) -> None:
-    monkeypatch.setattr(benchmarks.profile_gpu, "find_ncu", lambda: None)
+    names = ("calls", "goals", "heads", "linear", "repetition", "report", "timing")
+    found = {name: importlib.import_module(name) for name in names}
+    found |= {name: importlib.import_module(f"gpu.{name}") for name in ("measure", "profiler")}
+    return SimpleNamespace(**found)
 
 
 @pytest.fixture
@@ -88,153 +84,89 @@ def two_gpu_backends(monkeypatch: pytest.MonkeyPatch, benchmarks: SimpleNamespac
     monkeypatch.setattr(benchmarks.calls, "triton", None)  # which times reading memory, too
 
 
-def smoke_result(benchmarks: SimpleNamespace, path: Path, device: torch.device = CPU) -> Any:
-    """(benchmark on the shapes of the smoke run, its result)."""
+def dry_bench(benchmarks: SimpleNamespace, path: Path, device: torch.device = CPU) -> Any:
+    """(what measures on a GPU, on the shapes of a dry run; its result)."""
     result = benchmarks.report.Result(path / "result.json", {})
-    return benchmarks.gpu.Bench(device, benchmarks.gpu.SMOKE, result), result
-
-
-@pytest.fixture(scope="module")
-def gpu_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """(result file, output) of the GPU benchmark under Triton's interpreter."""
-    pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("results")
-    arguments = ("--smoke", "--device", "cpu", "--commit", "abc", "--output", folder)
-    output = run("gpu.py", *arguments, TRITON_INTERPRET="1")
-    assert [path.name for path in folder.iterdir()] == ["cpu-abc.json"]
-    return json.loads((folder / "cpu-abc.json").read_text()), output
-
-
-def test_gpu_benchmark_measures_everything_and_nothing_fails(
-    gpu_run: tuple[dict[str, Any], str],
-) -> None:
-    result, _ = gpu_run
-    assert [row["error"] for row in result["rows"] if "error" in row] == []
-    assert result["not_reached"] == []
-    measured = [
-        (row["part"], row["backend"], row["measure"])
-        for row in result["rows"]
-        if not row["part"].startswith("linear")
-    ]
-    yardsticks = [("torch", measure) for measure in ("read", "memset", "copy")]
-    ours = [("triton", measure) for measure in ("forward", "backward", "forward + backward")]
-    others = [("triton", m) for m in ("select_topk", "forward, TopK teacher", "in place")]
-    host = ["forward", "backward", "forward operator", "backward operator"]
-    peers = ["careful eager", "naive eager", "careful eager, compiled", "naive eager, compiled"]
-    assert sorted(measured) == sorted(
-        [("headline", *name) for name in yardsticks + ours + others]
-        + [(part, *name) for name in yardsticks + ours for part in ("few rows", "sweep")]
-        + [("host", "triton", measure) for measure in host]
-        + [("peers", "triton", label) for label in peers]
-        + [("unusual", "triton", measure) for measure in ("forward", "forward + backward")] * 2
-        + [("launches", "triton", measure) for measure in ("forward", "backward")] * 2
-        + [("profile", "triton", "profile")]
-    )
-    (profile,) = (row for row in result["rows"] if row["part"] == "profile")
-    assert profile["note"].startswith("not profiled: ")
-
-
-def test_gpu_benchmark_puts_every_time_beside_a_check_and_a_yardstick(
-    gpu_run: tuple[dict[str, Any], str],
-) -> None:
-    left_out = ("launches", "profile", "linear")
-    rows = [row for row in gpu_run[0]["rows"] if not row["part"].startswith(left_out)]
-    for row in rows:
-        assert 0 < row["p10"] <= row["ms"] <= row["p90"]
-        if row["part"] == "host":
-            assert row["host_us"] == pytest.approx(row["ms"] * 1e3)
-        elif row["backend"] == "triton":
-            assert row["checked"]["rows"] == row["rows"]
-            assert row["checked"]["loss_error"] < 1e-4
-    for row in rows:
-        if row["measure"] == "forward" and row["part"] not in ("unusual", "host"):
-            nbytes = row["rows"] * row["vocab"] * 2 + 40 * row["rows"] * row["k"]
-            assert row["bytes"] == nbytes
-            assert row["gb_s"] == pytest.approx(nbytes / row["ms"] / 1e6)
-            assert row["percent_of_read"] > 0
-    assert {row["ratio_to_random"] > 0 for row in rows if row["part"] == "unusual"} == {True}
-
-
-def test_gpu_benchmark_prints_a_verdict_on_every_goal(
-    gpu_run: tuple[dict[str, Any], str],
-) -> None:
-    result, output = gpu_run
-    assert len(result["goals"]) == 8 + 2  # and of hidden states
-    verdict = output[output.index("\nverdict") :]
-    for goal in result["goals"]:
-        assert f"{'met' if goal['met'] else 'missed':6s}  {goal['what']}" in verdict
+    return benchmarks.measure.Bench(device, benchmarks.measure.DRY, result), result
 
 
 def test_every_backend_is_judged_by_goals_of_its_own(
-    tmp_path: Path, benchmarks: SimpleNamespace, two_gpu_backends: None, no_ncu: None
+    tmp_path: Path, benchmarks: SimpleNamespace, two_gpu_backends: None
 ) -> None:
-    bench, result = smoke_result(benchmarks, tmp_path)
-    tasks = benchmarks.gpu.tasks(bench, bench.plan, quick=True)
-    benchmarks.gpu.run_tasks(bench, result, tasks, 300)
+    bench, result = dry_bench(benchmarks, tmp_path)
+    for step in ("headline", "few_rows", "host", "careful_eager", "naive_eager", "unusual"):
+        for task in benchmarks.measure.STEPS[step](bench):
+            task.run()
+    point = benchmarks.calls.Point(64, 1000, 1024)
+    row = {"percent_of_read": 80.0, "peak_bytes": None}
+    for part in ("few rows", "shapes"):
+        for backend in ("cuda", "triton"):
+            benchmarks.goals.judge_point(result, part, point, backend, "forward", row)
     assert [row["error"] for row in result.rows if "error" in row] == []
-    contents = ("20 banned ids", "half of the rows masked")
     unusual = {
-        f"{name}, {content}: {measure} / random rows": "at most 1.1"
+        f"{name}, {content}: {measure} / random rows": f"at most {most}"
         for name in ("cuda", "triton")
-        for content in contents
+        for content, most in (("20 banned ids", 1.1), ("all equal", 1.05))
         for measure in ("forward", "forward + backward")
     }
-    linear = {
-        f"{name}, K=8: teacher in process / (its LM head + the student's side)": "at most 1.25"
-        for name in ("cuda", "triton")
-        if hasattr(backends.load(name), "gather_dot")
-    }
-    assert {goal["what"]: goal["goal"] for goal in result.goals} == unusual | linear | {
-        "kernels for hidden states": "at least 1",
-        "cuda, K=8: forward, % of the read ceiling": "at least 90",
-        "cuda, K=8: forward + backward, % of read + memset": "at least 90",
-        "cuda, 1 rows: forward, % of the read ceiling": "at least 60",
-        "cuda, K=8: forward, triton / ours": "at least 1.05",
-        "cuda, K=8: forward + backward, triton / ours": "at least 1.05",
+    assert {goal["what"]: goal["goal"] for goal in result.goals} == unusual | {
+        "cuda, 2 rows, K=8: forward, % of the read ceiling": "at least 93",
+        "cuda, 2 rows, K=8: forward + backward, % of read + memset": "at least 93",
+        "cuda, 64 rows, K=1024: forward, % of the read ceiling": "at least 75",
+        "cuda: forward, 1 rows / 2 rows": "at most 1",
         "cuda, K=8: careful eager / ours": "at least 8",
         "cuda, K=8: naive eager / ours": "at least 20",
         "cuda: forward, us on the host": "at most 25",
         "cuda: backward, us on the host": "at most 25",
-        "triton, K=8: forward, % of the read ceiling": "at least 80",
-        "triton, K=8: forward + backward, % of read + memset": "at least 80",
+        "triton, 2 rows, K=8: forward, % of the read ceiling": "at least 88",
+        "triton, 2 rows, K=8: forward + backward, % of read + memset": "at least 88",
         "triton, K=8: careful eager / ours": "at least 5",
         "triton, K=8: naive eager / ours": "at least 15",
     }
+    # The same shape was judged as one of few rows, and as a wide one.
+    few = [goal for goal in result.goals if "64 rows" in goal["what"]]
+    assert [goal["goal"] for goal in few] == ["at least 65", "at least 75"]
     rows = {(row["part"], row["backend"], row["measure"]): row for row in result.rows}
     values = {goal["what"]: goal["value"] for goal in result.goals}
     for what, value in (
-        ("cuda, 1 rows: forward, % of the read ceiling", rows["few rows", "cuda", "forward"]),
-        ("cuda, K=8: forward, % of the read ceiling", rows["headline", "cuda", "forward"]),
+        ("cuda, 2 rows, K=8: forward, % of the read ceiling", "percent_of_read"),
+        ("triton, 2 rows, K=8: forward, % of the read ceiling", "percent_of_read"),
     ):
-        assert values[what] == value["percent_of_read"]
+        assert values[what] == rows["headline", what.split(",")[0], "forward"][value]
     host = rows["host", "cuda", "backward"]
     assert values["cuda: backward, us on the host"] == host["host_us"]
-    ratio = rows["headline", "triton", "forward"]["ms"] / rows["headline", "cuda", "forward"]["ms"]
-    assert values["cuda, K=8: forward, triton / ours"] == pytest.approx(ratio)
-
-
-@pytest.mark.parametrize(("slower", "met"), [(1.06, True), (1.04, False), (0.9, False)])
-def test_a_backend_has_to_be_faster_than_another(
-    slower: float, met: bool, tmp_path: Path, benchmarks: SimpleNamespace
-) -> None:
-    _, result = smoke_result(benchmarks, tmp_path)
-    times = {("cuda", "forward"): [2.0, 1.0, 9.0], ("triton", "forward"): [2 * slower, 1.0, 30.0]}
-    benchmarks.goals.judge_backends(result, benchmarks.gpu.Point(2, 1000, 8), times)
-    assert [(goal["value"], goal["met"]) for goal in result.goals] == [(slower, met)]
+    few_ms = [
+        row["ms"]
+        for row in result.rows
+        if (row["part"], row["backend"], row["measure"]) == ("few rows", "cuda", "forward")
+    ]
+    assert values["cuda: forward, 1 rows / 2 rows"] == few_ms[1] / few_ms[0]
 
 
 def test_shapes_of_the_goals_are_measured(benchmarks: SimpleNamespace) -> None:
-    plan = benchmarks.gpu.FULL
+    plan = benchmarks.measure.FULL
     assert set(plan.ks) == {32, 64, 128}
-    assert plan.few_rows == (64, 128, 256, 512)
+    assert plan.few_rows == (benchmarks.goals.FEW_ROWS, 33)
+    assert {"k": benchmarks.goals.WIDEST} in plan.shapes
+    changed = [dict(change) for change in plan.shapes]
+    assert {"vocab": 262144} in changed
+    assert {"vocab": 151669} in changed
+    assert {"rows": 1024} in changed
+    assert {change.get("dtype") for change in changed} == {None, "float32", "float16"}
+    assert plan.linear.rows == benchmarks.goals.LINEAR_ROWS
+    assert set(plan.linear.ks) == set(benchmarks.goals.LINEAR_MS)
 
 
 def test_a_backend_that_does_not_serve_the_gpu_misses_a_goal(
-    tmp_path: Path, benchmarks: SimpleNamespace, two_gpu_backends: None
+    tmp_path: Path,
+    benchmarks: SimpleNamespace,
+    two_gpu_backends: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench, result = smoke_result(benchmarks, tmp_path)
+    bench, result = dry_bench(benchmarks, tmp_path)
     bench.device = torch.device("cuda")
-    bench.look_for_backends(benchmarks.gpu.Point(2, 1000, 8))
+    monkeypatch.setattr(benchmarks.measure, "describe", lambda device: {"device": "X"})
+    bench.machine()
     assert {goal["what"]: goal["met"] for goal in result.goals} == {
         "cuda: serves the device": False,
         "triton: serves the device": True,
@@ -242,6 +174,8 @@ def test_a_backend_that_does_not_serve_the_gpu_misses_a_goal(
     assert [(row["backend"], row["error"]) for row in result.rows] == [
         ("cuda", "the tensors are on cuda")
     ]
+    result.write()
+    assert json.loads(result.path.read_text())["head"] == {"device": "X"}
 
 
 def test_the_hosts_time_is_that_of_the_call_alone(benchmarks: SimpleNamespace) -> None:
@@ -273,7 +207,7 @@ SHAPE = ("--rows=2", "--vocab=300", "--k=4", "--device=cpu")
 
 def test_a_profile_has_a_line_for_each_kernel(ncu: Any, benchmarks: SimpleNamespace) -> None:
     metrics = ncu(NCU_LOG)
-    kernels, why = benchmarks.profile_gpu.profile("cpu", *SHAPE)
+    kernels, why = benchmarks.profiler.profile("cpu", *SHAPE)
     assert why == ""
     assert kernels == [
         {
@@ -301,20 +235,17 @@ def test_a_profile_has_a_line_for_each_kernel(ncu: Any, benchmarks: SimpleNamesp
             "shared_bytes": 0.0,
         },
     ]
-    asked = {name for names in benchmarks.profile_gpu.METRICS.values() for name in names}
+    asked = {name for names in benchmarks.profiler.METRICS.values() for name in names}
     assert set(metrics.read_text().split(",")) == asked
     assert asked <= set(NCU_LOG.splitlines()[3].split('"'))
-    printed = run("profile_gpu.py", "cpu", *SHAPE).splitlines()
-    assert len(printed) == 2
-    name, figures = printed[0].split(": ")
-    assert name == "  cpu     opd::cuda::divergence_kernel<opd::BFloat16>"
-    assert figures.startswith("871.3 us, 91.2 % of the memory's peak, 2489.3 MB read, ")
-    assert "40 registers, 13.8 kB shared" in figures
+    line = benchmarks.report.counted(kernels[0])
+    assert line.startswith("871.3 us, 91.2 % of the memory's peak, 2489.3 MB read, ")
+    assert "40 registers, 13.8 kB shared" in line
 
 
 def test_units_are_converted(benchmarks: SimpleNamespace) -> None:
     log = NCU_LOG.replace('"ns"', '"usecond"').replace('"byte","byte"', '"Mbyte","Kbyte"')
-    first, _ = benchmarks.profile_gpu.parsed(log)
+    first, _ = benchmarks.profiler.parsed(log)
     assert first["ns"] == 871264e3
     assert (first["read_bytes"], first["written_bytes"]) == (2489319424e6, 6291456e3)
 
@@ -333,41 +264,35 @@ def test_units_are_converted(benchmarks: SimpleNamespace) -> None:
         ("", "exit status 0"),
     ],
 )
-def test_without_counters_a_profile_says_why_and_the_benchmark_goes_on(
+def test_without_counters_a_profile_says_why(
     log: str | None,
     why: str,
     tmp_path: Path,
     ncu: Any,
     benchmarks: SimpleNamespace,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if log is None:
-        monkeypatch.setattr(benchmarks.profile_gpu, "find_ncu", lambda: None)
+        monkeypatch.setattr(benchmarks.profiler, "find_ncu", lambda: None)
     else:
         ncu(log)
-    monkeypatch.setattr(sys, "argv", ["profile_gpu.py", "cpu", *SHAPE])
-    assert benchmarks.profile_gpu.main() == 1
-    assert capsys.readouterr().out == f"not profiled: cpu: {why}\n"
-    bench, result = smoke_result(benchmarks, tmp_path)
-    monkeypatch.setattr(bench, "backends", lambda _: ["cpu"])
-    bench.profile(benchmarks.gpu.Point(2, 300, 4))
-    assert [row["note"] for row in result.rows] == [f"not profiled: {why}"]
+    bench, result = dry_bench(benchmarks, tmp_path)
+    bench.profile("cpu")
+    assert [row["note"] for row in result.rows] == [f"not available: {why}"]
 
 
 def test_a_call_that_fails_has_no_profile(ncu: Any, benchmarks: SimpleNamespace) -> None:
     ncu(NCU_LOG)
-    kernels, why = benchmarks.profile_gpu.profile("no such backend", *SHAPE)
+    kernels, why = benchmarks.profiler.profile("no such backend", *SHAPE)
     assert (kernels, why) == ([], "The application returned an error code (1)")
 
 
 def test_a_profile_is_part_of_the_result(
-    tmp_path: Path, ncu: Any, benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ncu: Any, benchmarks: SimpleNamespace
 ) -> None:
     ncu(NCU_LOG)
-    bench, result = smoke_result(benchmarks, tmp_path)
-    monkeypatch.setattr(bench, "backends", lambda _: ["cpu"])
-    bench.profile(benchmarks.gpu.Point(2, 300, 4))
+    bench, result = dry_bench(benchmarks, tmp_path)
+    bench.profile("cpu")
     assert [row["measure"] for row in result.rows] == [
         "opd::cuda::divergence_kernel<opd::BFloat16>",
         "scatter_kernel",
@@ -436,17 +361,6 @@ def linear_bench(benchmarks: SimpleNamespace, backend: str = "reference") -> Any
     result = benchmarks.report.Result(None, {})
     plan = dataclasses.replace(benchmarks.linear.SMOKE, fresh=())
     return benchmarks.linear.LinearBench(CPU, plan, result, [backend]), result
-
-
-def test_gpu_benchmark_measures_the_loss_of_hidden_states(
-    gpu_run: tuple[dict[str, Any], str],
-) -> None:
-    rows = [row for row in gpu_run[0]["rows"] if row["part"].startswith("linear")]
-    served = hasattr(backends.load("triton"), "gather_dot")
-    rows = [row for row in rows if "Liger " not in row["measure"]]
-    check_linear_rows(rows, "triton" if served else "reference", peaks=False)
-    goals = {goal["what"]: goal["met"] for goal in gpu_run[0]["goals"]}
-    assert goals["kernels for hidden states"] == served
 
 
 def test_cpu_benchmark_of_hidden_states_appends_its_figures(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """GPU kernels on GPU tensors: real shapes, streams, graphs, memory, launches. Needs a GPU.
 
-``make test-gpu`` runs this besides the suite of every backend, which reaches the GPU by bridge.py,
-and names the backends that have to be tested in ``OPD_KERNELS_GPU_BACKENDS``. Tests named
+``make gpu`` runs this, and in its second part the differential suite, which reaches the GPU by
+bridge.py. It names the backends that have to be tested in ``OPD_KERNELS_GPU_BACKENDS``. Tests named
 ``test_sanitized_...`` are small: compute-sanitizer runs them.
 """
 

@@ -1,9 +1,6 @@
 """What Nsight Compute counts in one forward and one backward call of a backend.
 
-    python benchmarks/profile_gpu.py cuda triton [--rows 8192] [--vocab 151936] [--k 64]
-
-A line for each kernel: time, memory, instructions, what it was launched with. Exit status 1 and the
-reason in the last line where a backend could not be profiled: there is no ``ncu`` (on the PATH, in
+Where a backend cannot be profiled the reason is told: there is no ``ncu`` (on the PATH, in
 /usr/local/cuda, in /opt/nvidia/nsight-compute), or no permission to read the counters. Clocks are
 left as they are.
 """
@@ -13,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import counted, kernel_name
 
 from opd_kernels import topk_rkl
 
-SECONDS = 120
+BENCHMARKS = Path(__file__).resolve().parents[1]
+FINDS_US = {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent)))}
+SECONDS = 60
 # Ours and Nsight Compute's names. Shared memory is what the kernel asks for.
 METRICS = {
     "ns": ("gpu__time_duration.sum",),
@@ -62,9 +61,11 @@ def profile(backend: str, *arguments: str) -> tuple[list[Kernel], str]:
         options = ["--target-processes", "application-only", "--profile-from-start", "off"]
         options += ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
         options += ["--log-file", str(log), "--metrics", metrics]
-        command = [ncu, *options, sys.executable, __file__, backend, *arguments, "--call"]
+        command = [ncu, *options, sys.executable, "-m", "gpu.profiler", backend, *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | FINDS_US
+            )
         except subprocess.TimeoutExpired:
             return [], f"ncu took longer than {SECONDS} s"
         said = log.read_text(errors="replace") if log.exists() else ""
@@ -130,31 +131,18 @@ def counters(device: torch.device) -> tuple[Callable[[], object], Callable[[], o
     return torch.cuda.profiler.start, lambda: (torch.cuda.synchronize(), torch.cuda.profiler.stop())
 
 
-def main() -> int:
-    """Command line; returns the exit status."""
+def main() -> None:
+    """The process that is profiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend", nargs="+")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--call", action="store_true", help="only call: this is what is profiled")
+    parser.add_argument("backend")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--k", type=int)
+    parser.add_argument("--device")
     options = parser.parse_args()
-    if options.call:
-        device = torch.device(options.device)
-        call(options.backend[0], options.rows, options.vocab, options.k, device)
-        return 0
-    shape = [f"--{name}={getattr(options, name)}" for name in ("rows", "vocab", "k", "device")]
-    failures = []
-    for backend in options.backend:
-        kernels, why = profile(backend, *shape)
-        for counts in kernels:
-            print(f"  {backend:7s} {kernel_name(counts)}: {counted(counts)}", flush=True)
-        failures += [f"{backend}: {why}"] if why else []
-    if failures:
-        print(f"not profiled: {'; '.join(failures)}")
-    return int(bool(failures))
+    device = torch.device(options.device)
+    call(options.backend, options.rows, options.vocab, options.k, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

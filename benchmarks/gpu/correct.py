@@ -1,0 +1,71 @@
+"""Does it run at all: every kernel of a backend at one K, small inputs, against float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from opd_kernels import add_topk_grad_, select_topk
+from opd_kernels.testing import Case, check, serves
+
+# Odd, so that rows begin at every misalignment; and as wide as real ones, so that few rows are
+# spread over clusters.
+VOCAB, FEW_VOCAB = 20011, 151669
+FEW_ROWS, MANY_ROWS = (1, 2, 33, 64), 300
+DRY = {"vocab": 1501, "rows": (1, 3)}
+
+
+def cases(backend: str, k: int, device: str) -> Iterator[Case]:
+    """What is tried, the plainest first."""
+    dry = device == "cpu"
+    shapes = [(rows, FEW_VOCAB) for rows in FEW_ROWS] + [(MANY_ROWS, VOCAB)]
+    if dry:
+        shapes = [(rows, DRY["vocab"]) for rows in DRY["rows"]]
+    for rows, vocab in shapes:
+        plain = Case(
+            rows=(rows,), student_vocab=vocab, teacher_vocab=vocab, k=k, reduction="none",
+            student_dtype="bfloat16", teacher_dtype="bfloat16",
+        )  # fmt: skip
+        yield plain
+        yield replace(plain, banned="few", mask="bool", temperature="rows", upstream="random")
+    yield replace(plain, inplace=True, teacher_content="quantised")
+    yield replace(plain, teacher="topk_int64")
+    yield replace(plain, student_dtype="float32", teacher_dtype="float32", upstream="random")
+    yield replace(plain, student_dtype="float16", teacher_dtype="float16", banned="half")
+    small = replace(plain, rows=(3,) if dry else (70,), hidden=24 if dry else 192)
+    for linear in (small, replace(small, head="bias", frozen=True)):
+        if serves(linear, backend, device):
+            yield linear
+
+
+def check_adding(backend: str, k: int, device: str) -> None:
+    """The third form of the gradient's kernel: added to what is there, as the reference does."""
+    generator = torch.Generator().manual_seed(k)
+    teacher, grad = (torch.randn(5, 2003, generator=generator) for _ in range(2))
+    entries, upstream = torch.randn(5, k, generator=generator), torch.rand(5, generator=generator)
+    added = []
+    for name, where in (("reference", "cpu"), (backend, device)):
+        ids = select_topk(teacher.to(where), k, backend=name).ids
+        there = grad.to(where, copy=True)
+        add_topk_grad_(there, ids, entries.to(where), upstream.to(where), backend=name)
+        added.append(there.cpu())
+    torch.testing.assert_close(added[1], added[0])
+
+
+def main(backend: str, k: int, device: str) -> int:
+    """Prints each case before it runs: a kernel that hangs is the last one."""
+    if device == "cpu":
+        from gpu import dry
+
+        dry.install()
+    begin, count = time.monotonic(), 0
+    for case in cases(backend, k, device):
+        print(f"{time.monotonic() - begin:5.1f} s  {case}", flush=True)
+        check(case, backend, device)
+        count += 1
+    check_adding(backend, k, device)
+    print(f"{count + 1} passed in {time.monotonic() - begin:.1f}s")
+    return 0

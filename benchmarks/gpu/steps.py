@@ -1,0 +1,176 @@
+"""The steps of a run on a GPU, in the order of what they are worth.
+
+A step is a function of measure.py, in a process that imported everything before its turn came, or
+a command. Neighbours that are ``beside`` run at the same time; the others have the GPU for
+themselves, because they time. Estimates are for 16 cores and an H100 and not measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# What a part may take in all, in seconds; ``--seconds`` says otherwise.
+SECONDS = {1: 360.0, 2: 240.0}
+SANITIZER_EXIT = 99
+TOOLS = ("memcheck", "racecheck", "synccheck")
+BACKENDS = ("cuda", "triton")
+WIDTHS = (16, 64, 1024)  # the K with which every kernel is run first
+# As pytest chooses tests, and the K of which the differential suite compiles Triton's kernels.
+DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
+DIFFERENTIAL_WIDTHS = (1, 64, 1024)
+# Or the suite's conftest.py puts an emulation in the place of the CUDA backend.
+NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
+PYTEST = ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "--tb=short")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to run, what it takes in seconds, and after how many it is stopped.
+
+    In a command {python}, {device}, {work} (the folder of logs) and {sanitizer} are filled in.
+    """
+
+    name: str
+    estimate: float
+    limit: float
+    measure: str = ""
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False
+    needs_gpu: bool = False
+    counts: bool = False  # a run that says it tested nothing has failed
+    fatal: bool = False  # nothing after it makes sense if it fails
+
+
+def runs(backend: str, k: int) -> Step:
+    """Every kernel of a backend on small inputs, against float64."""
+    command = ("{python}", "benchmarks/gpu", "--correct", f"{backend},{k}", "--device", "{device}")
+    return Step(f"runs: {backend}, K={k}", 40, 60, command=command, beside=True)
+
+
+def tests(file: str, backend: str, some: str = "") -> Step:
+    """The tests on GPU tensors of one backend, or some of them."""
+    others = " and ".join(f"not {name}" for name in BACKENDS if name != backend)
+    return Step(
+        ", ".join(filter(None, (f"tests: {file}", backend, some))),
+        estimate=80,
+        limit=110,
+        command=(*PYTEST, f"tests/{file}.py", "-k", " and ".join(filter(None, (others, some)))),
+        environment=NO_EMULATION | {"OPD_KERNELS_GPU_BACKENDS": ",".join(BACKENDS)},
+        beside=True,
+        needs_gpu=True,
+        counts=True,
+    )
+
+
+def sanitized(tool: str) -> Step:
+    """compute-sanitizer on the CUDA kernels, called with raw pointers."""
+    tooled = ("{sanitizer}", "--tool", tool, "--error-exitcode", str(SANITIZER_EXIT))
+    command = (*tooled, "{python}", "benchmarks/gpu/raw.py", "--device", "{device}")
+    return Step(f"{tool}: cuda", 30, 75, command=command, beside=True, needs_gpu=True)
+
+
+def differential(backend: str, dtype: str) -> Step:
+    """The differential suite with a backend's tensors on the device; of Triton fewer kernels."""
+    some = DTYPES[dtype]
+    if backend == "triton":
+        some += f" and ({' or '.join(f'triton-{k}-' for k in DIFFERENTIAL_WIDTHS)})"
+    return Step(
+        f"differential: {backend}, {dtype}",
+        estimate=60,
+        limit=90,
+        command=(*PYTEST, "tests/test_differential.py", "-k", f"{backend} and {some}"),
+        environment={"OPD_KERNELS_TEST_DEVICE": "{device}"},
+        beside=True,
+        needs_gpu=True,
+        counts=True,
+    )
+
+
+def fuzz(backend: str, minutes: float = 0.5) -> Step:
+    """The fuzzer on a backend."""
+    command = ("{python}", "-m", "opd_kernels.fuzz", "--backend", backend, "--device", "{device}")
+    command += ("--minutes", str(minutes), "--output", "{work}")
+    return Step(
+        f"fuzz: {backend}", 60 * minutes + 10, 60 * minutes + 40, command=command, beside=True,
+        needs_gpu=True, counts=True,
+    )  # fmt: skip
+
+
+def capture(backend: str) -> Step:
+    """A process whose first launch is captured into a graph."""
+    command = ("{python}", "benchmarks/gpu/capture.py", backend)
+    return Step(f"first launch captured: {backend}", 15, 45, command=command, beside=True,
+                needs_gpu=True)  # fmt: skip
+
+
+PACKAGE = Step(
+    "package", 10, 150, command=("{python}", "benchmarks/gpu", "--package", "--device", "{device}"),
+    fatal=True,
+)  # fmt: skip
+
+PARTS: dict[int, tuple[Step, ...]] = {
+    1: (
+        PACKAGE,
+        Step("machine", 4, 30, measure="machine"),
+        *(runs(backend, k) for backend in BACKENDS for k in WIDTHS),
+        Step(
+            "warm: triton", 45, 75, beside=True,
+            command=("{python}", "benchmarks/gpu", "--warm", "--device", "{device}"),
+        ),
+        Step("headline", 25, 60, measure="headline"),
+        Step("few rows", 12, 60, measure="few_rows"),
+        Step("host", 5, 30, measure="host"),
+        Step("headline, other K", 20, 60, measure="other_widths"),
+        Step("variants: cuda", 20, 60, measure="cuda_variants"),
+        Step("variants: triton", 15, 60, measure="triton_variants"),
+        Step("linear", 35, 75, measure="linear_headline"),
+        Step("variants: linear", 15, 60, measure="linear_variants"),
+        Step("profile", 35, 75, measure="profile"),
+        tests("test_gpu", "cuda"),
+        tests("test_gpu", "triton", "real_shapes"),
+        tests("test_gpu", "triton", "not real_shapes"),
+        tests("test_gpu_linear", "triton"),
+    ),
+    2: (
+        PACKAGE,
+        Step("machine", 4, 30, measure="machine"),
+        Step("headline", 25, 60, measure="headline"),
+        Step("raw pointers: cuda", 5, 30, beside=True,
+             command=("{python}", "benchmarks/gpu/raw.py", "--device", "{device}")),
+        *map(sanitized, TOOLS),
+        *(differential(backend, dtype) for backend in BACKENDS for dtype in DTYPES),
+        *map(fuzz, BACKENDS),
+        *map(capture, BACKENDS),
+        Step("unusual rows", 25, 60, measure="unusual"),
+        Step("careful eager", 12, 45, measure="careful_eager"),
+        Step("shapes", 30, 75, measure="shapes"),
+        Step("compiled peers", 40, 90, measure="compiled_peers"),
+        # With more time than a part is given by default.
+        Step("naive eager", 20, 90, measure="naive_eager"),
+        Step("more shapes", 60, 300, measure="more_shapes"),
+        Step("linear, everything", 240, 900, measure="linear_everything"),
+        Step("memcheck: triton", 200, 600, needs_gpu=True, counts=True, beside=True,
+             environment=NO_EMULATION | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+             command=("{sanitizer}", "--tool", "memcheck", "--error-exitcode", str(SANITIZER_EXIT),
+                      "--report-api-errors", "no", *PYTEST, "tests/test_gpu.py",
+                      "tests/test_gpu_linear.py", "-k", "sanitized and triton")),
+    ),
+}  # fmt: skip
+
+
+def groups(steps: tuple[Step, ...]) -> list[list[Step]]:
+    """The steps in order; those that run at the same time together."""
+    together: list[list[Step]] = []
+    for step in steps:
+        if step.beside and together and together[-1][0].beside:
+            together[-1].append(step)
+        else:
+            together.append([step])
+    return together
+
+
+def estimate(group: list[Step], slots: int) -> float:
+    """Seconds that a group takes on so many cores."""
+    total = sum(step.estimate for step in group)
+    return max(total / slots, max(step.estimate for step in group))

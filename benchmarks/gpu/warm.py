@@ -1,0 +1,82 @@
+"""Compiles the Triton kernels of what will be timed, side by side, into Triton's cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import torch
+from calls import Point
+
+from gpu import measure
+from opd_kernels.backends import triton
+
+MANY_ROWS = 512  # more are launched with the same kernels
+
+
+def points(plan: measure.Plan) -> list[Point]:
+    """The shapes of both parts."""
+    main = Point(plan.rows, plan.vocab, plan.ks[0])
+    changes = [{"k": k} for k in plan.ks[1:]] + [{"rows": rows} for rows in plan.few_rows]
+    return [main, *(replace(main, **change) for change in [*changes, *plan.shapes])]
+
+
+def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
+    """Calls of the backend that launch each of its kernels for a shape."""
+    shape = min(point.rows, MANY_ROWS), point.vocab
+    logits = torch.zeros(shape, dtype=point.torch_dtype, device=device)
+    ids = torch.zeros(shape[0], point.k, dtype=torch.int32, device=device)
+    values = torch.zeros(shape[0], point.k, device=device)
+    upstream = torch.zeros(shape[0], device=device)
+    plain = (None, None, 1.0, 1.0)
+    yield lambda: triton.divergence(logits, logits, None, point.k, point.vocab, *plain)
+    yield lambda: triton.scatter_(logits, values, ids, upstream)
+    yield lambda: triton.select(logits, point.k, point.vocab, None, None)
+    yield lambda: triton.divergence(logits, values, ids, point.k, point.vocab, *plain)
+
+
+def linear_calls(
+    plan: measure.Plan, k: int, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The same of the form from hidden states."""
+    of = plan.linear
+    dtype = getattr(torch, of.dtype)
+    hidden = torch.zeros(min(of.rows, MANY_ROWS), of.hidden, dtype=dtype, device=device)
+    weight = torch.zeros(of.vocab, of.hidden, dtype=dtype, device=device)
+    ids = torch.zeros(len(hidden), k, dtype=torch.int32, device=device)
+    upstream = torch.ones(len(hidden), k, device=device)
+    yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
+    yield lambda: triton.gather_dot_hidden(upstream, ids, weight, dtype)
+    yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
+
+
+def warm_up(number: int, device: str) -> None:
+    """All kernels of one shape, or of one K from hidden states."""
+    plan = measure.DRY if device == "cpu" else measure.FULL
+    shapes, where = points(plan), torch.device(device)
+    found = (
+        calls(shapes[number], where)
+        if number < len(shapes)
+        else linear_calls(plan, plan.linear.ks[number - len(shapes)], where)
+    )
+    for call in found:
+        call()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(device: str) -> int:
+    """In as many processes as there are cores."""
+    begin = time.monotonic()
+    plan = measure.DRY if device == "cpu" else measure.FULL
+    count = len(points(plan)) + len(plan.linear.ks)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(count, os.cpu_count() or 1), mp_context=context) as pool:
+        for _ in pool.map(warm_up, range(count), [device] * count):
+            pass
+    print(f"{count} shapes in {time.monotonic() - begin:.1f} s")
+    return 0
