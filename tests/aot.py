@@ -49,7 +49,7 @@ class _Driver:
 
 
 @contextmanager
-def _compiling(architecture: int) -> Iterator[list[Any]]:
+def compiling(architecture: int) -> Iterator[list[Any]]:
     """Launches compile and are collected."""
     compiled: list[Any] = []
     run = JITFunction.run
@@ -69,7 +69,7 @@ def _compiling(architecture: int) -> Iterator[list[Any]]:
 
 def compile_call(call: Callable[[], object], architecture: int) -> list[Kernel]:
     """The kernels that a call of the backend on meta tensors launches."""
-    with _compiling(architecture) as compiled:
+    with compiling(architecture) as compiled:
         call()
     return [_inspect(kernel) for kernel in compiled]
 

@@ -29,6 +29,7 @@ FOLDER = ROOT / "build" / "gpu-modules"
 OBJECTS = ROOT / "build" / "gpu-objects"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 STAMP = FOLDER / f"modules{SUFFIX}.json"
+CACHE = FOLDER / "triton"
 VARIANTS = FOLDER / f"_cuda_variants{SUFFIX}"
 # Not imported in this process: a module that is replaced on disk is not loaded twice.
 SERVING = """
@@ -161,13 +162,17 @@ def main(device: str) -> int:
 
 
 def build_ahead(architecture: str) -> None:
-    """Builds, and says what to bring along and what it needs."""
+    """Builds, and says what to bring along and what it needs; Triton's kernels, too."""
     build(architecture)
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    from gpu import warm
+
+    warm.ahead(int(re.sub(r"\D", "", architecture)))
     needed = {
         tuple(map(int, version.split(b".")))
         for path in [*modules().values(), VARIANTS]
         for version in re.findall(rb"GLIBC_(\d+\.\d+)", path.read_bytes())
     }
     print(f"they need GLIBC {'.'.join(map(str, max(needed)))}; bring along:")
-    for path in [*modules().values(), VARIANTS, STAMP]:
+    for path in [*modules().values(), FOLDER]:
         print(f"  {path.relative_to(ROOT)}")

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu.package import CACHE, ROOT
 from gpu.steps import SANITIZER_EXIT, Step, estimate, groups
 
-ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, UNABLE, DROPPED = "passed", "FAILED", "not available", "dropped"
 # What pytest and the fuzzer say at their end.
 SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+, )*\d+ [a-z]+) in [\d.]+s|^(\d+ cases), ", re.MULTILINE)
@@ -50,7 +50,7 @@ class Setting:
         shared = {
             "OMP_NUM_THREADS": "2",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "TRITON_CACHE_DIR": str(ROOT / "build" / "gpu-modules" / "triton"),
+            "TRITON_CACHE_DIR": str(CACHE),
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
             "TRITON_INTERPRET": "1" if self.dry else "0",

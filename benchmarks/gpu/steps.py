@@ -48,7 +48,7 @@ def runs(backend: str, k: int) -> Step:
     return Step(f"runs: {backend}, K={k}", 40, 60, command=command, beside=True)
 
 
-def tests(file: str, backend: str, some: str = "") -> Step:
+def gpu_tests(file: str, backend: str, some: str = "") -> Step:
     """The tests on GPU tensors of one backend, or some of them."""
     others = " and ".join(f"not {name}" for name in BACKENDS if name != backend)
     return Step(
@@ -127,10 +127,10 @@ PARTS: dict[int, tuple[Step, ...]] = {
         Step("linear", 35, 75, measure="linear_headline"),
         Step("variants: linear", 15, 60, measure="linear_variants"),
         Step("profile", 35, 75, measure="profile"),
-        tests("test_gpu", "cuda"),
-        tests("test_gpu", "triton", "real_shapes"),
-        tests("test_gpu", "triton", "not real_shapes"),
-        tests("test_gpu_linear", "triton"),
+        gpu_tests("test_gpu", "cuda"),
+        gpu_tests("test_gpu", "triton", "real_shapes"),
+        gpu_tests("test_gpu", "triton", "not real_shapes"),
+        gpu_tests("test_gpu_linear", "triton"),
     ),
     2: (
         PACKAGE,

@@ -1,13 +1,20 @@
-"""Compiles the Triton kernels of what will be timed, side by side, into Triton's cache."""
+"""Compiles the Triton kernels of what will be timed into Triton's cache, shape beside shape.
+
+On a machine without a GPU the launches are compiled for an architecture and go no further.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from calls import Point
@@ -54,6 +61,11 @@ def linear_calls(
     yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
 
 
+def jobs(plan: measure.Plan) -> int:
+    """Shapes, and K of the form from hidden states: what a process compiles at a time."""
+    return len(points(plan)) + len(plan.linear.ks)
+
+
 def warm_up(number: int, device: str) -> None:
     """All kernels of one shape, or of one K from hidden states."""
     plan = measure.DRY if device == "cpu" else measure.FULL
@@ -69,14 +81,34 @@ def warm_up(number: int, device: str) -> None:
         torch.cuda.synchronize()
 
 
+def compile_ahead(number: int, architecture: int) -> None:
+    """The same for a GPU that is not here, with as many multiprocessors as an H100 has."""
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+    import aot
+
+    with (
+        mock.patch.object(triton, "_multiprocessors", return_value=132),
+        aot.compiling(architecture),
+    ):
+        warm_up(number, "meta")
+
+
 def main(device: str) -> int:
     """In as many processes as there are cores."""
+    return side_by_side(warm_up, jobs(measure.DRY if device == "cpu" else measure.FULL), device)
+
+
+def ahead(architecture: int) -> int:
+    """For the GPU that will be there."""
+    return side_by_side(compile_ahead, jobs(measure.FULL), architecture)
+
+
+def side_by_side(work: Callable[[int, Any], None], count: int, argument: Any) -> int:
+    """Every job in a process of its own, as many at once as there are cores."""
     begin = time.monotonic()
-    plan = measure.DRY if device == "cpu" else measure.FULL
-    count = len(points(plan)) + len(plan.linear.ks)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(count, os.cpu_count() or 1), mp_context=context) as pool:
-        for _ in pool.map(warm_up, range(count), [device] * count):
+        for _ in pool.map(work, range(count), [argument] * count):
             pass
-    print(f"{count} shapes in {time.monotonic() - begin:.1f} s")
+    print(f"Triton's kernels for {count} shapes in {time.monotonic() - begin:.1f} s")
     return 0
