@@ -429,7 +429,7 @@ def test_a_dry_run_measures_everything(dry_runs: dict[int, dict[str, Any]]) -> N
     point = YARDSTICKS + ours
     host = of_both("forward", "backward", "forward operator", "backward operator")
     expected: list[tuple[dict[str, Any], str, Sequence[tuple[str, str]]]] = [
-        (first, "headline", point + others + point),
+        (first, "headline", (point + others) * 2),
         (first, "few rows", point * 2),
         (first, "host", host),
         (first, "launches", of_both("forward", "backward") * 2),

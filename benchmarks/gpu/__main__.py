@@ -57,7 +57,7 @@ def run_part(options: argparse.Namespace) -> int:
         return 2
     seconds = options.seconds or SECONDS[options.part]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    work = ROOT / "build" / "gpu-logs" / f"part-{options.part}"
+    work = ROOT / "build" / "gpu-logs" / f"{options.device}-{options.part}"
     shutil.rmtree(work, ignore_errors=True)
     setting = Setting(
         options.device, work, max(os.cpu_count() or 1, 2),

@@ -436,7 +436,7 @@ def headline(bench: Bench) -> list[Task]:
 
 
 def other_widths(bench: Bench) -> list[Task]:
-    return points(bench, "headline", ({"k": k} for k in bench.plan.ks[1:]))
+    return points(bench, "headline", ({"k": k} for k in bench.plan.ks[1:]), all_calls=True)
 
 
 def few_rows(bench: Bench) -> list[Task]:
@@ -520,11 +520,14 @@ def more_shapes(bench: Bench) -> list[Task]:
     return points(bench, "shapes", bench.plan.more_shapes)
 
 
-def points(bench: Bench, part: str, changes: Iterable[dict[str, Any]]) -> list[Task]:
+def points(
+    bench: Bench, part: str, changes: Iterable[dict[str, Any]], all_calls: bool = False
+) -> list[Task]:
     """The headline shape with some numbers changed."""
     changed = [replace(bench.main, **change) for change in changes]
     return [
-        Task(part, point, part, functools.partial(bench.point, part, point)) for point in changed
+        Task(part, point, part, functools.partial(bench.point, part, point, all_calls))
+        for point in changed
     ]
 
 
