@@ -20,6 +20,10 @@ DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16
 DIFFERENTIAL_WIDTHS = (1, 64, 1024)
 # Or the suite's conftest.py puts an emulation in the place of the CUDA backend.
 NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
+SELF = ("{python}", "benchmarks/gpu", "--device", "{device}")
+RAW = ("{python}", "benchmarks/gpu/raw.py", "--device", "{device}")
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_linear.py")
+SANITIZER_OPTIONS = ("--error-exitcode", str(SANITIZER_EXIT))
 PYTEST = ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "--tb=short")
 
 
@@ -44,7 +48,7 @@ class Step:
 
 def runs(backend: str, k: int) -> Step:
     """Every kernel of a backend on small inputs, against float64."""
-    command = ("{python}", "benchmarks/gpu", "--correct", f"{backend},{k}", "--device", "{device}")
+    command = (*SELF, "--correct", f"{backend},{k}")
     return Step(f"runs: {backend}, K={k}", 40, 60, command=command, beside=True)
 
 
@@ -65,9 +69,14 @@ def gpu_tests(file: str, backend: str, some: str = "") -> Step:
 
 def sanitized(tool: str) -> Step:
     """compute-sanitizer on the CUDA kernels, called with raw pointers."""
-    tooled = ("{sanitizer}", "--tool", tool, "--error-exitcode", str(SANITIZER_EXIT))
-    command = (*tooled, "{python}", "benchmarks/gpu/raw.py", "--device", "{device}")
-    return Step(f"{tool}: cuda", 30, 75, command=command, beside=True, needs_gpu=True)
+    return Step(
+        f"{tool}: cuda",
+        estimate=30,
+        limit=75,
+        command=("{sanitizer}", "--tool", tool, *SANITIZER_OPTIONS, *RAW),
+        beside=True,
+        needs_gpu=True,
+    )
 
 
 def differential(backend: str, dtype: str) -> Step:
@@ -90,40 +99,59 @@ def differential(backend: str, dtype: str) -> Step:
 def fuzz(backend: str, minutes: float = 0.5) -> Step:
     """The fuzzer on a backend."""
     command = ("{python}", "-m", "opd_kernels.fuzz", "--backend", backend, "--device", "{device}")
-    command += ("--minutes", str(minutes), "--output", "{work}")
     return Step(
-        f"fuzz: {backend}", 60 * minutes + 10, 60 * minutes + 40, command=command, beside=True,
-        needs_gpu=True, counts=True,
-    )  # fmt: skip
+        f"fuzz: {backend}",
+        estimate=60 * minutes + 10,
+        limit=60 * minutes + 40,
+        command=(*command, "--minutes", str(minutes), "--output", "{work}"),
+        beside=True,
+        needs_gpu=True,
+        counts=True,
+    )
 
 
 def capture(backend: str) -> Step:
     """A process whose first launch is captured into a graph."""
-    command = ("{python}", "benchmarks/gpu/capture.py", backend)
-    return Step(f"first launch captured: {backend}", 15, 45, command=command, beside=True,
-                needs_gpu=True)  # fmt: skip
+    return Step(
+        f"first launch captured: {backend}",
+        estimate=15,
+        limit=45,
+        command=("{python}", "benchmarks/gpu/capture.py", backend),
+        beside=True,
+        needs_gpu=True,
+    )
 
 
-PACKAGE = Step(
-    "package", 10, 150, command=("{python}", "benchmarks/gpu", "--package", "--device", "{device}"),
-    fatal=True,
-)  # fmt: skip
+PACKAGE = Step("package", 10, 150, command=(*SELF, "--package"), fatal=True)
+MACHINE = Step("machine", 4, 30, measure="machine")
+HEADLINE = Step("headline", 25, 60, measure="headline")
+# With torch, whose allocations then have ends of their own: minutes.
+SANITIZED_TRITON = Step(
+    "memcheck: triton",
+    estimate=200,
+    limit=600,
+    command=(
+        *("{sanitizer}", "--tool", "memcheck", "--report-api-errors", "no", *SANITIZER_OPTIONS),
+        *(*PYTEST, *GPU_TESTS, "-k", "sanitized and triton"),
+    ),
+    environment=NO_EMULATION | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    beside=True,
+    needs_gpu=True,
+    counts=True,
+)
 
 PARTS: dict[int, tuple[Step, ...]] = {
     1: (
         PACKAGE,
-        Step("machine", 4, 30, measure="machine"),
+        MACHINE,
         *(runs(backend, k) for backend in BACKENDS for k in WIDTHS),
-        Step(
-            "warm: triton", 45, 75, beside=True,
-            command=("{python}", "benchmarks/gpu", "--warm", "--device", "{device}"),
-        ),
-        Step("headline", 25, 60, measure="headline"),
+        Step("warm: triton", 45, 75, command=(*SELF, "--warm"), beside=True),
+        HEADLINE,
         Step("few rows", 12, 60, measure="few_rows"),
         Step("host", 5, 30, measure="host"),
-        Step("headline, other K", 20, 60, measure="other_widths"),
+        Step("headline, other K", 25, 60, measure="other_widths"),
         Step("variants: cuda", 20, 60, measure="cuda_variants"),
-        Step("variants: triton", 15, 60, measure="triton_variants"),
+        Step("variants: triton", 10, 60, measure="triton_variants"),
         Step("linear", 35, 75, measure="linear_headline"),
         Step("variants: linear", 15, 60, measure="linear_variants"),
         Step("profile", 35, 75, measure="profile"),
@@ -134,10 +162,9 @@ PARTS: dict[int, tuple[Step, ...]] = {
     ),
     2: (
         PACKAGE,
-        Step("machine", 4, 30, measure="machine"),
-        Step("headline", 25, 60, measure="headline"),
-        Step("raw pointers: cuda", 5, 30, beside=True,
-             command=("{python}", "benchmarks/gpu/raw.py", "--device", "{device}")),
+        MACHINE,
+        HEADLINE,
+        Step("raw pointers: cuda", 5, 30, command=RAW, beside=True),
         *map(sanitized, TOOLS),
         *(differential(backend, dtype) for backend in BACKENDS for dtype in DTYPES),
         *map(fuzz, BACKENDS),
@@ -150,13 +177,9 @@ PARTS: dict[int, tuple[Step, ...]] = {
         Step("naive eager", 20, 90, measure="naive_eager"),
         Step("more shapes", 60, 300, measure="more_shapes"),
         Step("linear, everything", 240, 900, measure="linear_everything"),
-        Step("memcheck: triton", 200, 600, needs_gpu=True, counts=True, beside=True,
-             environment=NO_EMULATION | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-             command=("{sanitizer}", "--tool", "memcheck", "--error-exitcode", str(SANITIZER_EXIT),
-                      "--report-api-errors", "no", *PYTEST, "tests/test_gpu.py",
-                      "tests/test_gpu_linear.py", "-k", "sanitized and triton")),
+        SANITIZED_TRITON,
     ),
-}  # fmt: skip
+}
 
 
 def groups(steps: tuple[Step, ...]) -> list[list[Step]]:
