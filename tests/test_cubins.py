@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cubins
 import pytest
 import sass
+from emulation.plan import GPUS, plan
 
 pytestmark = pytest.mark.skipif(not cubins.available(), reason="there is no nvcc")
 
@@ -126,25 +127,25 @@ def test_kernels_load_and_store_as_they_should_and_call_nothing(on_arch: OnArch)
 @pytest.mark.parametrize("k", [32, 64, 128, 1024])
 def test_planned_blocks_fit_a_multiprocessor(on_arch: OnArch, itemsize: int, k: int) -> None:
     arch, found = on_arch
-    plan = cubins.plan(ROWS, WIDTH, k, itemsize, arch)
-    assert plan.tiles_at_once == TILES_AT_ONCE
+    cut = plan(ROWS, WIDTH, k, itemsize, GPUS[arch])
+    assert cut.tiles_at_once == TILES_AT_ONCE
     for name, code in found.items():
         if name.startswith(("select", "divergence")) and cubins.itemsize(code) == itemsize:
             assert code.registers <= 64, name  # a block may have 1024 threads
-            blocks = sass.resident_blocks(arch, plan.threads, code.registers, plan.shared)
-            what = f"{name}: {blocks} blocks of {plan.threads} threads"
-            assert blocks * plan.threads >= PLANNED, what
-            assert blocks * plan.threads * 16 * TILES_AT_ONCE >= BYTES_IN_FLIGHT, what
+            blocks = sass.resident_blocks(arch, cut.threads, code.registers, cut.shared)
+            what = f"{name}: {blocks} blocks of {cut.threads} threads"
+            assert blocks * cut.threads >= PLANNED, what
+            assert blocks * cut.threads * 16 * TILES_AT_ONCE >= BYTES_IN_FLIGHT, what
 
 
 @pytest.mark.parametrize("k", [32, 64, 128, 1024])
 def test_small_blocks_fill_more_than_half_a_multiprocessor(on_arch: OnArch, k: int) -> None:
     arch, found = on_arch
-    plan = cubins.plan(ROWS, WIDTH, k, 2, arch)
+    cut = plan(ROWS, WIDTH, k, 2, GPUS[arch])
     for name, code in found.items():
         if name.startswith(("scatter", "support")):
             # A large support is limited by shared memory, and its rows by how far ids lie apart.
-            shared = plan.support_shared if name.startswith("support") else 0
+            shared = cut.support_shared if name.startswith("support") else 0
             least = PLANNED if shared < 8 * 1024 else LEAST
             blocks = sass.resident_blocks(arch, 128, code.registers, shared)
             assert blocks * 128 >= least, f"{name}: {blocks} blocks of {code.registers} registers"

@@ -150,10 +150,11 @@ struct ChunkMaxima {
 };
 
 // The group keys of the tiles [first, last): of those that lie whole in the row without looking at
-// single elements, then of those that do not or hold banned ids.
+// single elements, then of those that do not or hold banned ids. With `waiting` the keys' memory is
+// another block's, for which a barrier is to be waited: loads are under way by then.
 template <class Format>
 __device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
-                       int lane_bits, typename Format::Bits* keys) {
+                       int lane_bits, bool waiting, typename Format::Bits* keys) {
   const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
@@ -169,9 +170,13 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
     }
     ChunkMaxima<Format> maxima(chunks);
     maxima.combine_lanes(lane_bits);
+    if (waiting) cluster_wait();  // the first block is there, and so is its memory
+    waiting = false;
     for (int i = lane_in_group; i < count; i += of_group)
       keys[((tile + i) << (kLaneBits - lane_bits)) + group_in_tile] = maxima.key(i);
   }
+
+  if (waiting) cluster_wait();  // the first block is there, and this warp had no tile
 
   if (row.has_banned()) {
     __syncthreads();  // keys that other warps wrote are written again
@@ -355,7 +360,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
   const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
-  const int of_block = (tiles + blocks - 1) / blocks;
+  if (blocks > 1) cluster_arrive();  // this block is there
   const int groups = tiles << (kLaneBits - lane_bits);
   const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
   if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
@@ -363,8 +368,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   for (int i = block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
   if (block.thread == 0) *shared.count = 0;
 
-  if (blocks > 1) cluster_barrier();  // the first block is there, and so is its memory
-  stream(block, row, rank * of_block, min((rank + 1) * of_block, tiles), lane_bits,
+  stream(block, row, rank * tiles / blocks, (rank + 1) * tiles / blocks, lane_bits, blocks > 1,
          blocks > 1 ? in_leader(shared.keys) : shared.keys);
   if (blocks > 1) {
     cluster_barrier();
