@@ -95,7 +95,7 @@ def scenarios(backend: object) -> Iterator[Outputs]:
         yield logits_call(backend, rows(2, 3000, FP32).copy_(ascending), 9)
         yield logits_call(backend, rows(9, 3000).sign_(), 100)
         equal = (torch.arange(40_000) % 32 >= 16).float()  # in no group's first half
-        yield logits_call(backend, rows(1, 40_000).copy_(equal), 10)
+        yield logits_call(backend, rows(1, 40_000, FP32).copy_(equal), 9)
         banned = list(range(0, 5000, 2))
         teacher = rows(1, 70_000, offset=9)
         teacher[:, banned] += 50
