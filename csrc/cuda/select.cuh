@@ -291,18 +291,32 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
   return above + wanted;
 }
 
-// Bounds of the k-th largest key. Vectors are disjoint: where k threads or more hold some, the
-// least of these threads' largest keys is reached by k keys.
+// Bounds of the k-th largest key. A thread deals its keys into 2^n sets. Where there are k sets or
+// more in all, k keys reach the least of the sets' largest keys.
 template <class Bits>
 __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, int& low, int& high) {
-  int best = KeyLimits<Bits>::kNotSelectable;
-  for (int i = block.thread; i < vectors; i += block.threads)
-    for (const Bits key : KeyVector<Bits>::load(keys, i).keys)
-      best = max(best, static_cast<int>(key));
-  low = block.thread < vectors ? best : KeyLimits<Bits>::kNaN;
-  high = best;
+  using Vector = KeyVector<Bits>;
+  int best[Vector::kKeys];  // of a set for each place in a vector
+  for (int& of_set : best) of_set = KeyLimits<Bits>::kNotSelectable;
+  for (int i = block.thread; i < vectors; i += block.threads) {
+    const Vector vector = Vector::load(keys, i);
+    for (int j = 0; j < Vector::kKeys; ++j)
+      best[j] = max(best[j], static_cast<int>(vector.keys[j]));
+  }
+  // Fewer and larger sets, as long as there are k.
+  const int holders = min(block.threads, vectors);
+  int least = KeyLimits<Bits>::kNotSelectable;
+#pragma unroll
+  for (int sets = Vector::kKeys; sets > 0; sets /= 2) {
+    if (sets * holders >= k) {
+      least = best[0];
+      for (int j = 1; j < sets; ++j) least = min(least, best[j]);
+    }
+    for (int j = 0; j < sets / 2; ++j) best[j] = max(best[j], best[j + sets / 2]);
+  }
+  low = block.thread < vectors ? least : KeyLimits<Bits>::kNaN;
+  high = best[0];
   block.range(low, high);
-  if (min(block.threads, vectors) < k) low = KeyLimits<Bits>::kNotSelectable;
   low = max(low, KeyLimits<Bits>::kNotSelectable + 1);
 }
 
