@@ -177,6 +177,22 @@ def test_rows_may_end_anywhere_in_a_tile(dtype: torch.dtype) -> None:
             assert same([*ours], [*cpu.select(teacher, k, vocab, None, None)])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_banned_id_is_seen_wherever_it_lies(dtype: torch.dtype) -> None:
+    # Five tiles of halves; words of the bitmap begin at any place of a tile.
+    vocab = 1300
+    for offset in (0, 1, 37, 128 // dtype.itemsize - 1):
+        teacher = rows(1, vocab, dtype, offset)
+        edges = {at + off for at in range(0, vocab, 64) for off in (-1, 0, 1)}
+        edges |= {edge - offset for edge in edges} | {vocab - 1}
+        for banned in sorted(id for id in edges if 0 <= id < vocab):
+            teacher[0, banned] = 100
+            with emulated.gpu(8):
+                ids, _ = cuda.select(teacher, 1, vocab, bitmap(vocab, [banned]), None)
+            teacher[0, banned] = -100
+            assert ids.item() == teacher.float().argmax(), (offset, banned)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_a_narrow_gradient_leaves_what_lies_around_alone(dtype: torch.dtype) -> None:
     for vocab, offset in itertools.product(range(1, 20), range(16 // dtype.itemsize)):

@@ -28,7 +28,7 @@ class AlignedRow {
 
   __device__ AlignedRow(const char* row, int width, const uint64_t* banned)
       : start_(reinterpret_cast<const Bits*>(row - skipped_bytes(row))),
-        banned_(reinterpret_cast<const uint8_t*>(banned)),
+        banned_(banned),
         skip_(skipped_bytes(row) / static_cast<int>(sizeof(Bits))),
         width_(width) {}
 
@@ -48,10 +48,21 @@ class AlignedRow {
     const int first = id_of(chunk, 0);
     const unsigned outside = outside_row(first);
     if (!banned_ || outside == kAll) return outside;
-    const int byte = first >> 3;
-    const unsigned low = byte >= 0 ? banned_[byte] : 0;
-    const unsigned high = (byte + 1) * 8 < width_ ? banned_[byte + 1] : 0;
-    return outside | (((low | high << 8) >> (first & 7)) & kAll);
+    const int word = first >> 6, shift = first & 63;
+    const uint64_t low = word >= 0 ? banned_[word] : 0;
+    const uint64_t high = shift > 64 - kChunk && (word + 1) * 64 < width_ ? banned_[word + 1] : 0;
+    return outside | (static_cast<unsigned>(low >> shift | high << 1 << (63 - shift)) & kAll);
+  }
+
+  // Whether a tile that lies in the row with all its elements holds a banned id.
+  __device__ bool bans_in(int tile) const {
+    constexpr int kWords = kTile / 64;
+    const int first = id_of(tile * kWarp, 0), shift = first & 63;
+    const uint64_t* words = banned_ + (first >> 6);
+    uint64_t found = words[0] >> shift;
+    for (int i = 1; i < kWords; ++i) found |= words[i];
+    if (shift > 0) found |= words[kWords] << (64 - shift);
+    return found != 0;
   }
 
   // The keys of a chunk's elements.
@@ -83,13 +94,14 @@ class AlignedRow {
   }
 
   const Bits* start_;
-  const uint8_t* banned_;
+  const uint64_t* banned_;
   int skip_, width_;
 };
 
-// The keys of one tile's groups, with all that may not be selected left out.
+// The keys of one tile's groups, with all that may not be selected left out. Of the lanes of a group
+// number `writer`, counted modulo their number, writes its key.
 template <class Format>
-__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits,
+__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits, int writer,
                            typename Format::Bits* keys) {
   using Bits = typename Format::Bits;
   const int lane = threadIdx.x % kWarp, chunk = tile * kWarp + lane;
@@ -99,7 +111,7 @@ __device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bit
   for (const Bits key : of_chunk) best = max(best, static_cast<int>(key));
   for (int other = 1; other < 1 << lane_bits; other *= 2)
     best = max(best, __shfl_xor_sync(kAllLanes, best, other));
-  if ((lane & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
+  if (((lane ^ writer) & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
 }
 
 // What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in
@@ -158,8 +170,8 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
   const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
-  for (int tile = begin + block.warp * kTilesAtOnce; tile < end;
-       tile += block.warps * kTilesAtOnce) {
+  const int own = begin + block.warp * kTilesAtOnce, stride = block.warps * kTilesAtOnce;
+  for (int tile = own; tile < end; tile += stride) {
     uint4 chunks[kTilesAtOnce];
     const int count = min(end - tile, kTilesAtOnce), chunk = tile * kWarp + block.lane;
     if (count == kTilesAtOnce) {
@@ -179,17 +191,23 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
   if (waiting) cluster_wait();  // the first block is there, and this warp had no tile
 
   if (row.has_banned()) {
-    __syncthreads();  // keys that other warps wrote are written again
-    for (int tile = first + block.warp; tile < last; tile += block.warps)
-      if (__any_sync(kAllLanes, row.excluded(tile * kWarp + block.lane) != 0))
-        exact_tile(row, tile, lane_bits, keys);
-    return;
+    // A lane looks at one of the tiles that this warp has streamed. Where one holds banned ids the
+    // lanes that wrote its keys write them again.
+    for (int tile = own; tile < end; tile += kWarp / kTilesAtOnce * stride) {
+      const int place = block.lane % kTilesAtOnce;
+      const int seen = tile + block.lane / kTilesAtOnce * stride + place;
+      unsigned dirty = __ballot_sync(kAllLanes, seen < end && row.bans_in(seen));
+      for (; dirty != 0; dirty &= dirty - 1) {
+        const int lane = __ffs(dirty) - 1;
+        exact_tile(row, __shfl_sync(kAllLanes, seen, lane), lane_bits, lane % kTilesAtOnce, keys);
+      }
+    }
   }
   const bool first_is_cut = first == 0 && row.whole_begin() > 0;
   const int cut_at_end = row.whole_end();
-  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, keys);
+  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, 0, keys);
   if (cut_at_end < last && !(first_is_cut && cut_at_end == 0) && block.warp == block.warps - 1)
-    exact_tile(row, cut_at_end, lane_bits, keys);
+    exact_tile(row, cut_at_end, lane_bits, 0, keys);
 }
 
 // Vectors of keys, for loads of 16 bytes from shared memory.
