@@ -65,11 +65,16 @@ class AlignedRow {
     return found != 0;
   }
 
-  // The keys of a chunk's elements.
-  __device__ void load_keys(int chunk, unsigned excluded, Bits* keys) const {
+  // Whether a chunk lies in the row with all its elements.
+  __device__ bool is_whole(int chunk) const {
+    const int first = id_of(chunk, 0);
+    return (first >= 0) & (first + kChunk <= width_);
+  }
+
+  // The keys of a chunk's elements: of what was loaded of it, if it is whole.
+  __device__ void keys_of(int chunk, const uint4& loaded, unsigned excluded, Bits* keys) const {
     Bits bits[kChunk];
-    if (outside_row(id_of(chunk, 0)) == 0) {
-      const uint4 loaded = load_whole(chunk);
+    if (is_whole(chunk)) {
       memcpy(bits, &loaded, sizeof bits);
     } else {
       for (int i = 0; i < kChunk; ++i)
@@ -106,7 +111,9 @@ __device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bit
   using Bits = typename Format::Bits;
   const int lane = threadIdx.x % kWarp, chunk = tile * kWarp + lane;
   Bits of_chunk[AlignedRow<Format>::kChunk];
-  row.load_keys(chunk, row.excluded(chunk), of_chunk);
+  uint4 loaded{};
+  if (row.is_whole(chunk)) loaded = row.load_whole(chunk);
+  row.keys_of(chunk, loaded, row.excluded(chunk), of_chunk);
   int best = of_chunk[0];
   for (const Bits key : of_chunk) best = max(best, static_cast<int>(key));
   for (int other = 1; other < 1 << lane_bits; other *= 2)
@@ -370,15 +377,29 @@ class Shared {
   int32_t* const count;   // of candidates
 };
 
-// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread.
+// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread. Several
+// are loaded before the first is used.
 template <class Format, class Body>
 __device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, const int32_t* list,
                            int groups, int lane_bits, const Body& body) {
-  for (int i = block.thread; i < groups << lane_bits; i += block.threads) {
-    const int chunk = chunk_of(list, i, lane_bits);
-    KeyVector<typename Format::Bits> vector;
-    row.load_keys(chunk, row.excluded(chunk), vector.keys);
-    body(chunk, i, vector);
+  const int count = groups << lane_bits;
+  for (int i = block.thread; i < count;) {
+    uint4 loaded[kChunksAtOnce];
+#pragma unroll
+    for (int j = 0; j < kChunksAtOnce; ++j) {
+      const int ahead = i + j * block.threads;
+      const int chunk = chunk_of(list, min(ahead, count - 1), lane_bits);
+      loaded[j] = uint4{};
+      if ((ahead < count) & row.is_whole(chunk)) loaded[j] = row.load_whole(chunk);
+    }
+#pragma unroll 1  // one copy of the body; the next chunk moves up
+    for (int j = 0; j < kChunksAtOnce && i < count; ++j, i += block.threads) {
+      const int chunk = chunk_of(list, i, lane_bits);
+      KeyVector<typename Format::Bits> vector;
+      row.keys_of(chunk, loaded[0], row.excluded(chunk), vector.keys);
+      body(chunk, i, vector);
+      for (int next = 1; next < kChunksAtOnce; ++next) loaded[next - 1] = loaded[next];
+    }
   }
 }
 
