@@ -404,10 +404,11 @@ __device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, co
 }
 
 // Selects from a row: shared.ranks holds the k best, in order, and their number is returned. In the
-// blocks of a cluster that only stream it is -1. Ends with a barrier.
-template <class Format>
+// blocks of a cluster that only stream it is -1. Calls expect(id) for ids among which these are,
+// few more than k, as soon as they are known. Ends with a barrier.
+template <class Format, class Expect>
 __device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
-                          const Allowed& allowed, int k, int lane_bits) {
+                          const Allowed& allowed, int k, int lane_bits, const Expect& expect) {
   using Bits = typename Format::Bits;
   using Row = AlignedRow<Format>;
   using Vector = KeyVector<Bits>;
@@ -441,9 +442,12 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
     const int reached = vector.reach(low);
     if (reached == 0) return;
     int place = atomicAdd(shared.count, reached);
-    for (int i = 0; i < Vector::kKeys; ++i)
-      if (vector.keys[i] >= low && place < shared.most)
-        shared.ranks[place++] = rank_key(vector.keys[i], row.id_of(chunk, i));
+    for (int i = 0; i < Vector::kKeys; ++i) {
+      if (vector.keys[i] < low || place >= shared.most) continue;
+      const int id = row.id_of(chunk, i);
+      expect(id);
+      shared.ranks[place++] = rank_key(vector.keys[i], id);
+    }
   });
   __syncthreads();
   int found = *shared.count;
@@ -454,7 +458,9 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
     found = choose_best(
         block, shared.keys, listed << lane_bits, k, low, high, [&](int place, int index) {
           const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
-          shared.ranks[place] = rank_key(shared.keys[index], row.id_of(chunk, index % Row::kChunk));
+          const int id = row.id_of(chunk, index % Row::kChunk);
+          expect(id);
+          shared.ranks[place] = rank_key(shared.keys[index], id);
         });
     for (int i = found + block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
     __syncthreads();
@@ -480,7 +486,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const char* logits = args.logits.row(row);
   int found = 0;
   if (args.allowed.row(row))
-    found = select_row<Format>(block, shared, logits, args.allowed, k, plan.lane_bits);
+    found = select_row(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
   if (cluster_rank() > 0) return;
   // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);
