@@ -33,6 +33,7 @@ class Plan:
     support_threads: int
     support_shared: int
     tiles_at_once: int
+    chunks_at_once: int
 
 
 # By architecture: A100, H100, B200, RTX 5090. Clusters as the first has none, and as they would be
