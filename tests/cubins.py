@@ -8,42 +8,27 @@ Ninja keeps what is up to date under build/cubins.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import sass
 import setuptools
+from emulation.plan import GPUS, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "cubins"
 ARCHITECTURES = (80, 90, 100, 120)
 SOURCES = ("select", "divergence", "scatter")
-# Multiprocessors of a GPU of each architecture: A100, H100, B200, RTX 5090.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 # What the listing adds from 9.0 on to a kernel's shared memory, where it uses any.
 _SYSTEM_SHARED = 1024
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a launch is cut (csrc/cuda/plan.h)."""
-
-    lane_bits: int
-    threads: int
-    cluster: int
-    shared: int
-    support_threads: int
-    support_shared: int
-    tiles_at_once: int
 
 
 @functools.cache
@@ -104,25 +89,6 @@ def compiled(
     return kernels
 
 
-def plan(rows: int, width: int, k: int, itemsize: int, arch: int) -> Plan:
-    """How a launch is cut on a GPU of an architecture, told by the kernels' own header."""
-    folder = ROOT / "build" / "plan"
-    lines = [
-        "rule compile",
-        f"  command = {os.environ.get('CXX', 'c++')} -std=c++17 -DOPD_EMULATION -I{CSRC / 'cuda'} "
-        f"-I{ROOT / 'tests' / 'emulation'} -Wno-unknown-pragmas -MMD -MF $out.d $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        f"build plan: compile {ROOT / 'tests' / 'emulation' / 'plan.cpp'}",
-    ]
-    _ninja(folder, lines)
-    shared = sass.LIMITS[arch][1] * 1024
-    numbers = (rows, width, k, itemsize, MULTIPROCESSORS[arch], shared, int(arch >= 90))
-    command = [str(folder / "plan"), *map(str, numbers)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Plan(*map(int, said.split()))
-
-
 def itemsize(code: sass.Code) -> int:
     """Of an element of the rows that a kernel reads, in bytes."""
     return int(re.findall(r"(\d+)>$", code.name)[0]) // 8
@@ -168,7 +134,7 @@ def main() -> None:
     for (arch, name), code in sorted(compiled().items(), key=lambda item: item[0][::-1]):
         threads, shared = 128, 0
         if "scatter" not in name:
-            cut = plan(8192, 151936, 64, itemsize(code) if "<" in name else 2, arch)
+            cut = plan(8192, 151936, 64, itemsize(code) if "<" in name else 2, GPUS[arch])
             given = name.startswith("support")
             threads = cut.support_threads if given else cut.threads
             shared = cut.support_shared if given else cut.shared

@@ -37,14 +37,20 @@ def install() -> None:
     cuda._max_width.cache_clear()
 
 
-def pretend(multiprocessors: int, clusters: bool = True) -> None:
-    """Of what size the GPU is."""
+def pretend(multiprocessors: int, clusters: bool | tuple[int, ...] = True) -> None:
+    """Of what size the GPU is, and how many clusters of 2, 3, ... blocks it holds at once.
+
+    As many as it has multiprocessors for, none, or the numbers that are given.
+    """
+    if isinstance(clusters, bool):
+        sizes = range(2, cuda._C.max_cluster + 1)
+        clusters = tuple(multiprocessors // size if clusters else 0 for size in sizes)
     device = cuda._C.Device(0, multiprocessors, cuda._C.shared_bytes(0), clusters, 0)
     cuda._launch = lambda name, _, **arguments: getattr(cuda._C, name)(device=device, **arguments)
 
 
 @contextmanager
-def gpu(multiprocessors: int, clusters: bool = True) -> Iterator[None]:
+def gpu(multiprocessors: int, clusters: bool | tuple[int, ...] = True) -> Iterator[None]:
     """While the block runs the GPU is of that size."""
     pretend(multiprocessors, clusters)
     try:

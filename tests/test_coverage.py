@@ -54,9 +54,12 @@ def cases() -> Iterator[tuple[tuple[int, bool], Case]]:
         # Ties, of which too many to sort, and the tiers of k.
         yield FEW, case(5000, 130, teacher_content="equal", mask="bool", rows=(3,))
         yield FEW, case(3000, 1024, teacher_content="quantised", student_content="neg_inf")
-        yield ONE, case(2000, 1024, rows=(9,))
+        yield ONE, case(8000, 1024, rows=(9,))
+        # Rows so wide that groups of 32 do not fit, and an odd number of tiles.
+        yield ONE, case(1_300_000, 9)
         # Ids that may not be selected.
         yield ONE, case(1500, 9, rows=(3,), banned="half", teacher_layout="sliced")
+        yield ONE, case(1536, 9, rows=(3,), banned="few", teacher_layout="sliced")
         yield FEW, case(9000, 200, banned="few", teacher_content="zeros")
         yield FEW, case(70, 7, banned="all", rows=(0,))
         # Supports that are given, with repeated ids.
@@ -113,6 +116,7 @@ def refusals() -> None:
         with pytest.raises(ValueError, match=said):
             cuda._C.Rows(0, "float32", shape, strides)
     assert cuda._C.driver_version() == 0
+    assert cuda._C.max_clusters(0, 8) == 16
 
 
 def run() -> None:

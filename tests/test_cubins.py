@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cubins
 import pytest
 import sass
+from emulation.plan import GPUS, plan
 
 pytestmark = pytest.mark.skipif(not cubins.available(), reason="there is no nvcc")
 
@@ -21,6 +22,7 @@ ROWS, WIDTH = 8192, 151936
 PLANNED, LEAST = 1024, 256
 BYTES_IN_FLIGHT = 32 * 1024
 TILES_AT_ONCE = 8  # of 16 bytes for a thread
+CHUNKS_AT_ONCE = 4  # the same, of groups that are read again
 # Instructions of the streaming loop, which is two loads of tiles, whole or not, and five steps of
 # maxima, none of which needs all: what they are and a tenth more.
 STREAMING = {"Float16": 230, "BFloat16": 230, "Float32": 260}
@@ -33,6 +35,7 @@ def check(code: sass.Code) -> None:
     check_memory_and_calls(code)
     if code.name.startswith(("select", "divergence")):
         check_streaming(code)
+        check_rereading(code)
     if code.name.startswith("scatter"):
         check_clearing(code)
 
@@ -62,6 +65,33 @@ def check_streaming(code: sass.Code) -> None:
         for guard, count in Counter(i.guard for i in path if i.opcode in loads).items():
             assert count == TILES_AT_ONCE, f"{code.name}: {count} loads at once {guard}"
     assert len(body) <= STREAMING[kind], f"{code.name}: {len(body)} instructions"
+
+
+def check_rereading(code: sass.Code) -> None:
+    """The groups' chunks are loaded all at once, in one straight run, where they are read again.
+
+    That is where they are listed and, if they are too many, where they are stored. Only the
+    divergence asks for the student's values before it needs them.
+    """
+    streaming = set(cubins.streaming_loop(code))
+    at_once = [
+        loads
+        for path in straight(list(code.instructions))
+        if (loads := [i for i in path if i.opcode == "LDG.E.EF.128" and i not in streaming])
+        and len(loads) > 1
+    ]
+    counts = [len(loads) for loads in at_once]
+    assert counts == [CHUNKS_AT_ONCE] * 2, f"{code.name}: {counts} loads at once of what is listed"
+    for first, *others in at_once:
+        used = {register(first), *map(register, others)}
+        assert len(used) == CHUNKS_AT_ONCE, f"{code.name}: loads at once that share registers"
+    prefetches = bool(code.opcodes("CCTL.E.PF2"))
+    assert prefetches == code.name.startswith("divergence"), f"{code.name}: prefetches {prefetches}"
+
+
+def register(load: sass.Instruction) -> str:
+    """Where what is loaded goes."""
+    return load.operands.split(",")[0].strip()
 
 
 def straight(body: list[sass.Instruction]) -> Iterator[list[sass.Instruction]]:
@@ -126,25 +156,25 @@ def test_kernels_load_and_store_as_they_should_and_call_nothing(on_arch: OnArch)
 @pytest.mark.parametrize("k", [32, 64, 128, 1024])
 def test_planned_blocks_fit_a_multiprocessor(on_arch: OnArch, itemsize: int, k: int) -> None:
     arch, found = on_arch
-    plan = cubins.plan(ROWS, WIDTH, k, itemsize, arch)
-    assert plan.tiles_at_once == TILES_AT_ONCE
+    cut = plan(ROWS, WIDTH, k, itemsize, GPUS[arch])
+    assert (cut.tiles_at_once, cut.chunks_at_once) == (TILES_AT_ONCE, CHUNKS_AT_ONCE)
     for name, code in found.items():
         if name.startswith(("select", "divergence")) and cubins.itemsize(code) == itemsize:
             assert code.registers <= 64, name  # a block may have 1024 threads
-            blocks = sass.resident_blocks(arch, plan.threads, code.registers, plan.shared)
-            what = f"{name}: {blocks} blocks of {plan.threads} threads"
-            assert blocks * plan.threads >= PLANNED, what
-            assert blocks * plan.threads * 16 * TILES_AT_ONCE >= BYTES_IN_FLIGHT, what
+            blocks = sass.resident_blocks(arch, cut.threads, code.registers, cut.shared)
+            what = f"{name}: {blocks} blocks of {cut.threads} threads"
+            assert blocks * cut.threads >= PLANNED, what
+            assert blocks * cut.threads * 16 * TILES_AT_ONCE >= BYTES_IN_FLIGHT, what
 
 
 @pytest.mark.parametrize("k", [32, 64, 128, 1024])
 def test_small_blocks_fill_more_than_half_a_multiprocessor(on_arch: OnArch, k: int) -> None:
     arch, found = on_arch
-    plan = cubins.plan(ROWS, WIDTH, k, 2, arch)
+    cut = plan(ROWS, WIDTH, k, 2, GPUS[arch])
     for name, code in found.items():
         if name.startswith(("scatter", "support")):
             # A large support is limited by shared memory, and its rows by how far ids lie apart.
-            shared = plan.support_shared if name.startswith("support") else 0
+            shared = cut.support_shared if name.startswith("support") else 0
             least = PLANNED if shared < 8 * 1024 else LEAST
             blocks = sass.resident_blocks(arch, 128, code.registers, shared)
             assert blocks * 128 >= least, f"{name}: {blocks} blocks of {code.registers} registers"
@@ -180,6 +210,13 @@ CHANGES = {
         "return uint4{a.x, a.y, b.x, b.y};",
         "select_kernel<BFloat16>",
         "LDG.E.EF.64",
+    ),
+    "one chunk of what is listed at a time": Change(
+        "plan.h",
+        "constexpr int kChunksAtOnce = 4;",
+        "constexpr int kChunksAtOnce = 1;",
+        "select_kernel<BFloat16>",
+        "loads at once of what is listed",
     ),
     "scalar maxima": Change(
         "device.cuh",

@@ -17,13 +17,14 @@ import emulated
 import guards
 import pytest
 import torch
+from emulation.plan import H100, plan
 from torch import Tensor
 
 from opd_kernels import backends
 from opd_kernels.backends import cpu, cuda
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cluster_barrier)\(\);")
+BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cluster_(barrier|arrive|wait))\(\);")
 BARRIERS = [
     f"{path.name}:{number}"
     for path in sorted(SOURCES.glob("*.cuh"))
@@ -93,8 +94,8 @@ def scenarios(backend: object) -> Iterator[Outputs]:
         ascending = torch.arange(6000.0).reshape(2, 3000)  # too many candidates
         yield logits_call(backend, rows(2, 3000, FP32).copy_(ascending), 9)
         yield logits_call(backend, rows(9, 3000).sign_(), 100)
-        equal = (torch.arange(40_000) % 64 >= 32).float()  # in no group's first half
-        yield logits_call(backend, rows(1, 40_000).copy_(equal), 5)
+        equal = (torch.arange(40_000) % 32 >= 16).float()  # in no group's first half
+        yield logits_call(backend, rows(1, 40_000, FP32).copy_(equal), 9)
         banned = list(range(0, 5000, 2))
         teacher = rows(1, 70_000, offset=9)
         teacher[:, banned] += 50
@@ -176,6 +177,22 @@ def test_rows_may_end_anywhere_in_a_tile(dtype: torch.dtype) -> None:
             assert same([*ours], [*cpu.select(teacher, k, vocab, None, None)])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_banned_id_is_seen_wherever_it_lies(dtype: torch.dtype) -> None:
+    # Five tiles of halves; words of the bitmap begin at any place of a tile.
+    vocab = 1300
+    for offset in (0, 1, 37, 128 // dtype.itemsize - 1):
+        teacher = rows(1, vocab, dtype, offset)
+        edges = {at + off for at in range(0, vocab, 64) for off in (-1, 0, 1)}
+        edges |= {edge - offset for edge in edges} | {vocab - 1}
+        for banned in sorted(id for id in edges if 0 <= id < vocab):
+            teacher[0, banned] = 100
+            with emulated.gpu(8):
+                ids, _ = cuda.select(teacher, 1, vocab, bitmap(vocab, [banned]), None)
+            teacher[0, banned] = -100
+            assert ids.item() == teacher.float().argmax(), (offset, banned)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_a_narrow_gradient_leaves_what_lies_around_alone(dtype: torch.dtype) -> None:
     for vocab, offset in itertools.product(range(1, 20), range(16 // dtype.itemsize)):
@@ -230,6 +247,26 @@ def test_a_row_is_spread_over_as_many_blocks_as_any_gpu_takes() -> None:
         )
 
 
+@pytest.mark.parametrize("count", [1, 8, 16, 17, 33, 42, 43, 64, 66, 67, 132])
+def test_clusters_of_few_rows_are_all_resident_at_once(count: int) -> None:
+    # By hand: the largest cluster of which an H100 holds as many as there are rows.
+    largest = {1: 8, 8: 8, 16: 8, 17: 6, 33: 3, 42: 3, 43: 2, 64: 2, 66: 2, 67: 1, 132: 1}[count]
+    cut = plan(count, 151_936, 64, 2, H100)
+    assert cut.cluster == largest
+    assert cut.cluster == 1 or count <= H100.clusters[cut.cluster - 2]
+    assert cut.threads == 1024
+
+
+@pytest.mark.parametrize("vocab", [5, 300, 1023, 7500, 33_333])
+def test_clusters_of_any_size_share_a_row_s_tiles(vocab: int) -> None:
+    teacher, k = rows(33, vocab, offset=1), min(9, vocab)
+    expected = cpu.select(teacher, k, vocab, None, None)
+    for size in range(2, 9):
+        of_this_size = tuple(33 if other == size else 0 for other in range(2, 9))
+        with emulated.gpu(264, of_this_size):
+            assert same([*cuda.select(teacher, k, vocab, None, None)], [*expected])
+
+
 def test_a_temperature_that_is_nan_makes_all_of_its_row_nan() -> None:
     student = torch.tensor([[0.0, -1.0, -200.0, -torch.inf]])
     teacher = -torch.arange(4.0)[None]
@@ -276,7 +313,7 @@ def test_without_a_gpu_the_compiled_module_is_there_and_a_launch_raises() -> Non
     rows = module.Rows(0, "float32", (1, 8), (8, 1))
     with pytest.raises(RuntimeError, match=r"CUDA cannot .*: cudaError"):
         module.select(
-            device=module.Device(0, 132, 228 * 1024, True, 0),
+            device=module.Device(0, 132, 228 * 1024, (66, 42, 32, 24, 18, 16, 16), 0),
             logits=rows,
             allowed=module.Allowed(8),
             k=2,

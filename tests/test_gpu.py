@@ -276,7 +276,7 @@ def test_a_launch_that_fails_raises_and_harms_nothing(
     loss = topk_rkl(student, teacher, K, backend="cuda")
     step = functools.partial(loss_and_grad, student, teacher, k=K, backend="cuda")
     expected = step()
-    nowhere = cuda._C.Device(torch.cuda.device_count(), 132, 228 * 1024, False, 0)
+    nowhere = cuda._C.Device(torch.cuda.device_count(), 132, 228 * 1024, (0,) * 7, 0)
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "_device", lambda *_: nowhere)
         for call in (step, loss.backward, lambda: select_topk(teacher, K, backend="cuda")):

@@ -62,7 +62,7 @@ def test_no_two_threads_touch_the_same_memory_without_a_barrier_between() -> Non
 
 
 # Before the first barrier of a cluster blocks have nothing in common but that they run.
-STARTS = "// the first block is there"
+STARTS = "block is there"
 LINES = {path.name: path.read_text().splitlines() for path in SOURCES.glob("*.cuh")}
 RACING = [
     barrier

@@ -16,6 +16,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("runtime_version") = cuda::runtime_version();
   m.def("driver_version", &cuda::driver_version);
   m.def("shared_bytes", &cuda::shared_bytes, py::arg("index"));
+  m.def("max_clusters", &cuda::max_clusters, py::arg("index"), py::arg("size"));
+  m.attr("max_cluster") = cuda::kMaxCluster;
   m.def(
       "max_width",
       [](int k, const std::string& dtype) { return cuda::max_width(k, dtype_of(dtype)); },
@@ -23,8 +25,8 @@ PYBIND11_MODULE(_cuda, m) {
   define_arguments(m);
 
   py::class_<cuda::Device>(m, "Device", py::module_local())
-      .def(py::init([](int index, int multiprocessors, int shared_bytes, bool clusters,
-                       uintptr_t stream) {
+      .def(py::init([](int index, int multiprocessors, int shared_bytes,
+                       const std::array<int, cuda::kMaxCluster - 1>& clusters, uintptr_t stream) {
              return cuda::Device{index, multiprocessors, shared_bytes, clusters,
                                  pointer<void>(stream)};
            }),

@@ -23,6 +23,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 using emulation::cluster_rank;
 using emulation::cluster_size;
 using emulation::in_leader;
+using emulation::prefetch;
 using emulation::shared_memory;
 using emulation::word_max;
 
@@ -60,6 +61,11 @@ __device__ inline char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
+// Brings what lies at an address of global memory into the L2 cache.
+__device__ inline void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Clusters: blocks that run together and write into each other's shared memory. Code for less than
 // compute capability 9.0 has none: there a block is a cluster of its own, and those that were meant
 // to be one all do the same.
@@ -84,6 +90,15 @@ __device__ inline void cluster_barrier() {
           : "memory");
 }
 
+// The two halves of a barrier. This arrive orders no memory: it only says that the block runs.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::);
+}
+
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The same place in the shared memory of the cluster's first block.
 template <class T>
 __device__ inline T* in_leader(T* at) {
@@ -97,6 +112,8 @@ __device__ inline T* in_leader(T* at) {
 __device__ inline int cluster_rank() { return 0; }
 __device__ inline int cluster_size() { return 1; }
 __device__ inline void cluster_barrier() {}
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
 template <class T>
 __device__ inline T* in_leader(T* at) {
   return at;

@@ -39,9 +39,8 @@ __device__ void for_entries(const Block& block, int k, const Body& body) {
 // the row's loss and gradients: zero where an entry is absent, NaN throughout where the loss is
 // NaN.
 __device__ inline float row_divergence(Block& block, const DivergenceArgs& args, int64_t row,
-                                       const Entries& entries) {
+                                       const char* student_row, const Entries& entries) {
   const int k = args.k;
-  const char* student_row = args.student.row(row);
   Extremes extremes{-INFINITY, -INFINITY, 0};
   for_entries(block, k, [&](int i) {
     const float t = entries.teacher[i];
@@ -123,8 +122,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (cluster_rank() == 0) write_masked_row(block, args, row);
     return;
   }
+  // The student's values are on their way while candidates are put in order.
+  const char* student_row = args.student.row(row);
+  const auto expect = [&](int id) {
+    prefetch(student_row + int64_t{id} * element_size(args.student.dtype));
+  };
   const int found =
-      select_row<Format>(block, shared, args.teacher.row(row), args.allowed, k, plan.lane_bits);
+      select_row(block, shared, args.teacher.row(row), args.allowed, k, plan.lane_bits, expect);
   if (found < 0) return;
   auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // which are done with
   auto* student = reinterpret_cast<float*>(ids + k);
@@ -133,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     entries.ids[i] = i < found ? shared.id(i) : -1;
     entries.teacher[i] = i < found ? shared.value(i) : -INFINITY;
   });
-  const float loss = row_divergence(block, args, row, entries);
+  const float loss = row_divergence(block, args, row, student_row, entries);
   for_entries(block, k, [&](int i) {
     args.out_ids[row * k + i] = entries.ids[i];
     args.entry_grad[row * k + i] = entries.student[i];
@@ -171,7 +175,7 @@ __global__ void __launch_bounds__(kEntryThreads)
     entries.ids[i] = allowed ? static_cast<int32_t>(id) : -1;
     entries.teacher[i] = allowed ? value_at(given_values, args.teacher.dtype, i) : -INFINITY;
   });
-  const float loss = row_divergence(block, args, row, entries);
+  const float loss = row_divergence(block, args, row, args.student.row(row), entries);
   if (block.thread == 0) args.loss[row] = loss;
 
   // Present entries by (id, place), before the absent ones.

@@ -2,18 +2,21 @@
 // nor synchronises, and throws what CUDA says of a launch.
 #pragma once
 
+#include <array>
 #include <stdexcept>
 
 #include "../common/arguments.h"
 
 namespace opd::cuda {
 
+constexpr int kMaxCluster = 8;  // blocks
+
 // Where to launch, and what of it the shape of a launch depends on.
 struct Device {
   int index;
   int multiprocessors;
   int shared_bytes;  // of a multiprocessor
-  bool clusters;     // whether blocks can form them (compute capability 9.0 and above)
+  std::array<int, kMaxCluster - 1> clusters;  // of 2, 3, ... blocks that it holds at once
   void* stream;
 };
 
@@ -28,6 +31,10 @@ int64_t max_width(int k, DType dtype);
 // where there is none.
 int driver_version();
 int runtime_version();
+
+// How many clusters of `size` blocks a device holds at once, of the largest blocks there are; 0
+// where it has no clusters.
+int max_clusters(int index, int size);
 
 // Of a multiprocessor of a device.
 int shared_bytes(int index);

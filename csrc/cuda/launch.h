@@ -39,6 +39,15 @@ class OnDevice {
   bool changed_ = false;
 };
 
+inline cudaLaunchAttribute cluster_attribute(int size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(size);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 struct Grid {
   int64_t x;
   int64_t y = 1;
@@ -55,11 +64,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int sh
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared),
           "give a block its shared memory");
-  cudaLaunchAttribute in_clusters{};
-  in_clusters.id = cudaLaunchAttributeClusterDimension;
-  in_clusters.val.clusterDim.x = static_cast<unsigned>(cluster);
-  in_clusters.val.clusterDim.y = 1;
-  in_clusters.val.clusterDim.z = 1;
+  cudaLaunchAttribute in_clusters = cluster_attribute(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -68,6 +73,22 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int sh
   config.attrs = &in_clusters;
   config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
+}
+
+// How many clusters of `size` blocks the device holds at once; 0 where CUDA refuses to say.
+template <class... Parameters>
+int resident_clusters(void (*kernel)(Parameters...), int index, int threads, int size) {
+  const OnDevice on_device(index);
+  cudaLaunchAttribute in_clusters = cluster_attribute(size);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.attrs = &in_clusters;
+  config.numAttrs = 1;
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
+  cudaGetLastError();  // which is nobody's error
+  return 0;
 }
 
 }  // namespace opd::cuda

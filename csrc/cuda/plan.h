@@ -1,7 +1,7 @@
 // How a launch is cut, in one place: sizes of groups and blocks, given k, a row and the device.
 //
 // Small groups mean more group keys to search, large ones more elements to read a second time (k
-// groups of them): 3 % of a row of 150 000 for k up to 64, 10 % at 1024. Blocks are small where
+// groups of them): 1.3 % of a row of 150 000 at k = 64, 10 % at 1024. Blocks are small where
 // there are rows enough to fill a multiprocessor with blocks at different stages, and large where
 // not.
 #pragma once
@@ -24,14 +24,14 @@ constexpr int kTileBytes = kChunkBytes * kWarp;
 constexpr int kLaneBits = 5;  // 2^5 lanes of a warp
 // Tiles that a warp loads at once: 16 kB in flight for a block of 128 threads.
 constexpr int kTilesAtOnce = 8;
+// Chunks of the groups that are read again that a thread loads at once.
+constexpr int kChunksAtOnce = 4;
 // Threads that keep a multiprocessor's memory busy, and keys that a thread may search.
 constexpr int kThreadsOfMultiprocessor = 1024;
 constexpr int kKeysOfThread = 64;
 // What every architecture from 8.0 on has for one block, less what is not for keys.
 constexpr int kMostKeyBytes = 76 * 1024;
 constexpr int kSharedOverhead = 1024;  // of each block
-constexpr int kMaxCluster = 8;
-
 constexpr int kLeastCandidates = 128;
 // An entry of a row's divergence: id, student, teacher.
 constexpr int kEntryBytes = 3 * sizeof(int32_t);
@@ -53,7 +53,7 @@ inline int next_power_of_2(int n) {
   return power;
 }
 
-inline int largest_group(int k) { return k <= 64 ? 64 : k <= 256 ? 32 : 16; }
+inline int largest_group(int k) { return k <= 256 ? 32 : 16; }
 
 // Bytes of group keys, and of the keys of the elements of k groups, whole vectors of each.
 inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
@@ -100,10 +100,10 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   while (plan.threads < kMaxThreads && plan.threads * blocks < kThreadsOfMultiprocessor)
     plan.threads *= 2;
   plan.cluster = 1;
-  while (device.clusters && plan.cluster < kMaxCluster &&
-         rows * plan.cluster * 2 <= device.multiprocessors &&
-         tiles >= plan.cluster * 2 * (plan.threads / kWarp))
-    plan.cluster *= 2;
+  // All clusters run at once, and each warp has a tile.
+  for (int size = 2; size <= kMaxCluster; ++size)
+    if (rows <= device.clusters[size - 2] && tiles >= size * (plan.threads / kWarp))
+      plan.cluster = size;
   return plan;
 }
 

@@ -18,6 +18,10 @@ void select(const SelectArgs& args, const Device& device) {
          args, plan);
 }
 
+int max_clusters(int index, int size) {
+  return resident_clusters(select_kernel<Float32>, index, kMaxThreads, size);
+}
+
 int64_t max_width(int k, DType dtype) {
   int64_t fits = k, too_wide = int64_t{1} << 30;
   while (too_wide - fits > 1) {

@@ -28,7 +28,7 @@ class AlignedRow {
 
   __device__ AlignedRow(const char* row, int width, const uint64_t* banned)
       : start_(reinterpret_cast<const Bits*>(row - skipped_bytes(row))),
-        banned_(reinterpret_cast<const uint8_t*>(banned)),
+        banned_(banned),
         skip_(skipped_bytes(row) / static_cast<int>(sizeof(Bits))),
         width_(width) {}
 
@@ -48,17 +48,33 @@ class AlignedRow {
     const int first = id_of(chunk, 0);
     const unsigned outside = outside_row(first);
     if (!banned_ || outside == kAll) return outside;
-    const int byte = first >> 3;
-    const unsigned low = byte >= 0 ? banned_[byte] : 0;
-    const unsigned high = (byte + 1) * 8 < width_ ? banned_[byte + 1] : 0;
-    return outside | (((low | high << 8) >> (first & 7)) & kAll);
+    const int word = first >> 6, shift = first & 63;
+    const uint64_t low = word >= 0 ? banned_[word] : 0;
+    const uint64_t high = shift > 64 - kChunk && (word + 1) * 64 < width_ ? banned_[word + 1] : 0;
+    return outside | (static_cast<unsigned>(low >> shift | high << 1 << (63 - shift)) & kAll);
   }
 
-  // The keys of a chunk's elements.
-  __device__ void load_keys(int chunk, unsigned excluded, Bits* keys) const {
+  // Whether a tile that lies in the row with all its elements holds a banned id.
+  __device__ bool bans_in(int tile) const {
+    constexpr int kWords = kTile / 64;
+    const int first = id_of(tile * kWarp, 0), shift = first & 63;
+    const uint64_t* words = banned_ + (first >> 6);
+    uint64_t found = words[0] >> shift;
+    for (int i = 1; i < kWords; ++i) found |= words[i];
+    if (shift > 0) found |= words[kWords] << (64 - shift);
+    return found != 0;
+  }
+
+  // Whether a chunk lies in the row with all its elements.
+  __device__ bool is_whole(int chunk) const {
+    const int first = id_of(chunk, 0);
+    return (first >= 0) & (first + kChunk <= width_);
+  }
+
+  // The keys of a chunk's elements: of what was loaded of it, if it is whole.
+  __device__ void keys_of(int chunk, const uint4& loaded, unsigned excluded, Bits* keys) const {
     Bits bits[kChunk];
-    if (outside_row(id_of(chunk, 0)) == 0) {
-      const uint4 loaded = load_whole(chunk);
+    if (is_whole(chunk)) {
       memcpy(bits, &loaded, sizeof bits);
     } else {
       for (int i = 0; i < kChunk; ++i)
@@ -83,23 +99,26 @@ class AlignedRow {
   }
 
   const Bits* start_;
-  const uint8_t* banned_;
+  const uint64_t* banned_;
   int skip_, width_;
 };
 
-// The keys of one tile's groups, with all that may not be selected left out.
+// The keys of one tile's groups, with all that may not be selected left out. Of the lanes of a group
+// number `writer`, counted modulo their number, writes its key.
 template <class Format>
-__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits,
+__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits, int writer,
                            typename Format::Bits* keys) {
   using Bits = typename Format::Bits;
   const int lane = threadIdx.x % kWarp, chunk = tile * kWarp + lane;
   Bits of_chunk[AlignedRow<Format>::kChunk];
-  row.load_keys(chunk, row.excluded(chunk), of_chunk);
+  uint4 loaded{};
+  if (row.is_whole(chunk)) loaded = row.load_whole(chunk);
+  row.keys_of(chunk, loaded, row.excluded(chunk), of_chunk);
   int best = of_chunk[0];
   for (const Bits key : of_chunk) best = max(best, static_cast<int>(key));
   for (int other = 1; other < 1 << lane_bits; other *= 2)
     best = max(best, __shfl_xor_sync(kAllLanes, best, other));
-  if ((lane & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
+  if (((lane ^ writer) & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
 }
 
 // What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in
@@ -150,15 +169,16 @@ struct ChunkMaxima {
 };
 
 // The group keys of the tiles [first, last): of those that lie whole in the row without looking at
-// single elements, then of those that do not or hold banned ids.
+// single elements, then of those that do not or hold banned ids. With `waiting` the keys' memory is
+// another block's, for which a barrier is to be waited: loads are under way by then.
 template <class Format>
 __device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
-                       int lane_bits, typename Format::Bits* keys) {
+                       int lane_bits, bool waiting, typename Format::Bits* keys) {
   const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
-  for (int tile = begin + block.warp * kTilesAtOnce; tile < end;
-       tile += block.warps * kTilesAtOnce) {
+  const int own = begin + block.warp * kTilesAtOnce, stride = block.warps * kTilesAtOnce;
+  for (int tile = own; tile < end; tile += stride) {
     uint4 chunks[kTilesAtOnce];
     const int count = min(end - tile, kTilesAtOnce), chunk = tile * kWarp + block.lane;
     if (count == kTilesAtOnce) {
@@ -169,22 +189,32 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
     }
     ChunkMaxima<Format> maxima(chunks);
     maxima.combine_lanes(lane_bits);
+    if (waiting) cluster_wait();  // the first block is there, and so is its memory
+    waiting = false;
     for (int i = lane_in_group; i < count; i += of_group)
       keys[((tile + i) << (kLaneBits - lane_bits)) + group_in_tile] = maxima.key(i);
   }
 
+  if (waiting) cluster_wait();  // the first block is there, and this warp had no tile
+
   if (row.has_banned()) {
-    __syncthreads();  // keys that other warps wrote are written again
-    for (int tile = first + block.warp; tile < last; tile += block.warps)
-      if (__any_sync(kAllLanes, row.excluded(tile * kWarp + block.lane) != 0))
-        exact_tile(row, tile, lane_bits, keys);
-    return;
+    // A lane looks at one of the tiles that this warp has streamed. Where one holds banned ids the
+    // lanes that wrote its keys write them again.
+    for (int tile = own; tile < end; tile += kWarp / kTilesAtOnce * stride) {
+      const int place = block.lane % kTilesAtOnce;
+      const int seen = tile + block.lane / kTilesAtOnce * stride + place;
+      unsigned dirty = __ballot_sync(kAllLanes, seen < end && row.bans_in(seen));
+      for (; dirty != 0; dirty &= dirty - 1) {
+        const int lane = __ffs(dirty) - 1;
+        exact_tile(row, __shfl_sync(kAllLanes, seen, lane), lane_bits, lane % kTilesAtOnce, keys);
+      }
+    }
   }
   const bool first_is_cut = first == 0 && row.whole_begin() > 0;
   const int cut_at_end = row.whole_end();
-  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, keys);
+  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, 0, keys);
   if (cut_at_end < last && !(first_is_cut && cut_at_end == 0) && block.warp == block.warps - 1)
-    exact_tile(row, cut_at_end, lane_bits, keys);
+    exact_tile(row, cut_at_end, lane_bits, 0, keys);
 }
 
 // Vectors of keys, for loads of 16 bytes from shared memory.
@@ -286,18 +316,32 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
   return above + wanted;
 }
 
-// Bounds of the k-th largest key. Vectors are disjoint: where k threads or more hold some, the
-// least of these threads' largest keys is reached by k keys.
+// Bounds of the k-th largest key. A thread deals its keys into 2^n sets. Where there are k sets or
+// more in all, k keys reach the least of the sets' largest keys.
 template <class Bits>
 __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, int& low, int& high) {
-  int best = KeyLimits<Bits>::kNotSelectable;
-  for (int i = block.thread; i < vectors; i += block.threads)
-    for (const Bits key : KeyVector<Bits>::load(keys, i).keys)
-      best = max(best, static_cast<int>(key));
-  low = block.thread < vectors ? best : KeyLimits<Bits>::kNaN;
-  high = best;
+  using Vector = KeyVector<Bits>;
+  int best[Vector::kKeys];  // of a set for each place in a vector
+  for (int& of_set : best) of_set = KeyLimits<Bits>::kNotSelectable;
+  for (int i = block.thread; i < vectors; i += block.threads) {
+    const Vector vector = Vector::load(keys, i);
+    for (int j = 0; j < Vector::kKeys; ++j)
+      best[j] = max(best[j], static_cast<int>(vector.keys[j]));
+  }
+  // Fewer and larger sets, as long as there are k.
+  const int holders = min(block.threads, vectors);
+  int least = KeyLimits<Bits>::kNotSelectable;
+#pragma unroll
+  for (int sets = Vector::kKeys; sets > 0; sets /= 2) {
+    if (sets * holders >= k) {
+      least = best[0];
+      for (int j = 1; j < sets; ++j) least = min(least, best[j]);
+    }
+    for (int j = 0; j < sets / 2; ++j) best[j] = max(best[j], best[j + sets / 2]);
+  }
+  low = block.thread < vectors ? least : KeyLimits<Bits>::kNaN;
+  high = best[0];
   block.range(low, high);
-  if (min(block.threads, vectors) < k) low = KeyLimits<Bits>::kNotSelectable;
   low = max(low, KeyLimits<Bits>::kNotSelectable + 1);
 }
 
@@ -333,29 +377,44 @@ class Shared {
   int32_t* const count;   // of candidates
 };
 
-// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread.
+// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread. Several
+// are loaded before the first is used.
 template <class Format, class Body>
 __device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, const int32_t* list,
                            int groups, int lane_bits, const Body& body) {
-  for (int i = block.thread; i < groups << lane_bits; i += block.threads) {
-    const int chunk = chunk_of(list, i, lane_bits);
-    KeyVector<typename Format::Bits> vector;
-    row.load_keys(chunk, row.excluded(chunk), vector.keys);
-    body(chunk, i, vector);
+  const int count = groups << lane_bits;
+  for (int i = block.thread; i < count;) {
+    uint4 loaded[kChunksAtOnce];
+#pragma unroll
+    for (int j = 0; j < kChunksAtOnce; ++j) {
+      const int ahead = i + j * block.threads;
+      const int chunk = chunk_of(list, min(ahead, count - 1), lane_bits);
+      loaded[j] = uint4{};
+      if ((ahead < count) & row.is_whole(chunk)) loaded[j] = row.load_whole(chunk);
+    }
+#pragma unroll 1  // one copy of the body; the next chunk moves up
+    for (int j = 0; j < kChunksAtOnce && i < count; ++j, i += block.threads) {
+      const int chunk = chunk_of(list, i, lane_bits);
+      KeyVector<typename Format::Bits> vector;
+      row.keys_of(chunk, loaded[0], row.excluded(chunk), vector.keys);
+      body(chunk, i, vector);
+      for (int next = 1; next < kChunksAtOnce; ++next) loaded[next - 1] = loaded[next];
+    }
   }
 }
 
 // Selects from a row: shared.ranks holds the k best, in order, and their number is returned. In the
-// blocks of a cluster that only stream it is -1. Ends with a barrier.
-template <class Format>
+// blocks of a cluster that only stream it is -1. Calls expect(id) for ids among which these are,
+// few more than k, as soon as they are known. Ends with a barrier.
+template <class Format, class Expect>
 __device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
-                          const Allowed& allowed, int k, int lane_bits) {
+                          const Allowed& allowed, int k, int lane_bits, const Expect& expect) {
   using Bits = typename Format::Bits;
   using Row = AlignedRow<Format>;
   using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
   const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
-  const int of_block = (tiles + blocks - 1) / blocks;
+  if (blocks > 1) cluster_arrive();  // this block is there
   const int groups = tiles << (kLaneBits - lane_bits);
   const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
   if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
@@ -363,8 +422,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   for (int i = block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
   if (block.thread == 0) *shared.count = 0;
 
-  if (blocks > 1) cluster_barrier();  // the first block is there, and so is its memory
-  stream(block, row, rank * of_block, min((rank + 1) * of_block, tiles), lane_bits,
+  stream(block, row, rank * tiles / blocks, (rank + 1) * tiles / blocks, lane_bits, blocks > 1,
          blocks > 1 ? in_leader(shared.keys) : shared.keys);
   if (blocks > 1) {
     cluster_barrier();
@@ -384,9 +442,12 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
     const int reached = vector.reach(low);
     if (reached == 0) return;
     int place = atomicAdd(shared.count, reached);
-    for (int i = 0; i < Vector::kKeys; ++i)
-      if (vector.keys[i] >= low && place < shared.most)
-        shared.ranks[place++] = rank_key(vector.keys[i], row.id_of(chunk, i));
+    for (int i = 0; i < Vector::kKeys; ++i) {
+      if (vector.keys[i] < low || place >= shared.most) continue;
+      const int id = row.id_of(chunk, i);
+      expect(id);
+      shared.ranks[place++] = rank_key(vector.keys[i], id);
+    }
   });
   __syncthreads();
   int found = *shared.count;
@@ -397,7 +458,9 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
     found = choose_best(
         block, shared.keys, listed << lane_bits, k, low, high, [&](int place, int index) {
           const int chunk = chunk_of(shared.list, index / Row::kChunk, lane_bits);
-          shared.ranks[place] = rank_key(shared.keys[index], row.id_of(chunk, index % Row::kChunk));
+          const int id = row.id_of(chunk, index % Row::kChunk);
+          expect(id);
+          shared.ranks[place] = rank_key(shared.keys[index], id);
         });
     for (int i = found + block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
     __syncthreads();
@@ -423,7 +486,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const char* logits = args.logits.row(row);
   int found = 0;
   if (args.allowed.row(row))
-    found = select_row<Format>(block, shared, logits, args.allowed, k, plan.lane_bits);
+    found = select_row(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
   if (cluster_rank() > 0) return;
   // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);

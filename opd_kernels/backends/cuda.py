@@ -180,12 +180,12 @@ def _device(device: torch.device, index: int) -> Any:
 
 
 @functools.cache
-def _properties(index: int) -> tuple[int, int, bool]:
-    """(multiprocessors, shared memory of each, whether blocks can form clusters)."""
+def _properties(index: int) -> tuple[int, int, tuple[int, ...]]:
+    """(multiprocessors, shared memory of each, how many clusters of 2, 3, ... blocks fit)."""
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
-    return (
-        properties.multi_processor_count,
-        _C.shared_bytes(index),
-        capability >= _CLUSTERS and serves(_C.architectures, capability, _CLUSTERS),
-    )
+    sizes = range(2, _C.max_cluster + 1)
+    clusters = tuple(0 for _ in sizes)
+    if capability >= _CLUSTERS and serves(_C.architectures, capability, _CLUSTERS):
+        clusters = tuple(_C.max_clusters(index, size) for size in sizes)
+    return properties.multi_processor_count, _C.shared_bytes(index), clusters

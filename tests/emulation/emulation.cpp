@@ -87,6 +87,7 @@ struct Group {
   // uses the other token.
   char tokens[2];
   int turn = 0;
+  size_t arrived = 0;  // at a cluster's barrier, whose halves are apart
 };
 
 struct Warp : Group {
@@ -97,6 +98,7 @@ struct Warp : Group {
 struct Fiber : Thread {
   int number = 0;
   bool done = false;
+  int arrived_turn = -1;  // of the cluster, where the thread has arrived and not yet waited
   char* shared = nullptr;
   Warp* warp = nullptr;
   Group* of_block = nullptr;
@@ -236,17 +238,28 @@ bool left_out(const char* file, int line) {
   return running.without == std::string(name ? name + 1 : file) + ":" + std::to_string(line);
 }
 
+void fail(const std::string& what) {
+  if (running.failure.empty()) running.failure = what;
+}
+
+// Threads that meet do so at one line.
+void meet(Group& group, bool first, const char* file, int line) {
+  if (first) group.file = file, group.line = line;
+  if (group.line != line || strcmp(group.file, file) != 0)
+    fail("threads that have to meet are at " + std::string(group.file) + ":" +
+         std::to_string(group.line) + " and " + file + ":" + std::to_string(line));
+}
+
+void release(Group& group) {
+  for (const int number : group.waiting) make_ready(number);
+  group.waiting.clear();
+  group.turn ^= 1;
+}
+
 void wait(Group& group, const char* file, int line) {
-  if (group.waiting.empty()) group.file = file, group.line = line;
-  if ((group.line != line || strcmp(group.file, file) != 0) && running.failure.empty())
-    running.failure = "threads that have to meet are at " + std::string(group.file) + ":" +
-                      std::to_string(group.line) + " and " + file + ":" + std::to_string(line);
+  meet(group, group.waiting.empty(), file, line);
   group.waiting.push_back(self().number);
-  if (group.waiting.size() == group.size) {
-    for (const int number : group.waiting) make_ready(number);
-    group.waiting.clear();
-    group.turn ^= 1;
-  }
+  if (group.waiting.size() == group.size) release(group);
   to_scheduler();
 }
 
@@ -256,6 +269,29 @@ void barrier(Group& group, const char* file, int line) {
   __tsan_release(token);
   wait(group, file, line);
   __tsan_acquire(token);
+}
+
+void arrive(Group& group, bool ordered, const char* file, int line) {
+  Fiber& fiber = self();
+  meet(group, group.arrived == 0, file, line);
+  if (fiber.arrived_turn >= 0) fail("a thread arrives twice and does not wait between");
+  fiber.arrived_turn = group.turn;
+  if (ordered) __tsan_release(&group.tokens[group.turn]);
+  if (++group.arrived < group.size) return;
+  group.arrived = 0;
+  release(group);
+}
+
+void wait_for_arrived(Group& group) {
+  Fiber& fiber = self();
+  const int turn = fiber.arrived_turn;
+  fiber.arrived_turn = -1;
+  if (turn < 0) return fail("a thread waits and has not arrived");
+  if (turn == group.turn) {  // not all have arrived
+    group.waiting.push_back(fiber.number);
+    to_scheduler();
+  }
+  __tsan_acquire(&group.tokens[turn]);
 }
 
 void reset(Group& group, int size) {
@@ -315,7 +351,21 @@ void run_cluster(Index first, int threads, int shared_bytes) {
 }  // namespace
 
 void barrier_of_block(const char* file, int line) { barrier(*self().of_block, file, line); }
-void barrier_of_cluster(const char* file, int line) { barrier(running.cluster, file, line); }
+void barrier_of_cluster(const char* file, int line) {
+  if (left_out(file, line)) return;
+  arrive(running.cluster, true, file, line);
+  wait_for_arrived(running.cluster);
+}
+void arrive_at_cluster(const char* file, int line) {
+  if (!left_out(file, line)) arrive(running.cluster, false, file, line);
+}
+void wait_for_cluster(const char* file, int line) {
+  if (left_out(file, line)) {
+    self().arrived_turn = -1;
+  } else {
+    wait_for_arrived(running.cluster);
+  }
+}
 void barrier_of_warp(const char* file, int line) { barrier(*self().warp, file, line); }
 
 const uint32_t* exchange(uint32_t value, const char* file, int line) {

@@ -55,6 +55,9 @@ extern Shape shape;
 // Waits until all threads of the block, of the cluster, or lanes of the warp are at this line.
 void barrier_of_block(const char* file, int line);
 void barrier_of_cluster(const char* file, int line);
+// The two halves of a cluster's barrier. This arrive orders no memory.
+void arrive_at_cluster(const char* file, int line);
+void wait_for_cluster(const char* file, int line);
 void barrier_of_warp(const char* file, int line);
 
 // Every lane's value, once all lanes of the warp are at this line; valid until the next exchange.
@@ -115,6 +118,9 @@ T reduced(T value, Combine combine, const char* file, int line) {
   return result;
 }
 
+// Reads what a GPU would bring into its cache: no address outside is asked for.
+inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
 inline int fetch_add(int* address, int value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
@@ -129,6 +135,8 @@ inline int fetch_add(int* address, int value) {
 #define __syncthreads() ::emulation::barrier_of_block(OPD_HERE)
 #define __syncwarp() ::emulation::barrier_of_warp(OPD_HERE)
 #define cluster_barrier() ::emulation::barrier_of_cluster(OPD_HERE)
+#define cluster_arrive() ::emulation::arrive_at_cluster(OPD_HERE)
+#define cluster_wait() ::emulation::wait_for_cluster(OPD_HERE)
 #define __shfl_sync(mask, value, from) ::emulation::shuffled(value, from, OPD_HERE)
 #define __shfl_xor_sync(mask, value, other) \
   ::emulation::shuffled(value, ::emulation::lane() ^ (other), OPD_HERE)
@@ -142,6 +150,9 @@ inline int fetch_add(int* address, int value) {
   ::emulation::reduced(value, [](auto a, auto b) { return std::max(a, b); }, OPD_HERE)
 #define __any_sync(mask, value) \
   ::emulation::reduced(static_cast<int>(value), [](int a, int b) { return a | b; }, OPD_HERE)
+#define __ballot_sync(mask, value)                                         \
+  ::emulation::reduced(static_cast<unsigned>((value) ? 1 : 0) << ::emulation::lane(), \
+                       [](unsigned a, unsigned b) { return a | b; }, OPD_HERE)
 #define atomicAdd(address, value) ::emulation::fetch_add(address, value)
 #define __popc(value) __builtin_popcount(value)
 #define __ffs(value) __builtin_ffs(static_cast<int>(value))
@@ -175,6 +186,13 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int sh
             int cluster, const Device&, const Parameters&... arguments) {
   emulation::run({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads,
                  shared_bytes, cluster, [&] { kernel(arguments...); });
+}
+
+// Those of an H100, where clusters of this size find room.
+template <class... Parameters>
+int resident_clusters(void (*)(Parameters...), int, int, int size) {
+  constexpr int kOfH100[] = {66, 42, 32, 24, 18, 16, 16};
+  return kOfH100[size - 2];
 }
 
 }  // namespace opd::cuda
