@@ -84,10 +84,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LINEAR = [name for name in names_of_backends() if hasattr(backends.load(name), "gather_dot")]
 
 
-@pytest.fixture(params=LINEAR)
-def linear_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+SORTED = "triton, sorted ids"
+
+
+@pytest.fixture(params=[*LINEAR, *([SORTED] if "triton" in LINEAR else [])])
+def linear_backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The name of a backend that serves float32 on the CPU, hidden states as well."""
-    yield from _named(request.param)
+    if request.param == SORTED:
+        monkeypatch.setattr(triton.configs, "SORTED_DOTS", True)
+    yield from _named(request.param.split(",")[0])
 
 
 @pytest.fixture(params=names_of_backends())

@@ -44,6 +44,7 @@ LINEAR_SLICE = (
     (90, "fp16", 2880, 5),
 )
 LINEAR = tuple(itertools.product(ALL, DTYPES, (576, 2880, 4096, 7168), (5, 32, 64)))
+SORTED = ["entry_keys_kernel", "sorted_dot_kernel", "add_slices_kernel"]
 GATHERING = ["gather_dot_kernel", "hidden_grad_kernel", "chunk_sums_kernel", "weight_grad_kernel"]
 ROWS = 8192
 # Bytes in flight that cover the latency of HBM at full bandwidth, for each multiprocessor.
@@ -168,8 +169,13 @@ def linear_calls(
 
 def check_gathering(kernel: Kernel, k: int, width: int, itemsize: int) -> None:
     """The loop loads its whole tile of gathered rows by 16 bytes; enough is in flight."""
-    block = configs.dots(k, width, itemsize) if kernel.name == "gather_dot_kernel" else None
-    tile = math.prod(block or configs.row_sums(width, itemsize)) * itemsize
+    least_rows, warps = configs.WEIGHT_GRAD_ROWS, configs.WEIGHT_GRAD_WARPS
+    shapes = {
+        "gather_dot_kernel": configs.dots(k, width, itemsize),
+        "hidden_grad_kernel": configs.row_sums(width, itemsize, configs.HIDDEN_GRAD_ROWS),
+    }
+    weight_grad = configs.row_sums(width, itemsize, least_rows, warps)
+    tile = math.prod(shapes.get(kernel.name, weight_grad)) * itemsize
     (loop,) = (loop for loop in kernel.loops() if any(op.startswith("FFMA") for op in loop))
     loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
     wide = tile // (16 * 32 * kernel.warps)
@@ -197,8 +203,62 @@ def test_gathered_rows_are_loaded_by_16_bytes_and_nothing_is_added_in_memory(
     assert all(op.endswith(".128") for op in stores), stores
 
 
+@pytest.mark.parametrize(("architecture", "dtype", "width", "k"), LINEAR or LINEAR_SLICE)
+def test_sorted_entries_are_multiplied_without_spills_or_barriers(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: str, width: int, k: int
+) -> None:
+    monkeypatch.setattr(configs, "SORTED_DOTS", True)
+    itemsize = DTYPES[dtype].itemsize
+    kernels = compile_call(linear_calls(DTYPES[dtype], width, k)[0], architecture)
+    assert [kernel.name for kernel in kernels] == SORTED
+    for kernel in kernels:
+        check_resources(kernel)
+        assert not kernel.opcodes("RED.", "REDG", "ATOM"), kernel.name
+    products = kernels[1]
+    assert products.warps == 1
+    assert products.shared == 0
+    assert not products.opcodes("BAR", "STS", "LDS")
+    (loop,) = products.loops()
+    tile = configs.sorted_dots(ROWS, width, itemsize)[1] * itemsize
+    loads = [op for op in loop if op.startswith("LDG")]
+    # A row of the weight and one of the hidden states; key, row and place beside them.
+    assert sum(op.endswith(".128") for op in loads) == 2 * tile // (16 * 32), loads
+    assert len(loads) == 2 * tile // (16 * 32) + 3, loads
+    assert products.resident_programs() * tile >= BYTES_IN_FLIGHT
+
+
+# What a run on a GPU tries, one at a time; the order of sorted ids has tests of its own.
+VARIANTS = (
+    {"STAGES": 4},
+    {"WEIGHT_GRAD_ROWS": 1},
+    {"WEIGHT_GRAD_ROWS": 4},
+    {"WEIGHT_GRAD_WARPS": 2},
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants_that_a_gpu_tries_have_no_spills_and_load_by_16_bytes(
+    monkeypatch: pytest.MonkeyPatch, variant: dict[str, int]
+) -> None:
+    for name, value in variant.items():
+        monkeypatch.setattr(configs, name, value)
+    vocab, k, width, dtype = 151936, 64, 4096, torch.bfloat16
+    logits = meta(ROWS, vocab, dtype=dtype)
+    (fused,) = compile_call(
+        lambda: backend.divergence(logits, logits, None, k, vocab, None, None, 1.0, 1.0), 90
+    )
+    check_resources(fused)
+    check_streaming(fused, dtype.itemsize)
+    for call in linear_calls(dtype, width, k):
+        for kernel in compile_call(call, 90):
+            check_resources(kernel)
+            check_gathering(kernel, k, width, dtype.itemsize)
+
+
 @pytest.mark.parametrize("banned", [False, True])
-def test_barriers_stand_between_stores_and_loads_of_the_same_memory(banned: bool) -> None:
+def test_barriers_stand_between_stores_and_loads_of_the_same_memory(
+    monkeypatch: pytest.MonkeyPatch, banned: bool
+) -> None:
     vocab, k = 151669, 64
     logits = meta(ROWS, vocab, dtype=torch.bfloat16)
     bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
@@ -210,6 +270,8 @@ def test_barriers_stand_between_stores_and_loads_of_the_same_memory(banned: bool
         lambda: backend.scatter(values, ids, upstream, vocab, torch.bfloat16),
         *linear_calls(torch.bfloat16, 4096, k, everything=banned),
     )
-    for call in calls:
-        for kernel in compile_call(call, 90):
-            assert unordered_accesses(kernel.ttir) == [], kernel.name
+    kernels = [kernel for call in calls for kernel in compile_call(call, 90)]
+    monkeypatch.setattr(configs, "SORTED_DOTS", True)
+    kernels += compile_call(linear_calls(torch.bfloat16, 4096, k, everything=banned)[0], 90)
+    for kernel in kernels:
+        assert unordered_accesses(kernel.ttir) == [], kernel.name

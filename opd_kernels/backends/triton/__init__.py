@@ -174,6 +174,10 @@ def gather_dot(
     slots = _empty(ids.shape, torch.int32, ids.device)
     ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
     bias = None if bias is None else bias.contiguous()
+    if configs.SORTED_DOTS and 0 < ids.numel() < configs.MAX_SORTED:
+        with _current(ids.device):
+            _sorted_dots(hidden, weight, bias, ids, limit, banned, mask, logits, slots)
+        return logits, slots
     block_k, block_h = configs.dots(k, width, weight.element_size())
     with _current(ids.device):
         for at in _parts(hidden):
@@ -189,11 +193,48 @@ def gather_dot(
     return logits, slots
 
 
+def _sorted_dots(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    logits: Tensor,
+    slots: Tensor,
+) -> None:
+    """Computes logits and slots in the order of sorted ids.
+
+    It needs about 30 bytes an entry for the sort, and 4 for each slice of columns.
+    """
+    entries, k, width = ids.numel(), ids.shape[-1], hidden.shape[-1]
+    keys = _empty((entries,), torch.int32, ids.device)
+    flat, options = (-(-entries // configs.FLAT),), _options(configs.WARPS)
+    _linear.entry_keys_kernel[flat](
+        ids, banned, mask, keys, slots, limit, k, entries, configs.FLAT, **options
+    )
+    sorted_keys, order = torch.sort(keys, stable=True)
+    unit, offsets = _row_offsets(hidden)
+    rows = offsets[order // k]
+    itemsize = max(hidden.element_size(), weight.element_size())
+    run, columns = configs.sorted_dots(offsets.numel(), width, itemsize)
+    slices = -(-width // columns)
+    sums = _empty((slices, entries), torch.float32, ids.device)
+    _linear.sorted_dot_kernel[(-(-entries // run), slices)](
+        sorted_keys, order, rows, hidden, weight, sums,
+        limit, entries, width, weight.stride(0), unit, run, columns, **_options(1),
+    )  # fmt: skip
+    _linear.add_slices_kernel[flat](
+        sums, keys, bias, logits, limit, entries, slices, configs.FLAT, **options
+    )
+
+
 def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The hidden states' gradient; see ``opd_kernels.reference.gather_dot_hidden``."""
     k, (vocab, width) = ids.shape[-1], weight.shape
     out = _empty((*ids.shape[:-1], width), dtype, ids.device)
-    block_k, block_h = configs.row_sums(width, weight.element_size())
+    block_k, block_h = configs.row_sums(width, weight.element_size(), configs.HIDDEN_GRAD_ROWS)
     if out.numel() > 0:
         with _current(ids.device):
             _linear.hidden_grad_kernel[(ids.shape[:-1].numel() * -(-width // block_h),)](
@@ -221,9 +262,12 @@ def gather_dot_weight(
         segments = torch.searchsorted(keys, bounds, out_int32=True)
         unit, offsets = _row_offsets(hidden)
         rows = offsets[rows]
-        block_k, block_h = configs.row_sums(width, hidden.element_size())
+        warps = configs.WEIGHT_GRAD_WARPS
+        block_k, block_h = configs.row_sums(
+            width, hidden.element_size(), configs.WEIGHT_GRAD_ROWS, warps
+        )
         tile = (width, unit, block_k, block_h)
-        tiles, options = -(-width // block_h), _options(configs.WARPS)
+        tiles, options = -(-width // block_h), _options(warps)
         chunk = configs.chunk(keys.numel(), width)
         chunks = keys.numel() // chunk
         sums = _empty((chunks, width), torch.float32, ids.device)

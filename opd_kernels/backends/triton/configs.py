@@ -28,13 +28,25 @@ STAGES = 3
 WARPS = 4
 # The gradient: bytes of a row that one program clears.
 PIECE_BYTES = 65536
-# Hidden states and a head: entries of a row that a program multiplies at once; gathered rows, of as
-# many columns as the tile leaves, that one adds up at once; the least entries of a chunk that is
-# summed apart, and the bytes that the chunks' sums may take.
+# Hidden states and a head: entries of a row that a program multiplies at once; the least entries of
+# a chunk that is summed apart, and the bytes that the chunks' sums may take.
 _ENTRIES = 16
-_LEAST_ROWS = 2
 CHUNK = 128
 _CHUNK_SUMS_BYTES = 32 << 20
+# Gathered rows, of as many columns as the tile leaves, that a program adds up at once: for the
+# hidden states' gradient and for the weight's, and the warps of a program of the latter.
+HIDDEN_GRAD_ROWS = 2
+WEIGHT_GRAD_ROWS = 2
+WEIGHT_GRAD_WARPS = 4
+# Whether the head's logits are computed in the order of sorted ids. Off: by the model in
+# benchmarks/NOTES.md it pays for random ids only and costs time where rows share ids.
+SORTED_DOTS = False
+# In that order: sorted entries of a program, bytes of hidden states that the cache is to hold, and
+# entries that other kernels than the products' take at once. Places are counted in 32 bits.
+_RUN = 32
+_CACHED_BYTES = 16 << 20
+FLAT = 1024
+MAX_SORTED = 1 << 30
 # A row is split over programs where there are fewer than this many rows for a multiprocessor.
 SPLIT_BELOW_ROWS = 2
 PROGRAMS_WHEN_SPLIT = 8
@@ -113,10 +125,20 @@ def dots(k: int, width: int, itemsize: int) -> tuple[int, int]:
     return entries, min(next_power_of_2(width), tile(itemsize) // entries)
 
 
-def row_sums(width: int, itemsize: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of gathered rows that are added up."""
-    columns = min(next_power_of_2(width), tile(itemsize) // _LEAST_ROWS)
-    return min(_ENTRIES, tile(itemsize) // columns), columns
+def sorted_dots(rows: int, width: int, itemsize: int) -> tuple[int, int]:
+    """(entries, columns) of a program that multiplies sorted entries, each by one warp.
+
+    Columns are as many as a warp loads at once. They are fewer, down to 16 bytes a thread, where
+    those of all ``rows`` hidden states would not stay in the cache.
+    """
+    columns = min(tile(itemsize, 1), _CACHED_BYTES // (next_power_of_2(rows) * itemsize))
+    return _RUN, min(next_power_of_2(width), max(columns, _THREADS * 16 // itemsize))
+
+
+def row_sums(width: int, itemsize: int, least_rows: int, warps: int = WARPS) -> tuple[int, int]:
+    """(rows, columns) of a tile of ``least_rows`` or more gathered rows that are added up."""
+    columns = min(next_power_of_2(width), tile(itemsize, warps) // least_rows)
+    return min(_ENTRIES, tile(itemsize, warps) // columns), columns
 
 
 def chunk(entries: int, width: int) -> int:

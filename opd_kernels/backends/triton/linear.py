@@ -9,13 +9,27 @@ of the weight goes by sorted ids: those of a vocabulary row are a segment, summe
 every row is written once, so that there is nothing to clear and no atomic. Segments may be as long
 as there are tokens: their whole chunks are summed apart first, by programs of their own.
 
-Products are added by fused multiply-adds that the source asks for: the same on every GPU.
+The logits can also be computed in the order of sorted ids, a slice of H at a time. Then a row of
+the weight is read from memory once, and the cache holds the hidden states' slice. A kernel of its
+own adds up the slices' sums, in order.
+
+Multiplications and additions are fused only where the source asks for it: the same on every GPU.
 """
 
 import triton
 import triton.language as tl
 
 from opd_kernels.backends.triton.rows import is_banned, row_start, store_rounded
+
+
+@triton.jit
+def _allowed(ids, limit, banned_ptr):
+    """(int64 ids, 0 for absent ones; which are present)."""
+    present = (ids >= 0) & (ids < limit)
+    ids = tl.where(present, ids, 0).to(tl.int64)
+    if banned_ptr is not None:
+        present = present & ~is_banned(banned_ptr, ids, present)
+    return ids, present
 
 
 @triton.jit(do_not_specialize=["limit", "k", "inner"])
@@ -39,10 +53,7 @@ def gather_dot_kernel(
             tl.store(slots_ptr + entry, tl.full([BLOCK_K], -1, tl.int32), mask=entry < k)
             return
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
-    present = (ids >= 0) & (ids < limit)
-    ids = tl.where(present, ids, 0).to(tl.int64)
-    if banned_ptr is not None:
-        present = present & ~is_banned(banned_ptr, ids, present)
+    ids, present = _allowed(ids, limit, banned_ptr)
     hidden_ptr += row_start(row, inner, outer_stride, inner_stride)
     column = tl.arange(0, BLOCK_H)
     weight_ptrs = weight_ptr + (ids * weight_stride)[:, None] + column[None, :]
@@ -57,6 +68,74 @@ def gather_dot_kernel(
         logits += tl.load(bias_ptr + ids, mask=present, other=0.0).to(tl.float32)
     tl.store(logits_ptr + entry, tl.where(present, logits, 0.0), mask=entry < k)
     tl.store(slots_ptr + entry, tl.where(present, entry, -1), mask=entry < k)
+
+
+@triton.jit(do_not_specialize=["limit", "k", "entries"])
+def entry_keys_kernel(
+    ids_ptr, banned_ptr, mask_ptr, keys_ptr, slots_ptr,
+    limit: tl.int32, k: tl.int32, entries: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys to sort BLOCK entries by, their id or ``limit`` for absent ones, and their slots."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < entries
+    kept = inside
+    if mask_ptr is not None:
+        kept = inside & (tl.load(mask_ptr + place // k, mask=inside, other=0) != 0)
+    ids, present = _allowed(tl.load(ids_ptr + place, mask=kept, other=-1), limit, banned_ptr)
+    tl.store(keys_ptr + place, tl.where(present, ids, limit).to(tl.int32), mask=inside)
+    tl.store(slots_ptr + place, tl.where(present, place % k, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["limit", "entries"])
+def sorted_dot_kernel(
+    keys_ptr, order_ptr, rows_ptr, hidden_ptr, weight_ptr, sums_ptr,
+    limit: tl.int32, entries: tl.int32, width, weight_stride, hidden_unit,
+    RUN: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Products of RUN sorted entries summed over BLOCK_H columns; ``order`` says where to store.
+
+    All runs of one slice of columns come before the next slice: the hidden states' stays in the
+    cache. A row of the weight stays in registers until the id changes.
+    """
+    first = tl.program_id(0) * RUN
+    stop = tl.minimum(first + RUN, entries)
+    if tl.load(keys_ptr + first) >= limit:
+        return
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    sums_ptr += tl.program_id(1).to(tl.int64) * entries
+    inside = column < width
+    last = limit
+    w = tl.zeros([BLOCK_H], tl.float32)
+    for place in range(first, stop):
+        key = tl.load(keys_ptr + place)
+        if key < limit:
+            h_ptrs = hidden_ptr + tl.load(rows_ptr + place) * hidden_unit + column
+            h = tl.load(h_ptrs, mask=inside, other=0.0)
+            if key != last:
+                w_ptrs = weight_ptr + key.to(tl.int64) * weight_stride + column
+                w = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
+                last = key
+            total = tl.sum(w * h.to(tl.float32), axis=0)
+            tl.store(sums_ptr + tl.load(order_ptr + place), total)
+
+
+@triton.jit(do_not_specialize=["limit", "entries", "slices"])
+def add_slices_kernel(
+    sums_ptr, keys_ptr, bias_ptr, logits_ptr,
+    limit: tl.int32, entries: tl.int32, slices: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits of BLOCK entries from the (slices, entries) sums of ``sorted_dot_kernel``."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < entries
+    keys = tl.load(keys_ptr + place, mask=inside, other=limit)
+    present = keys < limit
+    logits = tl.zeros([BLOCK], tl.float32)
+    for _ in range(slices):
+        logits += tl.load(sums_ptr + place, mask=present, other=0.0)
+        sums_ptr += entries
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + keys, mask=present, other=0.0).to(tl.float32)
+    tl.store(logits_ptr + place, logits, mask=inside)
 
 
 @triton.jit(do_not_specialize=["vocab", "k"])
