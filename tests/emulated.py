@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from emulation.build import build
 
@@ -37,15 +38,20 @@ def install() -> None:
     cuda._max_width.cache_clear()
 
 
-def pretend(multiprocessors: int, clusters: bool | tuple[int, ...] = True) -> None:
-    """Of what size the GPU is, and how many clusters of 2, 3, ... blocks it holds at once.
+def pretended(multiprocessors: int, clusters: bool | tuple[int, ...] = True) -> Any:
+    """A GPU of that size, which holds so many clusters of 2, 3, ... blocks at once.
 
     As many as it has multiprocessors for, none, or the numbers that are given.
     """
     if isinstance(clusters, bool):
         sizes = range(2, cuda._C.max_cluster + 1)
         clusters = tuple(multiprocessors // size if clusters else 0 for size in sizes)
-    device = cuda._C.Device(0, multiprocessors, cuda._C.shared_bytes(0), clusters, 0)
+    return cuda._C.Device(0, multiprocessors, cuda._C.shared_bytes(0), clusters, 0)
+
+
+def pretend(multiprocessors: int, clusters: bool | tuple[int, ...] = True) -> None:
+    """From now on the GPU is of that size."""
+    device = pretended(multiprocessors, clusters)
     cuda._launch = lambda name, _, **arguments: getattr(cuda._C, name)(device=device, **arguments)
 
 

@@ -106,7 +106,8 @@ def load(device: str) -> tuple[Any, Any, Any]:
     spec.loader.exec_module(module)
     memory = Cuda()
     multiprocessors, shared, major = (memory.attribute(number) for number in (16, 81, 75))
-    clusters = [module.max_clusters(0, size) if major >= 9 else 0 for size in range(9)]
+    sizes = range(2, module.max_cluster + 1)
+    clusters = [module.max_clusters(0, size) if major >= 9 else 0 for size in sizes]
     return module, memory, module.Device(0, multiprocessors, shared, clusters, 0)
 
 

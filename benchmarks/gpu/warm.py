@@ -44,6 +44,9 @@ def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
     yield lambda: triton.scatter_(logits, values, ids, upstream)
     yield lambda: triton.select(logits, point.k, point.vocab, None, None)
     yield lambda: triton.divergence(logits, values, ids, point.k, point.vocab, *plain)
+    for settings in measure.TRITON_VARIANTS.values():
+        with measure.configured(settings):
+            yield lambda: triton.divergence(logits, logits, None, point.k, point.vocab, *plain)
 
 
 def linear_calls(
@@ -59,6 +62,10 @@ def linear_calls(
     yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
     yield lambda: triton.gather_dot_hidden(upstream, ids, weight, dtype)
     yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
+    for settings in measure.LINEAR_VARIANTS.values():
+        with measure.configured(settings):
+            yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
+            yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
 
 
 def jobs(plan: measure.Plan) -> int:
