@@ -61,15 +61,7 @@ def compiled(
     sources: tuple[str, ...] = SOURCES,
 ) -> dict[tuple[int, str], sass.Code]:
     """Each kernel of the sources, by architecture and name."""
-    command = shlex.join(nvcc()).replace("$", "$$")
-    lines = [
-        "rule compile",
-        f"  command = {command} -arch=sm_$arch -cubin -MMD -MF $out.d $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule list",
-        f"  command = {shlex.join(map(str, sass.LISTING))} $in > $out",
-    ]
+    lines = _rules()
     for arch in architectures:
         for source in sources:
             name = f"{source}.{arch}"
@@ -87,6 +79,30 @@ def compiled(
                 named = replace(code, name=_plain(code.name), shared=static)
                 kernels[arch, named.name] = named
     return kernels
+
+
+def listed(source: Path, folder: Path, arch: str, flags: list[str]) -> list[sass.Code]:
+    """The kernels of one file, compiled with more flags than the build's."""
+    lines = [
+        *_rules(flags),
+        f"build code.cubin: compile {source}",
+        f"  arch = {arch}",
+        "build code.sass: list code.cubin",
+    ]
+    _ninja(folder, lines)
+    return sass.read((folder / "code.sass").read_text())
+
+
+def _rules(flags: list[str] | None = None) -> list[str]:
+    command = shlex.join([*nvcc(), *(flags or [])]).replace("$", "$$")
+    return [
+        "rule compile",
+        f"  command = {command} -arch=sm_$arch -cubin -MMD -MF $out.d $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule list",
+        f"  command = {shlex.join(map(str, sass.LISTING))} $in > $out",
+    ]
 
 
 def itemsize(code: sass.Code) -> int:

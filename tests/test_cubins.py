@@ -203,18 +203,18 @@ CHANGES = {
         "bytes of stack",
     ),
     "narrow loads": Change(
-        "select.cuh",
-        "return __ldcs(reinterpret_cast<const uint4*>(start_) + chunk);",
-        "const auto* at = reinterpret_cast<const uint2*>(start_) + 2 * chunk;"
+        "tuning.cuh",
+        "return __ldcs(address);",
+        "const auto* at = reinterpret_cast<const uint2*>(address);"
         "const uint2 a = __ldcs(at), b = __ldcs(at + 1);"
         "return uint4{a.x, a.y, b.x, b.y};",
         "select_kernel<BFloat16>",
         "LDG.E.EF.64",
     ),
     "one chunk of what is listed at a time": Change(
-        "plan.h",
-        "constexpr int kChunksAtOnce = 4;",
-        "constexpr int kChunksAtOnce = 1;",
+        "tuning.cuh",
+        "static constexpr int kChunksAtOnce = 4;",
+        "static constexpr int kChunksAtOnce = 1;",
         "select_kernel<BFloat16>",
         "loads at once of what is listed",
     ),
@@ -228,9 +228,9 @@ CHANGES = {
         "FMNMX",
     ),
     "narrow stores": Change(
-        "scatter.cuh",
-        "reinterpret_cast<uint4*>(start)[i] = uint4{0, 0, 0, 0};",
-        "reinterpret_cast<uint2*>(start)[i] = uint2{0, 0};",
+        "tuning.cuh",
+        "*address = value;",
+        "auto* half = reinterpret_cast<uint2*>(address); half[0] = half[1] = uint2{0, 0};",
         "scatter_kernel<BFloat16>",
         "STG.E.64",
     ),

@@ -17,7 +17,7 @@ import emulated
 import guards
 import pytest
 import torch
-from emulation.plan import H100, plan
+from emulation.plan import H100, bounds, plan
 from torch import Tensor
 
 from opd_kernels import backends
@@ -265,6 +265,58 @@ def test_clusters_of_any_size_share_a_row_s_tiles(vocab: int) -> None:
         of_this_size = tuple(33 if other == size else 0 for other in range(2, 9))
         with emulated.gpu(264, of_this_size):
             assert same([*cuda.select(teacher, k, vocab, None, None)], [*expected])
+
+
+@pytest.mark.parametrize("threads", [128, 256, 1024])
+@pytest.mark.parametrize("k", [1, 64, 128, 129, 700, 1024])
+def test_the_search_for_the_kth_key_begins_near_it(threads: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    for count in (8, 1000, 9496):
+        keys = torch.randint(-30_000, 30_000, (count,), generator=generator)
+        low, high = bounds(keys.tolist(), threads, k)
+        assert high == keys.max()
+        # Sets of keys of which each reaches the lower bound: one for a thread, or up to eight.
+        holders = min(threads, count // 8)
+        if k > 8 * holders:
+            assert low == -(2**15) + 1
+            continue
+        kth = keys.sort(descending=True).values[k - 1]
+        assert keys.min() <= low <= kth
+        # In the middle of all by a wide margin: a set has nine keys, and there are 2048 at most.
+        if count > 9000 and threads < 1024:
+            assert low > -20_000
+
+
+def test_clusters_are_asked_for_once_where_code_and_device_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def max_clusters(index: int, size: int) -> int:
+        asked.append((index, size))
+        return 132 // size
+
+    def properties(architectures: str, major: int) -> tuple[int, int, tuple[int, ...]]:
+        device = types.SimpleNamespace(major=major, minor=0, multi_processor_count=132)
+        module = types.SimpleNamespace(
+            architectures=architectures,
+            max_cluster=8,
+            max_clusters=max_clusters,
+            shared_bytes=lambda index: 228 * 1024,
+        )
+        monkeypatch.setattr(cuda, "_C", module)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+        cuda._properties.cache_clear()
+        assert cuda._properties(1) is cuda._properties(1)
+        return cuda._properties(1)
+
+    none = (132, 228 * 1024, (0,) * 7)
+    assert properties("80 90", 8) == none
+    assert properties("80+PTX", 9) == none  # code for 8.0 knows no clusters
+    assert asked == []
+    assert properties("80 90a", 9) == (132, 228 * 1024, (66, 44, 33, 26, 22, 18, 16))
+    assert asked == [(1, size) for size in range(2, 9)]
+    cuda._properties.cache_clear()
 
 
 def test_a_temperature_that_is_nan_makes_all_of_its_row_nan() -> None:

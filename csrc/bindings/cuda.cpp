@@ -1,7 +1,6 @@
 // The module _cuda: the CUDA kernels. It imports on machines without a GPU, too.
 
-#include "../cuda/kernels.h"
-#include "arguments.h"
+#include "device.h"
 
 using namespace opd;
 
@@ -24,14 +23,7 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("k"), py::arg("dtype"));
   define_arguments(m);
 
-  py::class_<cuda::Device>(m, "Device", py::module_local())
-      .def(py::init([](int index, int multiprocessors, int shared_bytes,
-                       const std::array<int, cuda::kMaxCluster - 1>& clusters, uintptr_t stream) {
-             return cuda::Device{index, multiprocessors, shared_bytes, clusters,
-                                 pointer<void>(stream)};
-           }),
-           py::arg("index"), py::arg("multiprocessors"), py::arg("shared_bytes"),
-           py::arg("clusters"), py::arg("stream"));
+  define_device(m);
 
   m.def(
       "select",

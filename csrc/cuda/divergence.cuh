@@ -110,7 +110,7 @@ __device__ inline void write_masked_row(const Block& block, const DivergenceArgs
 }
 
 // Selection and divergence against a teacher's logits; a block or a cluster for each row.
-template <class Format>
+template <class Format, class Tuning = Product>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     divergence_kernel(const __grid_constant__ DivergenceArgs args,
                       const __grid_constant__ Plan plan) {
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto expect = [&](int id) {
     prefetch(student_row + int64_t{id} * element_size(args.student.dtype));
   };
-  const int found =
-      select_row(block, shared, args.teacher.row(row), args.allowed, k, plan.lane_bits, expect);
+  const int found = select_row<Tuning>(block, shared, args.teacher.row(row), args.allowed, k,
+                                       plan.lane_bits, expect);
   if (found < 0) return;
   auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // which are done with
   auto* student = reinterpret_cast<float*>(ids + k);

@@ -24,8 +24,6 @@ constexpr int kTileBytes = kChunkBytes * kWarp;
 constexpr int kLaneBits = 5;  // 2^5 lanes of a warp
 // Tiles that a warp loads at once: 16 kB in flight for a block of 128 threads.
 constexpr int kTilesAtOnce = 8;
-// Chunks of the groups that are read again that a thread loads at once.
-constexpr int kChunksAtOnce = 4;
 // Threads that keep a multiprocessor's memory busy, and keys that a thread may search.
 constexpr int kThreadsOfMultiprocessor = 1024;
 constexpr int kKeysOfThread = 64;

@@ -8,16 +8,17 @@
 
 #include "../common/arguments.h"
 #include "device.cuh"
+#include "tuning.cuh"
 
 namespace opd::cuda {
 
 // Zeros at the elements [first, last), counted from an address that is a multiple of 16.
-template <class Bits>
+template <class Tuning, class Bits>
 __device__ void clear(Bits* start, int64_t first, int64_t last) {
   constexpr int kChunk = sizeof(uint4) / sizeof(Bits);
   const int64_t body = (first + kChunk - 1) / kChunk, end = last / kChunk;
   for (int64_t i = body + threadIdx.x; i < end; i += blockDim.x)
-    reinterpret_cast<uint4*>(start)[i] = uint4{0, 0, 0, 0};
+    Tuning::store(reinterpret_cast<uint4*>(start) + i, uint4{0, 0, 0, 0});
   // What is left at either end is less than a chunk; a row may end in the chunk that it begins in.
   const int64_t head = first + threadIdx.x, tail = (end > body ? end : body) * kChunk + threadIdx.x;
   if (head < body * kChunk && head < last) start[head] = 0;
@@ -26,7 +27,7 @@ __device__ void clear(Bits* start, int64_t first, int64_t last) {
 
 // Pieces of `piece` elements are counted from the aligned address at or before a row's first
 // element.
-template <class Format>
+template <class Format, class Tuning = Product>
 __global__ void __launch_bounds__(1024)
     scatter_kernel(const __grid_constant__ ScatterArgs args, int64_t piece) {
   using Bits = typename Format::Bits;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(1024)
   if (first < skip) first = skip;
   if (last > skip + args.out.width) last = skip + args.out.width;
   if (args.mode == ScatterMode::kClear) {
-    clear(start, first, last);
+    clear<Tuning>(start, first, last);
     __syncthreads();  // an entry's zero was written by another thread
   }
   const float upstream = args.upstream[row];

@@ -14,13 +14,16 @@
 #include "../common/arguments.h"
 #include "../common/ordering.h"
 #include "plan.h"
+#include "tuning.cuh"
 
 namespace opd::cuda {
 
 // A row from the aligned address at or before its first element on.
-template <class Format>
+template <class ItsFormat, class ItsTuning>
 class AlignedRow {
  public:
+  using Format = ItsFormat;
+  using Tuning = ItsTuning;
   using Bits = typename Format::Bits;
   static constexpr int kChunk = kChunkBytes / sizeof(Bits);
   static constexpr int kTile = kTileBytes / sizeof(Bits);
@@ -40,7 +43,7 @@ class AlignedRow {
   __device__ int id_of(int chunk, int element) const { return chunk * kChunk + element - skip_; }
 
   __device__ uint4 load_whole(int chunk) const {
-    return __ldcs(reinterpret_cast<const uint4*>(start_) + chunk);
+    return Tuning::load(reinterpret_cast<const uint4*>(start_) + chunk);
   }
 
   // A bit for each element of a chunk that cannot be selected.
@@ -105,12 +108,12 @@ class AlignedRow {
 
 // The keys of one tile's groups, with all that may not be selected left out. Of the lanes of a group
 // number `writer`, counted modulo their number, writes its key.
-template <class Format>
-__device__ void exact_tile(const AlignedRow<Format>& row, int tile, int lane_bits, int writer,
-                           typename Format::Bits* keys) {
-  using Bits = typename Format::Bits;
+template <class Row>
+__device__ void exact_tile(const Row& row, int tile, int lane_bits, int writer,
+                           typename Row::Bits* keys) {
+  using Bits = typename Row::Bits;
   const int lane = threadIdx.x % kWarp, chunk = tile * kWarp + lane;
-  Bits of_chunk[AlignedRow<Format>::kChunk];
+  Bits of_chunk[Row::kChunk];
   uint4 loaded{};
   if (row.is_whole(chunk)) loaded = row.load_whole(chunk);
   row.keys_of(chunk, loaded, row.excluded(chunk), of_chunk);
@@ -171,9 +174,9 @@ struct ChunkMaxima {
 // The group keys of the tiles [first, last): of those that lie whole in the row without looking at
 // single elements, then of those that do not or hold banned ids. With `waiting` the keys' memory is
 // another block's, for which a barrier is to be waited: loads are under way by then.
-template <class Format>
-__device__ void stream(const Block& block, const AlignedRow<Format>& row, int first, int last,
-                       int lane_bits, bool waiting, typename Format::Bits* keys) {
+template <class Row>
+__device__ void stream(const Block& block, const Row& row, int first, int last, int lane_bits,
+                       bool waiting, typename Row::Bits* keys) {
   const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
@@ -187,7 +190,7 @@ __device__ void stream(const Block& block, const AlignedRow<Format>& row, int fi
       for (int i = 0; i < kTilesAtOnce; ++i)
         chunks[i] = row.load_whole(chunk + min(i, count - 1) * kWarp);
     }
-    ChunkMaxima<Format> maxima(chunks);
+    ChunkMaxima<typename Row::Format> maxima(chunks);
     maxima.combine_lanes(lane_bits);
     if (waiting) cluster_wait();  // the first block is there, and so is its memory
     waiting = false;
@@ -379,9 +382,10 @@ class Shared {
 
 // Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread. Several
 // are loaded before the first is used.
-template <class Format, class Body>
-__device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, const int32_t* list,
-                           int groups, int lane_bits, const Body& body) {
+template <class Row, class Body>
+__device__ void for_chunks(const Block& block, const Row& row, const int32_t* list, int groups,
+                           int lane_bits, const Body& body) {
+  constexpr int kChunksAtOnce = Row::Tuning::kChunksAtOnce;
   const int count = groups << lane_bits;
   for (int i = block.thread; i < count;) {
     uint4 loaded[kChunksAtOnce];
@@ -395,7 +399,7 @@ __device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, co
 #pragma unroll 1  // one copy of the body; the next chunk moves up
     for (int j = 0; j < kChunksAtOnce && i < count; ++j, i += block.threads) {
       const int chunk = chunk_of(list, i, lane_bits);
-      KeyVector<typename Format::Bits> vector;
+      KeyVector<typename Row::Bits> vector;
       row.keys_of(chunk, loaded[0], row.excluded(chunk), vector.keys);
       body(chunk, i, vector);
       for (int next = 1; next < kChunksAtOnce; ++next) loaded[next - 1] = loaded[next];
@@ -406,11 +410,11 @@ __device__ void for_chunks(const Block& block, const AlignedRow<Format>& row, co
 // Selects from a row: shared.ranks holds the k best, in order, and their number is returned. In the
 // blocks of a cluster that only stream it is -1. Calls expect(id) for ids among which these are,
 // few more than k, as soon as they are known. Ends with a barrier.
-template <class Format, class Expect>
+template <class Tuning, class Format, class Expect>
 __device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
                           const Allowed& allowed, int k, int lane_bits, const Expect& expect) {
   using Bits = typename Format::Bits;
-  using Row = AlignedRow<Format>;
+  using Row = AlignedRow<Format, Tuning>;
   using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
   const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
@@ -476,7 +480,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
 }
 
 // (ids, values) of the k best of each row; a block or a cluster for each.
-template <class Format>
+template <class Format, class Tuning = Product>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     select_kernel(const __grid_constant__ SelectArgs args, const __grid_constant__ Plan plan) {
   const int64_t row = blockIdx.x / plan.cluster;
@@ -486,7 +490,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const char* logits = args.logits.row(row);
   int found = 0;
   if (args.allowed.row(row))
-    found = select_row(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
+    found = select_row<Tuning>(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
   if (cluster_rank() > 0) return;
   // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);

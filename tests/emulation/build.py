@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU: ``_cuda`` of the very sources, with emulation.h for CUDA.
+"""Builds the CUDA kernels for the CPU: modules of the very sources, with emulation.h for CUDA.
 
 python tests/emulation/build.py [plain|sanitized|coverage|races]
 """
@@ -26,19 +26,21 @@ UNSEEN = "-O2 -DOPD_EMULATION_RACES"
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
 
 
-def build(kind: str = "plain") -> Path:
-    """The folder with the module ``_cuda``, built where it is not up to date."""
+PRODUCT = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings" / "cuda.cpp")
+
+
+def build(kind: str = "plain", name: str = "_cuda", own: tuple[Path, ...] = PRODUCT) -> Path:
+    """The folder with a module of these sources, built where it is not up to date."""
     import ninja
     import pybind11
 
-    folder = ROOT / "build" / "emulated" / kind
+    folder = ROOT / "build" / "emulated" / (kind if name == "_cuda" else f"{kind}{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings" / "cuda.cpp"]
-    sources.append(HERE / "emulation.cpp")
+    sources = [*own, HERE / "emulation.cpp"]
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = f"{COMMON} $optimise -DOPD_EMULATION -DOPD_CUDA_ARCHS='\"emulation\"' -I{HERE} "
     flags += " ".join(f"-isystem {path}" for path in includes)
-    target = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines = [
         f"optimise = {FLAGS[kind]}",
         "rule compile",

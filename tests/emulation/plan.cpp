@@ -20,5 +20,5 @@ int main(int count, char** words) {
   const Plan plan = plan_selection(number(1), number(2), number(3), dtype, device);
   std::printf("%d %d %d %d %d %d %d %d\n", plan.lane_bits, plan.threads, plan.cluster,
               plan.shared_bytes, kEntryThreads, support_bytes(number(3)), kTilesAtOnce,
-              kChunksAtOnce);
+              Product::kChunksAtOnce);
 }

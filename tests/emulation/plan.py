@@ -1,4 +1,4 @@
-"""How a launch is cut, told by the kernels' own header (csrc/cuda/plan.h), compiled by g++."""
+"""What the kernels' own headers say of a launch and of a search, compiled by g++."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "plan"
 
 
@@ -50,25 +51,40 @@ GPUS = {
 
 def plan(rows: int, width: int, k: int, itemsize: int, gpu: Gpu) -> Plan:
     """How a launch is cut on a GPU."""
-    includes = f"-I{ROOT / 'csrc' / 'cuda'} -I{ROOT / 'tests' / 'emulation'}"
-    lines = [
-        "rule compile",
-        f"  command = {os.environ.get('CXX', 'c++')} -std=c++17 -DOPD_EMULATION {includes} "
-        "-Wno-unknown-pragmas -MMD -MF $out.d $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        f"build plan: compile {ROOT / 'tests' / 'emulation' / 'plan.cpp'}",
-        "",
-    ]
+    numbers = (rows, width, k, itemsize, gpu.multiprocessors, gpu.shared_kilobytes * 1024)
+    return Plan(*_said("plan", *numbers, *gpu.clusters))
+
+
+def bounds(keys: list[int], threads: int, k: int) -> tuple[int, int]:
+    """Between what a block of threads looks for the k-th largest of 16-bit keys."""
+    low, high = _said("bounds", threads, k, given=" ".join(map(str, keys)))
+    return low, high
+
+
+def _said(program: str, *numbers: int, given: str = "") -> list[int]:
+    """What one of the programs here prints."""
     import ninja
 
+    includes = f"-I{ROOT / 'csrc' / 'cuda'} -I{HERE}"
+    command = f"{os.environ.get('CXX', 'c++')} -std=c++17 -O1 -Wno-unknown-pragmas"
+    lines = [
+        "rule compile",
+        f"  command = {command} -DOPD_EMULATION {includes} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {command} $in -o $out",
+    ]
+    for name in ("plan", "bounds", "emulation"):
+        lines.append(f"build {name}.o: compile {HERE / name}.cpp")
+    for name in ("plan", "bounds"):
+        lines.append(f"build {name}: link {name}.o emulation.o")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (FOLDER / "build.ninja").write_text("\n".join(lines))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "--quiet"]
-        subprocess.run(command, cwd=FOLDER, check=True, stdout=sys.stderr)
-    numbers = (rows, width, k, itemsize, gpu.multiprocessors, gpu.shared_kilobytes * 1024)
-    words = [str(FOLDER / "plan"), *map(str, (*numbers, *gpu.clusters))]
-    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return Plan(*map(int, said.split()))
+        (FOLDER / "build.ninja").write_text("\n".join([*lines, ""]))
+        ninja_command = [str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", program]
+        subprocess.run(ninja_command, cwd=FOLDER, check=True, stdout=sys.stderr)
+    words = [str(FOLDER / program), *map(str, numbers)]
+    said = subprocess.run(words, input=given, check=True, capture_output=True, text=True).stdout
+    return [int(word) for word in said.split()]

@@ -1,0 +1,20 @@
+// What modules with CUDA kernels take from Python besides: the device and its stream.
+#pragma once
+
+#include "../cuda/kernels.h"
+#include "arguments.h"
+
+namespace opd {
+
+inline void define_device(py::module_& m) {
+  py::class_<cuda::Device>(m, "Device", py::module_local())
+      .def(py::init([](int index, int multiprocessors, int shared_bytes,
+                       const std::array<int, cuda::kMaxCluster - 1>& clusters, uintptr_t stream) {
+             return cuda::Device{index, multiprocessors, shared_bytes, clusters,
+                                 pointer<void>(stream)};
+           }),
+           py::arg("index"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+           py::arg("clusters"), py::arg("stream"));
+}
+
+}  // namespace opd
