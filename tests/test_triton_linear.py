@@ -113,7 +113,9 @@ def test_a_logit_has_the_same_bits_wherever_its_entry_comes_in_the_order(
         assert torch.equal(again, logits[rows][:, turned])
 
 
-def test_more_entries_than_32_bits_count_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_entries_than_32_bits_count_keep_their_order(
+    careful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton, "_sorted_dots", None)
     monkeypatch.setattr(configs, "MAX_SORTED", 2 * K)
     hidden, weight = normal(2, WIDTH), normal(VOCAB, WIDTH, seed=1)
@@ -133,7 +135,8 @@ def test_exact_gradients_are_the_same_in_every_variant(
     rows, width = 150, 1100
     hidden, weight = integers(rows, width, dtype=dtype), integers(VOCAB, width, seed=1, dtype=dtype)
     ids, upstream = ids_of(rows), integers(rows, K, seed=2)
-    ids[:, 0] = 7  # more entries than a chunk has
+    ids[:, 0] = 7  # entries of several chunks
+    monkeypatch.setattr(configs, "CHUNK", 16)
     dense = torch.zeros(rows, VOCAB + 1)
     present = (ids >= 0) & (ids < VOCAB)
     dense.scatter_add_(1, torch.where(present, ids, VOCAB), upstream)
