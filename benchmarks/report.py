@@ -64,7 +64,9 @@ def comment(row: dict[str, Any]) -> str:
     if "times_ours" in row:
         said.append(f"{row['times_ours']:.2f} x {row.get('beside', row['backend'])}")
     if "times_product" in row:
+        least, most = row["predicted_percent"]
         said.append(f"{row['times_product']:.3f} x the product")
+        said.append(f"predicted {1 + least / 100:g} to {1 + most / 100:g}")
     if "extra_bytes" in row:
         said.append(f"{row['extra_bytes'] / 1e6:.1f} MB besides gradients")
     if row.get("scaled", 1) > 1:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
@@ -13,7 +17,20 @@ def build() -> None:
     _tests()
     from emulation.build import build
 
-    print(build())
+    print(build(), variants()[0])
+
+
+def variants() -> tuple[Path, Callable[[int], Any]]:
+    """The module of the variants, emulated, and the properties of its GPU."""
+    _tests()
+    import emulated
+    from emulation.build import CSRC, build
+
+    from gpu.variants import MODULE, SOURCE
+
+    folder = build("plain", MODULE, (SOURCE, CSRC / "cuda" / "device.cu"))
+    (path,) = folder.glob(f"{MODULE}{SUFFIX}")
+    return path, lambda index: (emulated.MULTIPROCESSORS, 228 * 1024, (0,) * 7)
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ from timing import Clock, Name, Run, Runs, Times, spread
 from torch import Tensor
 
 import opd_kernels
-from gpu import package, profiler, variants
+from gpu import dry, package, profiler, variants
 from opd_kernels import backends
 from opd_kernels.backends import cuda
 from opd_kernels.backends.triton import configs
@@ -70,13 +70,23 @@ MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "forward, TopK teacher": (0, 48, ()),
 }
 GPU_BACKENDS = ("cuda", "triton")
-# What variants change in Triton's configuration; NOTES.md has a prediction for each.
 SORTED = "sorted ids"
-TRITON_VARIANTS = {"4 stages": {"STAGES": 4}}
+
+
+class Configuration(NamedTuple):
+    """What a variant changes in Triton's configuration, and its predicted time in % (NOTES.md)."""
+
+    settings: dict[str, Any]
+    predicted: tuple[float, float]
+
+
+PRODUCT = Configuration({}, (0, 0))
+TRITON_VARIANTS = {"product": PRODUCT, "4 stages": Configuration({"STAGES": 4}, (-1, 1))}
 LINEAR_VARIANTS = {
-    SORTED: {"SORTED_DOTS": True},
-    "dW of 2 warps": {"WEIGHT_GRAD_WARPS": 2},
-    "dW of 4 rows a tile": {"WEIGHT_GRAD_ROWS": 4},
+    "product": PRODUCT,
+    SORTED: Configuration({"SORTED_DOTS": True}, (-5, 1)),
+    "dW of 2 warps": Configuration({"WEIGHT_GRAD_WARPS": 2}, (-12, 0)),
+    "dW of 4 rows a tile": Configuration({"WEIGHT_GRAD_ROWS": 4}, (-7, 6)),
 }
 
 
@@ -135,7 +145,7 @@ DRY = Plan(
     rounds=2,
     host_calls=2,
     compiler="eager",
-    linear=replace(linear.SMOKE, fresh=()),
+    linear=replace(linear.SMOKE, vocab=200, fresh=()),
 )
 
 
@@ -351,40 +361,66 @@ class Bench:
     def cuda_variants(self) -> None:
         """The product and, each different from it in one thing, the variants of its kernels."""
         student, teacher = self.inputs(self.main)
-        calls = variants.Calls(
-            variants.load(package.VARIANTS if self.device.type == "cuda" else None),
-            student.detach(), teacher, self.main.k,
-        )  # fmt: skip
-        for kind in variants.KINDS:
-            self.compared(f"variants, cuda {kind}", "cuda", calls.runs(kind))
+        student.requires_grad_(False)
+        built = variants.load(*self.built_variants())
+        loss, ids, entries = built.divergence("product", student, teacher, self.main.k)
+        grad, upstream = torch.empty_like(student), torch.ones_like(loss)
+
+        def forward(name: str) -> tuple[Tensor, ...]:
+            return built.divergence(name, student, teacher, self.main.k)
+
+        def backward(name: str) -> tuple[Tensor, ...]:
+            built.scatter_(name, grad, entries, ids, upstream)
+            return (grad,)
+
+        for part, call in (("forward", forward), ("backward", backward)):
+            runs: dict[str, Run] = {}
+            expected = [result.clone() for result in call("product")]
+            for name, variant in variants.VARIANTS.items():
+                if name != "product" and variant.part != part:
+                    continue
+                found = call(name)
+                if variant.complete and not all(map(torch.equal, found, expected)):
+                    raise AssertionError(f"{name} gives other results than the product")
+                runs[name] = lambda name=name, call=call: functools.partial(call, name)
+            self.compared(f"variants, cuda {part}", "cuda", runs, variants.VARIANTS)
+
+    def built_variants(self) -> tuple[Any, ...]:
+        """The module of the variants, and what else it takes where it is emulated."""
+        return (package.VARIANTS,) if self.device.type == "cuda" else dry.variants()
 
     def triton_variants(self) -> None:
         """The same of Triton's configuration."""
         student, teacher = self.inputs(self.main)
         measure = "forward"
         runs: dict[str, Run] = {}
-        for name, settings in {"product": {}, **TRITON_VARIANTS}.items():
+        for name, (settings, _) in TRITON_VARIANTS.items():
             with configured(settings):
                 built, _ = ours(student, teacher, self.main.k, "triton")
             runs[name] = while_configured(settings, built["triton", measure])
-        self.compared("variants, triton forward", "triton", runs)
+        self.compared("variants, triton forward", "triton", runs, TRITON_VARIANTS)
 
     def linear_variants(self) -> None:
         """The same of the loss of hidden states, with a trained head and random ids."""
         point = self.plan.linear.points()[0]
         given = inputs(point, "uniform ids", self.device)
         runs: dict[str, Run] = {}
-        for name, settings in {"product": {}, **LINEAR_VARIANTS}.items():
+        for name, (settings, _) in LINEAR_VARIANTS.items():
             with configured(settings):
                 check_ours(given, "triton")
             loss = losses(given, "triton", trained=True)[BOTH]
             runs[name] = while_configured(settings, backward_of(loss, *given.leaves))
-        times = self.compared("variants, linear", "triton", runs, point)
+        times = self.compared("variants, linear", "triton", runs, LINEAR_VARIANTS, point)
         if SORTED in times:
             judge_linear_ms(self.result, point, f"triton, {SORTED}", times[SORTED], SORTED_MS)
 
     def compared(
-        self, part: str, backend: str, runs: dict[str, Run], point: Point | HeadPoint | None = None
+        self,
+        part: str,
+        backend: str,
+        runs: dict[str, Run],
+        predictions: Mapping[str, Any],
+        point: Point | HeadPoint | None = None,
     ) -> dict[str, float]:
         """Times of the product and its variants in turn; returns medians."""
         point = point or self.main
@@ -394,6 +430,7 @@ class Bench:
         for (_, name), values in times.items():
             row = spread(values)
             row["times_product"] = row["ms"] / base
+            row["predicted_percent"] = predictions[name].predicted
             self.result.add(part, point, name, backend=backend, **row)
         return {name: statistics.median(values) for (_, name), values in times.items()}
 

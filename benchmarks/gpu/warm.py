@@ -40,11 +40,10 @@ def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
     values = torch.zeros(shape[0], point.k, device=device)
     upstream = torch.zeros(shape[0], device=device)
     plain = (None, None, 1.0, 1.0)
-    yield lambda: triton.divergence(logits, logits, None, point.k, point.vocab, *plain)
     yield lambda: triton.scatter_(logits, values, ids, upstream)
     yield lambda: triton.select(logits, point.k, point.vocab, None, None)
     yield lambda: triton.divergence(logits, values, ids, point.k, point.vocab, *plain)
-    for settings in measure.TRITON_VARIANTS.values():
+    for settings, _ in measure.TRITON_VARIANTS.values():
         with measure.configured(settings):
             yield lambda: triton.divergence(logits, logits, None, point.k, point.vocab, *plain)
 
@@ -59,10 +58,8 @@ def linear_calls(
     weight = torch.zeros(of.vocab, of.hidden, dtype=dtype, device=device)
     ids = torch.zeros(len(hidden), k, dtype=torch.int32, device=device)
     upstream = torch.ones(len(hidden), k, device=device)
-    yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
     yield lambda: triton.gather_dot_hidden(upstream, ids, weight, dtype)
-    yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
-    for settings in measure.LINEAR_VARIANTS.values():
+    for settings, _ in measure.LINEAR_VARIANTS.values():
         with measure.configured(settings):
             yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
             yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
