@@ -190,7 +190,7 @@ def test_selection_needs_memory_for_its_result() -> None:
 
 
 def test_backward_allocates_the_gradient_once() -> None:
-    # The first backward brings the code of the libraries into memory: 6 MB, more with torch for CUDA.
+    # A first backward also brings 6 MB of the libraries' code into memory, more of torch for CUDA.
     call = """
     few = student[:2].clone().requires_grad_(), teacher[:2].clone()
     student.requires_grad_()
