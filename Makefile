@@ -8,11 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # NVIDIA's compiler as wheels, for machines without it; setup.py finds it in the environment.
 NVCC := $(foreach name,nvcc crt runtime,"nvidia-cuda-$(name)==13.0.*") "nvidia-nvvm==13.0.*"
+# The software of the GPU machines: its Python, if need be from pyenv, and where it is installed.
+PYTHON312 ?= PYENV_VERSION=$$(pyenv whence python3.12 2> /dev/null | tail -n 1) python3.12
+HOST := build/host
 SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu cubins lint fuzz sanitize bench clean
+.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
@@ -59,6 +62,15 @@ $(AOT): test-aot-%: $(VENV)/.test
 PART := 1
 gpu:
 	$(PYTHON) benchmarks/gpu --part $(PART) $(if $(SECONDS),--seconds $(SECONDS))
+
+# The suite on the software of the GPU machines, without a GPU: Python 3.12, torch 2.11 for CUDA 13,
+# no packages for trainers. Not in `make test`: 2.6 GB to download and half an hour on two cores.
+# `make test-gpu-host PYTHON312=/path/to/python3.12` where no Python 3.12 is found.
+test-gpu-host: $(HOST)/.built
+	$(HOST)/bin/python -m pytest --ignore=tests/test_benchmark.py --ignore=tests/test_gpu_run.py
+	PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest tests/test_benchmark.py tests/test_gpu_run.py
+	TRITON_INTERPRET=1 PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest \
+	  tests/test_semantics.py tests/test_memory.py tests/test_linear.py
 
 # Registers, resident blocks and instructions of the CUDA kernels, for GPUs that need not be here.
 cubins: $(VENV)/.test
@@ -111,6 +123,23 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 	  $(BIN)/pip install -q $(NVCC)
 	OPD_KERNELS_REQUIRE_NATIVE=1 OPD_KERNELS_BUILD_CUDA=1 \
 	  $(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+# Triton 3.6's interpreter, which the benchmarks' tests run as well, needs the numpy in a folder.
+$(HOST)/.installed: Makefile
+	$(PYTHON312) -m venv $(HOST) || { echo "no Python 3.12: make PYTHON312=/path/to/it"; exit 1; }
+	$(HOST)/bin/pip install -q "torch==2.11.0" "triton==3.6.0" "numpy==2.5.*" \
+	  "transformers==5.17.*" "setuptools>=77" "pybind11>=2.12" ninja "pytest>=8" "hypothesis>=6.100"
+	PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc > /dev/null || $(HOST)/bin/pip install -q $(NVCC)
+	$(HOST)/bin/pip install -q --upgrade --target $(HOST)/numpy "numpy<2.4"
+	echo "$(CURDIR)" > $(HOST)/lib/python3.12/site-packages/opd_kernels.pth
+	touch $@
+
+# Beside the modules for other versions of Python, from objects of its own.
+$(HOST)/.built: $(HOST)/.installed setup.py $(shell find csrc -type f)
+	OPD_KERNELS_REQUIRE_NATIVE=1 OPD_KERNELS_BUILD_CUDA=1 OPD_KERNELS_CUDA_ARCHS=90a \
+	  $(HOST)/bin/python setup.py -q build_ext --inplace --build-temp $(HOST)/objects \
+	  --build-lib $(HOST)/objects/lib
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)

@@ -18,6 +18,11 @@ from opd_kernels.reference import compute_dtype
 from opd_kernels.stats import row_logsumexp
 
 _LIBRARY = torch.library.Library("opd_kernels", "DEF")
+_LOST_GRAPH = (
+    "{} cannot be differentiated twice: its gradient is computed in forward and held constant, and "
+    "torch {} would return the gradient of this compiled function without a graph; leave out "
+    "create_graph=True, or build the loss from torch.topk, gather and log_softmax"
+)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _SCHEMAS = {
@@ -112,6 +117,7 @@ def _divergence_fake(
 def _scatter(
     entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    _refuse_lost_graph("topk_rkl")
     module = _scatter_backend(backend, ids, entry_grad, dtype)
     return module.scatter(entry_grad, ids, upstream, width, dtype)
 
@@ -125,6 +131,7 @@ def _scatter_fake(
 def _scatter_inplace(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
 ) -> None:
+    _refuse_lost_graph("topk_rkl")
     module = _scatter_backend(backend, ids, entry_grad, out.dtype)
     module.scatter_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
@@ -136,6 +143,17 @@ def _scatter_add(
     module = _scatter_backend(backend, ids, entry_grad, out.dtype)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
+
+
+def _refuse_lost_graph(function: str) -> None:
+    """Raises where ``create_graph=True`` would silently give a gradient without a graph.
+
+    This happens before torch 2.13, in compiled functions that save no input with a gradient
+    (github.com/pytorch/pytorch/issues/181581). Only they run these operators in a backward pass
+    with gradients enabled: an autograd.Function disables them.
+    """
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
+        raise RuntimeError(_LOST_GRAPH.format(function, torch.__version__))
 
 
 def _tell_autograd(out: Tensor) -> None:
@@ -223,6 +241,7 @@ def _gather_dot_hidden(
     upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
     dtypes = (upstream.dtype, weight.dtype, dtype)
+    _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
     return module.gather_dot_hidden(upstream, ids, weight, dtype)
 
@@ -237,6 +256,7 @@ def _gather_dot_weight(
     upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     dtypes = (upstream.dtype, hidden.dtype, dtype)
+    _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
     return module.gather_dot_weight(upstream, ids, hidden, vocab, dtype)
 

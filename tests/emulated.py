@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,8 @@ device_refusal = cuda._device_refusal  # what is asked on real devices
 
 def install() -> None:
     """From now on the CUDA backend serves CPU tensors."""
-    (path,) = build(KIND).glob("_cuda*.so")
+    # Other versions of Python leave theirs there.
+    path = build(KIND) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("emulated._cuda", path)
     assert spec is not None
     assert spec.loader is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -394,6 +395,25 @@ def test_differentiating_twice_is_refused(which: int) -> None:
     for leaf in leaves:
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_differentiating_twice_is_refused_when_compiled(trained: int) -> None:
+    inputs = [normal(5, 16), normal(30, 16, seed=1)]
+    leaf, teacher = inputs[trained].requires_grad_(), normal(5, 30, seed=2)
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def compiled(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear_topk_rkl(hidden, weight, teacher, 8)
+
+    def penalised() -> None:
+        loss = compiled(*inputs)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (loss + first.square().sum()).backward()
+
+    # As for topk_rkl: PyTorch itself refuses it from 2.13 on.
+    with pytest.raises(RuntimeError, match=r"double backward|cannot be differentiated twice"):
+        penalised()
 
 
 def test_changing_an_input_before_backward_is_noticed() -> None:
