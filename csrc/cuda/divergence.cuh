@@ -124,9 +124,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   // The student's values are on their way while candidates are put in order.
   const char* student_row = args.student.row(row);
-  const auto expect = [&](int id) {
-    prefetch(student_row + int64_t{id} * element_size(args.student.dtype));
-  };
+  const int64_t student_size = element_size(args.student.dtype);
+  const auto expect = [&](int id) { prefetch(student_row + id * student_size); };
   const int found = select_row<Tuning>(block, shared, args.teacher.row(row), args.allowed, k,
                                        plan.lane_bits, expect);
   if (found < 0) return;
