@@ -21,12 +21,12 @@ import signal
 import sys
 from pathlib import Path
 
-# Modules of this folder are imported as gpu.x; the folder itself would hide the standard library's.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Modules of this folder are imported as gpu.x, and the package is this checkout's.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:1] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 from gpu.steps import PARTS, SECONDS  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "pytest", "hypothesis", "pybind11", "ninja")
 
 

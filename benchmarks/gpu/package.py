@@ -19,9 +19,12 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from gpu import variants
 
 ROOT = Path(__file__).resolve().parents[2]
 # What is brought along; objects lie apart, so that it stays small.
@@ -74,27 +77,36 @@ def stamp() -> dict[str, Any]:
 
 
 def build(architecture: str) -> None:
-    """Builds all modules for the Python that runs this and one architecture."""
+    """Builds all modules, side by side, for the Python that runs this and one architecture."""
     begin = time.monotonic()
     STAMP.unlink(missing_ok=True)
-    with mock.patch.dict(os.environ, {"OPD_KERNELS_CUDA_ARCHS": architecture}):
-        commands = build_commands()
-        for name, path in modules().items():
-            make, *_ = commands["MODULES"][name]
-            folder = OBJECTS / f"{name}{SUFFIX}"
-            folder.mkdir(parents=True, exist_ok=True)
-            text = commands["ninja_file"](make(), "module.so")
-            (folder / "build.ninja").write_text(text)
-            subprocess.run([*commands["ninja_command"](), "--quiet"], cwd=folder, check=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (
+        mock.patch.dict(os.environ, {"OPD_KERNELS_CUDA_ARCHS": architecture}),
+        ThreadPoolExecutor() as pool,
+    ):
+        build_commands()  # once, before threads ask for it
+        built = {path: pool.submit(built_module, name) for name, path in modules().items()}
+        built[VARIANTS] = pool.submit(variants.build, OBJECTS / f"variants{SUFFIX}", architecture)
+        for path, made in built.items():
+            made.result()
             # A new file: a process may be running the old one.
             path.unlink(missing_ok=True)
-            shutil.copy2(folder / "module.so", path)
-    from gpu import variants
-
-    shutil.copy2(variants.build(OBJECTS / f"variants{SUFFIX}", architecture), VARIANTS)
+            shutil.copy2(made.result(), path)
     content = {"sources": sources(), "architecture": architecture, "commit": commit()}
     STAMP.write_text(json.dumps(content) + "\n")
     print(f"built for sm_{architecture} in {time.monotonic() - begin:.0f} s")
+
+
+def built_module(name: str) -> Path:
+    """A module of setup.py, built where it is not up to date."""
+    commands = build_commands()
+    make, *_ = commands["MODULES"][name]
+    folder = OBJECTS / f"{name}{SUFFIX}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(commands["ninja_file"](make(), "module.so"))
+    subprocess.run([*commands["ninja_command"](), "--quiet"], cwd=folder, check=True)
+    return folder / "module.so"
 
 
 def commit() -> str:
