@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
 NCU_LOG = """==PROF== Connected to process 4711 (/usr/bin/python3.12)
 ==PROF== Profiling "divergence_kernel": 0%....50%....100% - 3 passes
 ==PROF== Disconnected from process 4711
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","launch__registers_per_thread","launch__shared_mem_per_block_dynamic","launch__shared_mem_per_block_static","sm__warps_active.avg.pct_of_peak_sustained_active","smsp__inst_executed.sum"
-"","","","","","","","","","","","byte","byte","%","ns","register/thread","byte/block","byte/block","%","inst"
-"0","4711","python3.12","127.0.0.1","void opd::cuda::divergence_kernel<opd::BFloat16>(opd::DivergenceArgs)","1","7","(128, 1, 1)","(8192, 1, 1)","0","9.0","2,489,319,424","6,291,456","91.25","871,264","40","12,800","1,024","93.50","301,989,888"
-"1","4711","python3.12","127.0.0.1","scatter_kernel","1","7","(128, 1, 1)","(8192, 5, 1)","0","9.0","n/a","2,489,319,424","93.1","822,400","32","0","0","n/a","100,000,000"
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","launch__registers_per_thread","launch__shared_mem_per_block_dynamic","launch__shared_mem_per_block_static","sm__warps_active.avg.pct_of_peak_sustained_active","smsp__inst_executed.sum","smsp__issue_active.avg.pct_of_peak_sustained_active"
+"","","","","","","","","","","","byte","byte","%","ns","register/thread","byte/block","byte/block","%","inst","%"
+"0","4711","python3.12","127.0.0.1","void opd::cuda::divergence_kernel<opd::BFloat16>(opd::DivergenceArgs)","1","7","(128, 1, 1)","(8192, 1, 1)","0","9.0","2,489,319,424","6,291,456","91.25","871,264","40","12,800","1,024","93.50","301,989,888","29.75"
+"1","4711","python3.12","127.0.0.1","scatter_kernel","1","7","(128, 1, 1)","(8192, 5, 1)","0","9.0","n/a","2,489,319,424","93.1","822,400","32","0","0","n/a","100,000,000","11.5"
 """  # noqa: E501
 FAKE_NCU = """#!{python}
 import os, pathlib, subprocess, sys
@@ -220,6 +220,7 @@ def test_a_profile_has_a_line_for_each_kernel(ncu: Any, benchmarks: SimpleNamesp
             "written_bytes": 6291456.0,
             "warps_percent": 93.5,
             "instructions": 301989888.0,
+            "issue_percent": 29.75,
             "registers": 40.0,
             "shared_bytes": 13824.0,
         },
@@ -231,6 +232,7 @@ def test_a_profile_has_a_line_for_each_kernel(ncu: Any, benchmarks: SimpleNamesp
             "dram_percent": 93.1,
             "written_bytes": 2489319424.0,
             "instructions": 100000000.0,
+            "issue_percent": 11.5,
             "registers": 32.0,
             "shared_bytes": 0.0,
         },
@@ -298,7 +300,8 @@ def test_a_profile_is_part_of_the_result(
         "scatter_kernel",
     ]
     table = "\n".join(benchmarks.report.table(result.rows))
-    assert "871.3 us, 91.2 % of the memory's peak" in table
+    teachers = 2489319424 / (2 * 1000 * 2)
+    assert f"2489.3 MB read, {teachers:.3f} x the teacher's bytes" in table
 
 
 # The loss of hidden states

@@ -342,6 +342,8 @@ class Bench:
         kernels, why = profiler.profile(backend, *shape, f"--device={self.device}")
         for counts in kernels:
             name = kernel_name(counts)
+            if "read_bytes" in counts:
+                counts["teachers_read"] = counts["read_bytes"] / point.nbytes
             self.result.add("profile", point, name, backend=backend, counters=counts)
         if why:
             note = f"not available: {why}"

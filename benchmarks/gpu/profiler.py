@@ -34,6 +34,7 @@ METRICS = {
     "written_bytes": ("dram__bytes_write.sum",),
     "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
     "instructions": ("smsp__inst_executed.sum",),
+    "issue_percent": ("smsp__issue_active.avg.pct_of_peak_sustained_active",),
     "registers": ("launch__registers_per_thread",),
     "shared_bytes": ("launch__shared_mem_per_block_static", "launch__shared_mem_per_block_dynamic"),
 }
