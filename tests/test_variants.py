@@ -12,7 +12,7 @@ import cubins
 import emulated
 import pytest
 import torch
-from emulation.build import CSRC, FLAGS, build
+from emulation.build import FLAGS, build
 from test_cuda import BF16, FP32, rows, same
 
 from opd_kernels.backends import cuda
@@ -38,8 +38,7 @@ emulation = pytest.mark.skipif(cuda.DEVICE != "cpu", reason="the kernels are not
 @pytest.fixture(scope="module")
 def built() -> variants.Variants:
     kind = emulated.KIND if emulated.KIND in FLAGS else "plain"
-    sources = (FILE.with_suffix(".cu"), CSRC / "cuda" / "device.cu")
-    (path,) = build(kind, variants.MODULE, sources).glob(f"{variants.MODULE}*.so")
+    (path,) = build(kind, variants.MODULE, (FILE.with_suffix(".cu"),)).glob("*.so")
     gpu = emulated.MULTIPROCESSORS, cuda._C.shared_bytes(0), (0,) * 7
     return variants.load(path, lambda index: gpu)
 

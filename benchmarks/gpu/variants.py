@@ -91,8 +91,7 @@ def build(
         "rule link",
         f"  command = {link[0]} -shared $in {link[1]} -o $out",
         f"build variants.o: compile {SOURCE}",
-        f"build device.o: compile {ROOT / 'csrc' / 'cuda' / 'device.cu'}",
-        f"build {target}: link variants.o device.o",
+        f"build {target}: link variants.o",
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
