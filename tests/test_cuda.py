@@ -408,6 +408,7 @@ def test_gpu_tensors_take_these_kernels_where_they_run_and_triton_s_elsewhere(
     monkeypatch.setattr(cuda, "DEVICE", "cuda")
     monkeypatch.setattr(cuda, "_device_refusal", emulated.device_refusal)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     call = torch.device("cuda", 0), (BF16, BF16), 64, vocab
     chosen = backends.resolve(backends.AUTO, *call)

@@ -82,6 +82,8 @@ def _device_refusal(device: torch.device) -> str | None:
     """What is wrong with a device or its driver, or None."""
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if not serves(_C.architectures, capability):
         version = "".join(map(str, capability))

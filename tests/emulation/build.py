@@ -34,7 +34,9 @@ def build(kind: str = "plain", name: str = "_cuda", own: tuple[Path, ...] = PROD
     import ninja
     import pybind11
 
-    folder = ROOT / "build" / "emulated" / (kind if name == "_cuda" else f"{kind}{name}")
+    what = kind if name == "_cuda" else f"{kind}{name}"
+    # Objects are those of one Python, whose headers they include.
+    folder = ROOT / "build" / "emulated" / str(sys.implementation.cache_tag) / what
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*own, HERE / "emulation.cpp"]
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
