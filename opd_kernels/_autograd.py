@@ -8,6 +8,7 @@ few logits are gathered first, by a Function of its own.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ class TopKReverseKL(torch.autograd.Function):
         grad = _ScatterGradient.apply(
             upstream, entry_grad, ids, anchor, student, ctx.width, ctx.dtype, ctx.backend
         )
-        return (grad, *(None,) * 13)
+        return (grad, _anchors_gradient(anchor), *(None,) * 12)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
@@ -279,6 +280,17 @@ class _WeightGradient(torch.autograd.Function):
         rows = [leading(arg, dim, info) for arg, dim in zip(args[:3], in_dims[:3], strict=True)]
         each = zip(*(row.unbind(0) for row in rows), strict=True)
         return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in each]), 0
+
+
+def _anchors_gradient(anchor: Tensor) -> Tensor | None:
+    """None, or zeros where compiled autograd runs an eager graph: it adds up no None.
+
+    Zeros cost a pass over the student's gradient, so that nobody else gets them.
+    """
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is None or not compiled.in_compiled_autograd_region:
+        return None
+    return anchor.new_zeros(anchor.shape)
 
 
 def anchor_of(student: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from opd_kernels import TopK, TopKReverseKL, add_topk_grad_, select_topk, topk_rkl
+from opd_kernels import (
+    TopK,
+    TopKReverseKL,
+    add_topk_grad_,
+    linear_topk_rkl,
+    select_topk,
+    topk_rkl,
+)
 
 ops = torch.ops.opd_kernels
 N, V, K = 6, 300, 8
@@ -409,6 +416,24 @@ def test_double_backward_is_refused_when_compiled(inplace_grad: bool) -> None:
     # PyTorch refuses it from 2.13 on; before, the penalty would be left out in silence.
     with pytest.raises(RuntimeError, match=r"double backward|cannot be differentiated twice"):
         penalised()
+
+
+@pytest.mark.parametrize("form", ["logits", "in place", "hidden states"])
+def test_compiled_autograd_runs_an_eager_graph(form: str) -> None:
+    hidden, weight = logits(N, 16).requires_grad_(), logits(V, 16, seed=1).requires_grad_()
+    teacher = logits(N, V, seed=2)
+
+    def loss() -> torch.Tensor:
+        if form == "hidden states":
+            return linear_topk_rkl(hidden, weight, teacher, K)
+        return topk_rkl(hidden @ weight.t(), teacher, K, inplace_grad=form == "in place")
+
+    expected = torch.autograd.grad(loss(), (hidden, weight))
+    made = loss()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda value: value.backward(), backend="aot_eager")(made)
+    for leaf, gradient_of_leaf in zip((hidden, weight), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient_of_leaf)
 
 
 def test_a_compiled_bad_temperature_makes_nan() -> None:
