@@ -96,7 +96,8 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
-	  -p no:cacheprovider tests/test_cuda.py tests/test_differential.py tests/test_semantics.py \
+	  -p no:cacheprovider tests/test_boundaries.py tests/test_errors.py tests/test_cuda.py \
+	  tests/test_differential.py tests/test_semantics.py \
 	  tests/test_memory.py tests/test_linear.py tests/test_linear_memory.py \
 	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
 

@@ -73,9 +73,7 @@ def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
             f"{name} is a {type(entries).__name__}, expected a tensor (..., K); {source}"
         )
     check_dense(entries, name)
-    if entries.dtype not in ENTRY_DTYPES[name]:
-        allowed = " and ".join(str(dtype).removeprefix("torch.") for dtype in ENTRY_DTYPES[name])
-        raise TypeError(f"{name} has dtype {entries.dtype}, allowed is {allowed}; {source}")
+    check_entries_dtype(entries, name)
     if entries.ndim == 0 or entries.shape[:-1] != grad.shape[:-1] or entries.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(entries.shape)}, expected grad's leading shape "
@@ -84,6 +82,16 @@ def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
     check_constant(entries, name)
     check_same_device(entries, grad.device, name, "grad is")
     return entries
+
+
+def check_entries_dtype(entries: Tensor, name: str) -> None:
+    """What the loss keeps for backward, "ids" or "entry_grad", in the dtypes it keeps it in."""
+    if entries.dtype not in ENTRY_DTYPES[name]:
+        allowed = " and ".join(str(dtype).removeprefix("torch.") for dtype in ENTRY_DTYPES[name])
+        raise TypeError(
+            f"{name} has dtype {entries.dtype}, allowed is {allowed}; pass the {name} that "
+            "TopKReverseKL.apply returned, which saved-tensor hooks must not convert"
+        )
 
 
 def check_same_entries(ids: Tensor, entry_grad: Tensor) -> None:

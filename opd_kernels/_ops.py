@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from opd_kernels import backends
+from opd_kernels._checks import (
+    check_entries_dtype,
+    check_row_shape,
+    check_same_device,
+    check_same_entries,
+)
 from opd_kernels.head import head_logits, shaped
 from opd_kernels.reference import compute_dtype
 from opd_kernels.stats import row_logsumexp
@@ -65,6 +71,8 @@ gather_dot_weight = torch.ops.opd_kernels.gather_dot_weight.default
 def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_rows(logits, mask=mask)
+    _check_device(logits.device, banned=banned)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
     return module.select(logits, k, limit, banned, mask)
 
@@ -91,6 +99,13 @@ def _divergence(
     row_teacher_temperature: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rows(
+        student,
+        mask=mask,
+        row_temperature=row_temperature,
+        row_teacher_temperature=row_teacher_temperature,
+    )
+    _check_device(student.device, teacher=teacher, teacher_ids=teacher_ids, banned=banned)
     vocab = limit if teacher_ids is None else 0
     module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
     return module.divergence(
@@ -118,7 +133,7 @@ def _scatter(
     entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     _refuse_lost_graph("topk_rkl")
-    module = _scatter_backend(backend, ids, entry_grad, dtype)
+    module = _scatter_backend(backend, entry_grad, ids, upstream, dtype)
     return module.scatter(entry_grad, ids, upstream, width, dtype)
 
 
@@ -132,7 +147,8 @@ def _scatter_inplace(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
 ) -> None:
     _refuse_lost_graph("topk_rkl")
-    module = _scatter_backend(backend, ids, entry_grad, out.dtype)
+    module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
+    _check_device(ids.device, out=out)
     module.scatter_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 
@@ -140,9 +156,37 @@ def _scatter_inplace(
 def _scatter_add(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
 ) -> None:
-    module = _scatter_backend(backend, ids, entry_grad, out.dtype)
+    module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
+    _check_device(ids.device, out=out)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
+
+
+def _check_rows(logits: Tensor, **per_row: Tensor | None) -> None:
+    """Raises unless what is there has an element for each row, on the logits' device.
+
+    Kernels take addresses: what does not fit would be read beyond its end.
+    """
+    for name, tensor in per_row.items():
+        if tensor is not None:
+            check_row_shape(tensor, logits.shape[:-1], name)
+    _check_device(logits.device, **per_row)
+
+
+def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raises unless what is there lies on the device."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_same_device(tensor, device, name, "the other tensors are")
+
+
+def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """Raises unless they are what the loss keeps: saved-tensor hooks may hand out anything."""
+    check_entries_dtype(ids, "ids")
+    check_entries_dtype(entry_grad, "entry_grad")
+    check_same_entries(ids, entry_grad)
+    check_row_shape(upstream, ids.shape[:-1], "upstream", "the entries'")
+    _check_device(ids.device, entry_grad=entry_grad, upstream=upstream)
 
 
 def _refuse_lost_graph(function: str) -> None:
@@ -162,8 +206,9 @@ def _tell_autograd(out: Tensor) -> None:
 
 
 def _scatter_backend(
-    backend: str, ids: Tensor, entry_grad: Tensor, dtype: torch.dtype
+    backend: str, entry_grad: Tensor, ids: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> backends.Backend:
+    _check_entries(entry_grad, ids, upstream)
     return backends.resolve(backend, ids.device, (dtype, entry_grad.dtype), ids.shape[-1])
 
 

@@ -240,6 +240,7 @@ def given_support(
     teacher: TopK, k: int | None, rows: torch.Size, vocab: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:
     """(values, ids, k, limit) of a teacher that is a support."""
+    teacher.check()
     _checks.check_same_rows(rows, teacher.shape)
     _checks.check_same_device(teacher.ids, device, "teacher")
     _checks.check_k_matches(k, teacher.k)
@@ -305,6 +306,8 @@ def _temperature(
 
 def _allowed_or_nan(temperature: Tensor) -> Tensor:
     """Values that no check has seen: NaN, and so a NaN loss, where they are not allowed."""
+    if temperature.dtype != torch.float64:  # the bounds are float32's
+        temperature = temperature.float()
     allowed = (temperature >= _checks.LEAST_TEMPERATURE) & (
         temperature <= _checks.LARGEST_TEMPERATURE
     )

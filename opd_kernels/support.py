@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _payload
-from opd_kernels._checks import ID_DTYPES
+from opd_kernels._checks import ID_DTYPES, check_dense
 
 __all__ = ["TopK"]
 
@@ -51,12 +51,28 @@ class TopK:
 
     def __post_init__(self) -> None:
         """Checks shapes and dtypes; values are not read."""
+        self.check()
+
+    def check(self) -> None:
+        """Raises for tensors that are no support; values are not read.
+
+        What ``torch.utils._pytree`` maps over the tensors may leave anything in their place, so the
+        losses ask again.
+        """
+        others = {"logits": self.logits}
+        if self.logsumexp is not None:
+            others["logsumexp"] = self.logsumexp
+        for name, tensor in {"ids": self.ids, **others}.items():
+            _check_tensor(tensor, name)
         if self.ids.dtype not in ID_DTYPES:
             raise TypeError(f"TopK ids have dtype {self.ids.dtype}, allowed are int32 and int64")
-        if not self.logits.dtype.is_floating_point:
-            raise TypeError(
-                f"TopK logits have dtype {self.logits.dtype}, expected a floating dtype"
-            )
+        for name, tensor in others.items():
+            if not tensor.dtype.is_floating_point:
+                raise TypeError(f"TopK {name} have dtype {tensor.dtype}, expected a floating dtype")
+            if tensor.device != self.ids.device:
+                raise ValueError(
+                    f"TopK ids are on {self.ids.device} and {name} on {tensor.device}; move one"
+                )
         if self.ids.ndim == 0 or self.ids.shape != self.logits.shape:
             raise ValueError(
                 f"TopK ids have shape {tuple(self.ids.shape)} and logits "
@@ -64,10 +80,6 @@ class TopK:
             )
         if self.ids.shape[-1] < 1:
             raise ValueError("TopK has width 0, allowed is 1 or more entries per row")
-        if self.logits.device != self.ids.device:
-            raise ValueError(
-                f"TopK ids are on {self.ids.device} and logits on {self.logits.device}; move one"
-            )
         if self.logsumexp is not None and self.logsumexp.shape != self.ids.shape[:-1]:
             raise ValueError(
                 f"TopK logsumexp has shape {tuple(self.logsumexp.shape)}, expected one per row: "
@@ -230,6 +242,15 @@ class TopK:
     def _map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
         logsumexp = None if self.logsumexp is None else fn(self.logsumexp)
         return TopK(fn(self.ids), fn(self.logits), logsumexp)
+
+
+def _check_tensor(tensor: object, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"TopK {name} is a {type(tensor).__name__}, expected a tensor; lists go to "
+            "TopK.from_logprobs"
+        )
+    check_dense(tensor, f"TopK {name}")
 
 
 def repeats(ids: Tensor) -> Tensor:

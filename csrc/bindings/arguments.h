@@ -35,6 +35,10 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
 
+inline bool is_floating(const Rows& rows) {
+  return rows.dtype != DType::kInt32 && rows.dtype != DType::kInt64;
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -65,6 +69,7 @@ inline void define_arguments(py::module_& m) {
 inline SelectArgs select_args(const Rows& logits, const Allowed& allowed, int k, uintptr_t ids,
                               uintptr_t values) {
   require(k >= 1 && k <= kMaxK, "k is outside [1, max_k]");
+  require(is_floating(logits), "the logits are integers");
   require(allowed.limit <= logits.width, "the limit is beyond the logits' vocabulary");
   return {logits, allowed, k, pointer<int32_t>(ids), pointer<float>(values)};
 }
@@ -76,6 +81,8 @@ inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher,
                                       uintptr_t out_ids, uintptr_t entry_grad) {
   require(k >= 1 && k <= kMaxK, "k is outside [1, max_k]");
   require(student.count == teacher.count, "student and teacher differ in rows");
+  require(is_floating(student) && is_floating(teacher), "student or teacher are integers");
+  require(!ids || !is_floating(*ids), "the support's ids are no integers");
   require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
   if (ids) {
     require(ids->count == student.count && ids->width == k && teacher.width == k,
@@ -98,6 +105,7 @@ inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher,
 
 inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_grad,
                                 uintptr_t upstream, int k, const std::string& mode) {
+  require(is_floating(out), "the gradient is of integers");
   return {out,
           pointer<const int32_t>(ids),
           pointer<const float>(entry_grad),
@@ -109,6 +117,8 @@ inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_
 // The rows of a support's ids and of what belongs to them.
 inline void require_support(const Rows& ids, const Rows& hidden, const Rows& weight, int k) {
   require(ids.width == k && ids.count == hidden.count, "ids are not (rows, k)");
+  require(!is_floating(ids), "ids are no integers");
+  require(is_floating(hidden) && is_floating(weight), "hidden states or weight are integers");
   require(hidden.width == weight.width, "hidden states and weight differ in width");
 }
 
