@@ -1,9 +1,11 @@
-"""Reading inference servers' top-K log-probs: nested, ragged, by id or as lists of pairs."""
+"""Reading inference servers' top-K log-probs: nested, ragged, by id or as lists of entries."""
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
@@ -14,26 +16,86 @@ from torch import Tensor
 Entries: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
 _MAX_ID = np.iinfo(np.int32).max
+_MAX_DIGITS = len(str(_MAX_ID))
+# A server writes an id in one way. "05" or " 5" is a token's text, not the id 5.
+_ID_TEXT = re.compile(r"(token_id:)?(0|[1-9][0-9]*)")
+_NUMBER_TEXT = re.compile(
+    r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?", re.IGNORECASE
+)
+# The names that servers have for an entry's id, the most reliable first (TGI and llama.cpp; Dynamo;
+# vLLM's chat completions).
+_ID_NAMES = ("id", "token_id", "token")
+_TOP = "top_logprobs"
+_SHOWN = 80
+
+# What brings ids in place of text.
+ASK_FOR_IDS = (
+    'ask the server for token ids (vLLM: "return_tokens_as_token_ids", SGLang: /generate, '
+    "llama.cpp: /completion)"
+)
 
 
-def from_positions(node: Any) -> Entries:
-    """Nested lists whose elements are positions: None, mappings or lists of pairs."""
+def from_positions(node: Any, where: str = "") -> Entries:
+    """Nested lists whose elements are positions; ``where`` the node lies in the payload."""
+    if _is_list(node):
+        if not all(map(_is_entry, node)):
+            return _stack([from_positions(child, f"{where}[{i}]") for i, child in enumerate(node)])
+        if len(node) and not where:
+            raise TypeError(
+                "the payload is one flat list of entries: those of a position, or the tokens of a "
+                "sequence (SGLang's input_token_logprobs; its K best are input_top_logprobs); pass "
+                "a list of positions, [[(logprob, id), ...], ...]"
+            )
+    try:
+        return _row(*read_position(node))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}{_at(where)}") from None
+
+
+def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> tuple[list[int], list[float]]:
+    """The ids and log-probs of one position.
+
+    It is None, a mapping from id to log-prob, a list of entries, or an entry that lists the others
+    of its position. ``ask_for_ids`` is the advice for tokens that are given as text.
+    """
     if node is None:
-        return _row((), ())
+        return [], []
+    if isinstance(node, Mapping) and not _is_named(node):
+        tokens = [token_id(token, ask_for_ids) for token in node]
+        return tokens, [_number(value) for value in node.values()]
+    entries = _entries_of(node)
+    tokens = [token_id(token, ask_for_ids) for _, token in entries]
+    return tokens, [_number(value) for value, _ in entries]
+
+
+def _entries_of(node: Any) -> list[tuple[Any, Any]]:
+    """(log-prob, id) of each entry of a position, as they are written."""
+    entries, alone = node, _is_list(node)
     if isinstance(node, Mapping):
-        return _row(node.keys(), node.values())
-    if not _is_list(node):
+        if _TOP not in node:
+            raise TypeError(
+                f"the payload has the entry {_shown(node)} where a position is expected; pass the "
+                "K best of each position, as a list of entries"
+            )
+        # The entry itself is one of its position, as the sampled token is in vLLM's.
+        entries = node[_TOP] or ()
+    if not (_is_list(entries) and all(map(_is_entry, entries))):
         raise TypeError(
-            f"a position of the payload is a {type(node).__name__}, expected None, a mapping from "
-            "token id to log-prob, or a list of (logprob, id, ...); pass parallel arrays as "
-            "from_logprobs(logprobs, ids)"
+            f"a position of the payload is {_shown(node)}, a {type(node).__name__}, expected None, "
+            "a mapping from token id to log-prob, or a list of (logprob, id, ...) or of "
+            '{"id": ..., "logprob": ...}; pass parallel arrays as from_logprobs(logprobs, ids)'
         )
-    if all(_is_pair(item) for item in node):
-        return _row([item[1] for item in node], [item[0] for item in node])
-    return _stack([from_positions(child) for child in node])
+    pairs = [_pair(item) for item in (entries if alone else (node, *entries))]
+    if alone and pairs and pairs[0][0] is None and any(value is not None for value, _ in pairs):
+        raise TypeError(
+            f"a position of the payload begins with {_shown(node[0])}, without a log-prob, as the "
+            "tokens of a sequence do (SGLang: input_token_logprobs); pass the K best of each "
+            "position (SGLang: input_top_logprobs)"
+        )
+    return pairs
 
 
-def from_arrays(ids: Any, logprobs: Any) -> Entries:
+def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
     """Two arrays, tensors or nested (ragged) lists of one shape."""
     ids, logprobs = _plain(ids), _plain(logprobs)
     dense = isinstance(ids, np.ndarray) and isinstance(logprobs, np.ndarray)
@@ -41,19 +103,22 @@ def from_arrays(ids: Any, logprobs: Any) -> Entries:
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"ids and logprobs differ in {'shape' if dense else 'length'} ({sizes[0]} and "
-            f"{sizes[1]}); expected one log-prob per id"
+            f"{sizes[1]}); expected one log-prob per id{_at(where)}"
         )
     if dense:
-        return _id_array(ids), logprobs.astype(np.float32)
+        return _id_array(ids), _value_array(logprobs)
     if any(child is not None and _is_list(child) for child in (*ids, *logprobs)):
-        return _stack([from_arrays(*pair) for pair in zip(ids, logprobs, strict=True)])
-    return _row(ids, logprobs)
+        pairs = enumerate(zip(ids, logprobs, strict=True))
+        return _stack([from_arrays(*pair, f"{where}[{i}]") for i, pair in pairs])
+    try:
+        return _row([token_id(token) for token in ids], [_number(value) for value in logprobs])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}{_at(where)}") from None
 
 
-def _row(tokens: Iterable[Any], logprobs: Iterable[Any]) -> Entries:
+def _row(tokens: Iterable[int], logprobs: Iterable[float]) -> Entries:
     """The entries (K,) of one position."""
-    ids = np.array([_token_id(token) for token in tokens], dtype=np.int64)
-    return ids, np.array([_number(value) for value in logprobs], dtype=np.float32)
+    return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
 
 
 def _stack(parts: list[Entries]) -> Entries:
@@ -97,14 +162,45 @@ def _is_list(node: Any) -> bool:
     return isinstance(node, Sequence) and not isinstance(node, (str, bytes))
 
 
-def _is_pair(item: Any) -> bool:
-    """(logprob, id, ...): a number or None, then an id."""
-    return (
-        isinstance(item, (list, tuple))
-        and len(item) >= 2
-        and (item[0] is None or isinstance(item[0], (int, float, np.number)))
-        and isinstance(item[1], (int, np.integer, str))
+def _is_entry(item: Any) -> bool:
+    """Whether it is one token's log-prob: (logprob, id, ...) or {"id": ..., "logprob": ...}."""
+    if isinstance(item, Mapping):
+        return _is_named(item) and _TOP not in item
+    if not isinstance(item, (list, tuple)) or len(item) < 2:
+        return False
+    value, token = item[0], item[1]
+    if value is None:
+        return isinstance(token, (int, np.integer, str))
+    return isinstance(value, (int, float, Decimal, np.number)) and (
+        token is None or isinstance(token, (int, np.integer, str))
     )
+
+
+def _is_named(node: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is an entry, or lists a position's as ``top_logprobs``."""
+    return "logprob" in node or any(isinstance(node.get(name), (int, str)) for name in _ID_NAMES)
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    """(log-prob, id) as an entry has them."""
+    if not isinstance(item, Mapping):
+        return item[0], item[1]
+    if "logprob" not in item:
+        raise TypeError(f'the payload has the entry {_shown(item)}, expected one with "logprob"')
+    for name in _ID_NAMES:
+        token = item.get(name)
+        if token is not None:
+            is_text = name == "token" and isinstance(token, str)
+            return item["logprob"], _Text(token) if is_text else token
+    raise TypeError(
+        f"the payload has the entry {_shown(item)}, expected one with {', '.join(_ID_NAMES)}"
+    )
+
+
+class _Text(str):
+    """A token's text, even of digits; an id only where it begins with ``token_id:``."""
+
+    __slots__ = ()
 
 
 def _id_array(ids: np.ndarray) -> np.ndarray:
@@ -118,32 +214,82 @@ def _id_array(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _token_id(key: Any) -> int:
-    try:
-        token = int(key.removeprefix("token_id:")) if isinstance(key, str) else operator.index(key)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"the payload names a token {key!r}, expected its id; ask the server for token ids "
-            "(vLLM: return_tokens_as_token_ids)"
-        ) from None
+def _value_array(logprobs: np.ndarray) -> np.ndarray:
+    if logprobs.dtype.kind not in "iuf":
+        raise TypeError(f"logprobs have dtype {logprobs.dtype}, expected real numbers")
+    return logprobs.astype(np.float32)
+
+
+def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
+    """The id that an integer or its text is; -1 for all that are negative."""
+    if type(token) is not int:
+        token = _integer(token, ask_for_ids)
     return _check_id(token)
+
+
+def _integer(token: Any, ask_for_ids: str) -> int:
+    if isinstance(token, str):
+        match = _ID_TEXT.fullmatch(token)
+        if match and (match[1] or not isinstance(token, _Text)):
+            digits = match[2]
+            return int(digits) if len(digits) <= _MAX_DIGITS else _MAX_ID + 1
+    else:
+        token = _scalar(token)
+        if not isinstance(token, bool):
+            try:
+                return operator.index(token)
+            except TypeError:
+                pass
+    raise TypeError(f"the payload names a token {_shown(token)}, expected its id; {ask_for_ids}")
 
 
 def _check_id(token: int) -> int:
     if token > _MAX_ID:
         raise ValueError(f"token id {token} is beyond int32; are these token ids?")
-    return token
+    return max(token, -1)
 
 
 def _number(value: Any) -> float:
     """The log-prob of a number, an object with .logprob, a mapping with "logprob", or None."""
+    if type(value) is float:
+        return value
     if isinstance(value, Mapping):
         value = value.get("logprob", value)
-    value = getattr(value, "logprob", value)
-    try:
-        return -np.inf if value is None else float(value)
-    except (TypeError, ValueError):
+    value = _scalar(getattr(value, "logprob", value))
+    if value is None:
+        return -np.inf
+    text = isinstance(value, str)
+    real = isinstance(value, (int, float, Decimal, np.floating)) and not isinstance(value, bool)
+    if not (real or (text and _NUMBER_TEXT.fullmatch(value))):
         raise TypeError(
-            f"the payload has {value!r} as a log-prob, expected a number, an object with .logprob "
-            'or a mapping with "logprob"'
+            f"the payload has {_shown(value)} as a log-prob, expected a number, an object with "
+            '.logprob or a mapping with "logprob"'
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"the payload has {_shown(value)} as a log-prob, beyond what a float holds"
         ) from None
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in a tensor, array or NumPy scalar of one element."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.item() if value.size == 1 else value
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = "a number too long to be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _at(where: str) -> str:
+    return f" (payload{where})" if where else ""
