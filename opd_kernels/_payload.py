@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import zip_longest
 from typing import Any, TypeAlias
@@ -47,48 +47,47 @@ def from_positions(node: Any, where: str = "") -> Entries:
                 "a list of positions, [[(logprob, id), ...], ...]"
             )
     try:
-        return _row(*read_position(node))
+        return read_position(node)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}{_at(where)}") from None
+        numbers = isinstance(node, (int, float, Tensor, np.ndarray, np.generic))
+        advice = "; pass parallel arrays as from_logprobs(logprobs, ids)" if numbers else ""
+        raise type(error)(f"{error}{advice}{_at(where)}") from None
 
 
-def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> tuple[list[int], list[float]]:
-    """The ids and log-probs of one position.
+def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> Entries:
+    """The entries (K,) of one position.
 
     It is None, a mapping from id to log-prob, a list of entries, or an entry that lists the others
     of its position. ``ask_for_ids`` is the advice for tokens that are given as text.
     """
-    if node is None:
-        return [], []
-    if isinstance(node, Mapping) and not _is_named(node):
-        tokens = [token_id(token, ask_for_ids) for token in node]
-        return tokens, [_number(value) for value in node.values()]
-    entries = _entries_of(node)
-    tokens = [token_id(token, ask_for_ids) for _, token in entries]
-    return tokens, [_number(value) for value, _ in entries]
+    pairs = () if node is None else _pairs_of(node)
+    tokens = [token_id(token, ask_for_ids) for _, token in pairs]
+    return _row(tokens, [_number(value) for value, _ in pairs])
 
 
-def _entries_of(node: Any) -> list[tuple[Any, Any]]:
+def _pairs_of(node: Any) -> list[tuple[Any, Any]]:
     """(log-prob, id) of each entry of a position, as they are written."""
+    if isinstance(node, Mapping) and not _is_named(node):
+        return [(value, token) for token, value in node.items()]
     entries, alone = node, _is_list(node)
     if isinstance(node, Mapping):
         if _TOP not in node:
             raise TypeError(
-                f"the payload has the entry {_shown(node)} where a position is expected; pass the "
+                f"the payload has the entry {shown(node)} where a position is expected; pass the "
                 "K best of each position, as a list of entries"
             )
         # The entry itself is one of its position, as the sampled token is in vLLM's.
         entries = node[_TOP] or ()
     if not (_is_list(entries) and all(map(_is_entry, entries))):
         raise TypeError(
-            f"a position of the payload is {_shown(node)}, a {type(node).__name__}, expected None, "
+            f"a position of the payload is {shown(node)}, a {type(node).__name__}, expected None, "
             "a mapping from token id to log-prob, or a list of (logprob, id, ...) or of "
-            '{"id": ..., "logprob": ...}; pass parallel arrays as from_logprobs(logprobs, ids)'
+            '{"id": ..., "logprob": ...}'
         )
     pairs = [_pair(item) for item in (entries if alone else (node, *entries))]
     if alone and pairs and pairs[0][0] is None and any(value is not None for value, _ in pairs):
         raise TypeError(
-            f"a position of the payload begins with {_shown(node[0])}, without a log-prob, as the "
+            f"a position of the payload begins with {shown(node[0])}, without a log-prob, as the "
             "tokens of a sequence do (SGLang: input_token_logprobs); pass the K best of each "
             "position (SGLang: input_top_logprobs)"
         )
@@ -116,7 +115,7 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
         raise type(error)(f"{error}{_at(where)}") from None
 
 
-def _row(tokens: Iterable[int], logprobs: Iterable[float]) -> Entries:
+def _row(tokens: list[int], logprobs: list[float]) -> Entries:
     """The entries (K,) of one position."""
     return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
 
@@ -186,14 +185,14 @@ def _pair(item: Any) -> tuple[Any, Any]:
     if not isinstance(item, Mapping):
         return item[0], item[1]
     if "logprob" not in item:
-        raise TypeError(f'the payload has the entry {_shown(item)}, expected one with "logprob"')
+        raise TypeError(f'the payload has the entry {shown(item)}, expected one with "logprob"')
     for name in _ID_NAMES:
         token = item.get(name)
         if token is not None:
             is_text = name == "token" and isinstance(token, str)
             return item["logprob"], _Text(token) if is_text else token
     raise TypeError(
-        f"the payload has the entry {_shown(item)}, expected one with {', '.join(_ID_NAMES)}"
+        f"the payload has the entry {shown(item)}, expected one with {', '.join(_ID_NAMES)}"
     )
 
 
@@ -222,25 +221,30 @@ def _value_array(logprobs: np.ndarray) -> np.ndarray:
 
 def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
     """The id that an integer or its text is; -1 for all that are negative."""
-    if type(token) is not int:
-        token = _integer(token, ask_for_ids)
-    return _check_id(token)
+    number = _id_in_text(token) if isinstance(token, str) else integer(token)
+    if number is None:
+        raise TypeError(f"the payload names a token {shown(token)}, expected its id; {ask_for_ids}")
+    return _check_id(number)
 
 
-def _integer(token: Any, ask_for_ids: str) -> int:
-    if isinstance(token, str):
-        match = _ID_TEXT.fullmatch(token)
-        if match and (match[1] or not isinstance(token, _Text)):
-            digits = match[2]
-            return int(digits) if len(digits) <= _MAX_DIGITS else _MAX_ID + 1
-    else:
-        token = _scalar(token)
-        if not isinstance(token, bool):
-            try:
-                return operator.index(token)
-            except TypeError:
-                pass
-    raise TypeError(f"the payload names a token {_shown(token)}, expected its id; {ask_for_ids}")
+def integer(value: Any) -> int | None:
+    """The int in an integer of any kind; None for all else, booleans included."""
+    if type(value) is not int:
+        value = _scalar(value)
+        if isinstance(value, bool):
+            return None
+        try:
+            return operator.index(value)
+        except TypeError:
+            return None
+    return value
+
+
+def _id_in_text(text: str) -> int | None:
+    match = _ID_TEXT.fullmatch(text)
+    if match is None or (isinstance(text, _Text) and not match[1]):
+        return None
+    return int(match[2]) if len(match[2]) <= _MAX_DIGITS else _MAX_ID + 1
 
 
 def _check_id(token: int) -> int:
@@ -262,14 +266,14 @@ def _number(value: Any) -> float:
     real = isinstance(value, (int, float, Decimal, np.floating)) and not isinstance(value, bool)
     if not (real or (text and _NUMBER_TEXT.fullmatch(value))):
         raise TypeError(
-            f"the payload has {_shown(value)} as a log-prob, expected a number, an object with "
+            f"the payload has {shown(value)} as a log-prob, expected a number, an object with "
             '.logprob or a mapping with "logprob"'
         )
     try:
         return float(value)
     except OverflowError:
         raise ValueError(
-            f"the payload has {_shown(value)} as a log-prob, beyond what a float holds"
+            f"the payload has {shown(value)} as a log-prob, beyond what a float holds"
         ) from None
 
 
@@ -282,7 +286,7 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error shows it."""
     try:
         text = repr(value)
