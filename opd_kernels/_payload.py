@@ -17,8 +17,7 @@ Entries: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
 _MAX_ID = np.iinfo(np.int32).max
 _MAX_DIGITS = len(str(_MAX_ID))
-# A server writes an id in one way. "05" or " 5" is a token's text, not the id 5.
-_ID_TEXT = re.compile(r"(token_id:)?(0|[1-9][0-9]*)")
+_PREFIX = "token_id:"
 _NUMBER_TEXT = re.compile(
     r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?", re.IGNORECASE
 )
@@ -47,7 +46,7 @@ def from_positions(node: Any, where: str = "") -> Entries:
                 "a list of positions, [[(logprob, id), ...], ...]"
             )
     try:
-        return read_position(node)
+        return _read(_in_list(node) if _is_list(node) else _in_position(node))
     except (TypeError, ValueError) as error:
         numbers = isinstance(node, (int, float, Tensor, np.ndarray, np.generic))
         advice = "; pass parallel arrays as from_logprobs(logprobs, ids)" if numbers else ""
@@ -60,35 +59,47 @@ def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> Entries:
     It is None, a mapping from id to log-prob, a list of entries, or an entry that lists the others
     of its position. ``ask_for_ids`` is the advice for tokens that are given as text.
     """
-    pairs = () if node is None else _pairs_of(node)
+    return _read(_in_position(node), ask_for_ids)
+
+
+def _read(pairs: list[tuple[Any, Any]], ask_for_ids: str = ASK_FOR_IDS) -> Entries:
     tokens = [token_id(token, ask_for_ids) for _, token in pairs]
     return _row(tokens, [_number(value) for value, _ in pairs])
 
 
-def _pairs_of(node: Any) -> list[tuple[Any, Any]]:
+def _in_position(node: Any) -> list[tuple[Any, Any]]:
     """(log-prob, id) of each entry of a position, as they are written."""
-    if isinstance(node, Mapping) and not _is_named(node):
+    if node is None:
+        return []
+    if not isinstance(node, Mapping):
+        if _is_list(node) and all(map(_is_entry, node)):
+            return _in_list(node)
+    elif not _is_named(node):
         return [(value, token) for token, value in node.items()]
-    entries, alone = node, _is_list(node)
-    if isinstance(node, Mapping):
-        if _TOP not in node:
-            raise TypeError(
-                f"the payload has the entry {shown(node)} where a position is expected; pass the "
-                "K best of each position, as a list of entries"
-            )
-        # The entry itself is one of its position, as the sampled token is in vLLM's.
-        entries = node[_TOP] or ()
-    if not (_is_list(entries) and all(map(_is_entry, entries))):
+    elif _TOP not in node:
         raise TypeError(
-            f"a position of the payload is {shown(node)}, a {type(node).__name__}, expected None, "
-            "a mapping from token id to log-prob, or a list of (logprob, id, ...) or of "
-            '{"id": ..., "logprob": ...}'
+            f"the payload has the entry {shown(node)} where a position is expected; pass the K "
+            "best of each position, as a list of entries"
         )
-    pairs = [_pair(item) for item in (entries if alone else (node, *entries))]
-    if alone and pairs and pairs[0][0] is None and any(value is not None for value, _ in pairs):
+    else:
+        others = node[_TOP] or ()
+        if _is_list(others) and all(map(_is_entry, others)):
+            # The entry itself is one of its position, as the sampled token is in vLLM's.
+            return [_pair(item) for item in (node, *others)]
+    raise TypeError(
+        f"a position of the payload is {shown(node)}, a {type(node).__name__}, expected None, a "
+        "mapping from token id to log-prob, or a list of (logprob, id, ...) or of "
+        '{"id": ..., "logprob": ...}'
+    )
+
+
+def _in_list(entries: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """(log-prob, id) of each entry of a list that is a position."""
+    pairs = [_pair(item) for item in entries]
+    if pairs and pairs[0][0] is None and any(value is not None for value, _ in pairs):
         raise TypeError(
-            f"a position of the payload begins with {shown(node[0])}, without a log-prob, as the "
-            "tokens of a sequence do (SGLang: input_token_logprobs); pass the K best of each "
+            f"a position of the payload begins with {shown(entries[0])}, without a log-prob, as "
+            "the tokens of a sequence do (SGLang: input_token_logprobs); pass the K best of each "
             "position (SGLang: input_top_logprobs)"
         )
     return pairs
@@ -163,16 +174,15 @@ def _is_list(node: Any) -> bool:
 
 def _is_entry(item: Any) -> bool:
     """Whether it is one token's log-prob: (logprob, id, ...) or {"id": ..., "logprob": ...}."""
-    if isinstance(item, Mapping):
-        return _is_named(item) and _TOP not in item
-    if not isinstance(item, (list, tuple)) or len(item) < 2:
+    if not isinstance(item, (list, tuple)):
+        return isinstance(item, Mapping) and _is_named(item) and _TOP not in item
+    if len(item) < 2:
         return False
     value, token = item[0], item[1]
+    named = isinstance(token, (int, np.integer, str))
     if value is None:
-        return isinstance(token, (int, np.integer, str))
-    return isinstance(value, (int, float, Decimal, np.number)) and (
-        token is None or isinstance(token, (int, np.integer, str))
-    )
+        return named
+    return isinstance(value, (float, int, np.number, Decimal)) and (named or token is None)
 
 
 def _is_named(node: Mapping[Any, Any]) -> bool:
@@ -182,7 +192,7 @@ def _is_named(node: Mapping[Any, Any]) -> bool:
 
 def _pair(item: Any) -> tuple[Any, Any]:
     """(log-prob, id) as an entry has them."""
-    if not isinstance(item, Mapping):
+    if isinstance(item, (list, tuple)):
         return item[0], item[1]
     if "logprob" not in item:
         raise TypeError(f'the payload has the entry {shown(item)}, expected one with "logprob"')
@@ -221,6 +231,8 @@ def _value_array(logprobs: np.ndarray) -> np.ndarray:
 
 def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
     """The id that an integer or its text is; -1 for all that are negative."""
+    if type(token) is int:
+        return _check_id(token)
     number = _id_in_text(token) if isinstance(token, str) else integer(token)
     if number is None:
         raise TypeError(f"the payload names a token {shown(token)}, expected its id; {ask_for_ids}")
@@ -229,36 +241,37 @@ def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
 
 def integer(value: Any) -> int | None:
     """The int in an integer of any kind; None for all else, booleans included."""
-    if type(value) is not int:
-        value = _scalar(value)
-        if isinstance(value, bool):
-            return None
-        try:
-            return operator.index(value)
-        except TypeError:
-            return None
-    return value
+    value = _scalar(value)
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _id_in_text(text: str) -> int | None:
-    match = _ID_TEXT.fullmatch(text)
-    if match is None or (isinstance(text, _Text) and not match[1]):
+    digits = text.removeprefix(_PREFIX)
+    if not (digits.isascii() and digits.isdigit()):
         return None
-    return int(match[2]) if len(match[2]) <= _MAX_DIGITS else _MAX_ID + 1
+    # A server writes an id in one way: "05" is a token's text, not the id 5.
+    if (digits[0] == "0" and digits != "0") or (type(text) is _Text and digits == text):
+        return None
+    return int(digits) if len(digits) <= _MAX_DIGITS else _MAX_ID + 1
 
 
 def _check_id(token: int) -> int:
     if token > _MAX_ID:
-        raise ValueError(f"token id {token} is beyond int32; are these token ids?")
-    return max(token, -1)
+        raise ValueError(f"token id {shown(token)} is beyond int32; are these token ids?")
+    return token if token >= 0 else -1
 
 
 def _number(value: Any) -> float:
     """The log-prob of a number, an object with .logprob, a mapping with "logprob", or None."""
+    if type(value) is dict or isinstance(value, Mapping):
+        value = value.get("logprob", value)
     if type(value) is float:
         return value
-    if isinstance(value, Mapping):
-        value = value.get("logprob", value)
     value = _scalar(getattr(value, "logprob", value))
     if value is None:
         return -np.inf
