@@ -19,7 +19,8 @@ _MAX_ID = np.iinfo(np.int32).max
 _MAX_DIGITS = len(str(_MAX_ID))
 _PREFIX = "token_id:"
 _NUMBER_TEXT = re.compile(
-    r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?", re.IGNORECASE
+    r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?",
+    re.ASCII | re.IGNORECASE,
 )
 # The names that servers have for an entry's id, the most reliable first (TGI and llama.cpp; Dynamo;
 # vLLM's chat completions).

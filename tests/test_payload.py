@@ -308,7 +308,7 @@ def test_a_token_of_digits_is_text() -> None:
 
 
 NOT_NUMBERS = [
-    " -1", "-1 ", "-1_0.5", "\u0663", "-\uff11", "", "-", ".", "1e", "0x1p-1", "--1", "high", "1,5",
+    " -1", "-1 ", "-1_0.5", "\u0663", "-\uff11", "", "-", ".", "1e", "0x1p-1", "--1", "high", "1,5", "\u0131nf",
     b"-0.5", True, np.True_, torch.tensor(True), 1j, np.complex64(-1), torch.tensor(-1j), [-1.0],
     torch.zeros(2), {"logprob": False}, {"logprob": {"logprob": -1.0}}, SimpleNamespace(logprob=1j),
 ]  # fmt: skip

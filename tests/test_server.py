@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from teacher_http import Teacher, serving
 from torch import Tensor
 
@@ -295,6 +297,42 @@ def test_a_position_that_cannot_be_read_raises_with_the_requests_context(
     assert "position 2" in str(caught.value)
     if api == "sglang":
         assert "vLLM" not in str(caught.value)
+
+
+TEXT = st.sampled_from(["1", " 1", "token_id:2", "a", "id", "token", "logprob", "rank"])
+LEAF = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.just(2**70), st.floats(), TEXT)
+JSON = st.recursive(
+    LEAF,
+    lambda node: st.one_of(
+        st.lists(node, max_size=3),
+        st.dictionaries(TEXT | st.just("top_logprobs"), node, max_size=3),
+        st.tuples(LEAF, LEAF, st.none()).map(list),
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(positions=st.lists(JSON, min_size=2, max_size=2), echo=JSON, whole=st.booleans())
+def test_whatever_is_answered_is_read_or_raises_with_the_requests_context(
+    monkeypatch: pytest.MonkeyPatch, api: str, positions: list, echo: Any, whole: bool
+) -> None:
+    if api == "vllm":
+        answer: Any = {"choices": [{"prompt_logprobs": [None, *positions]}]}
+    else:
+        echoes = [[None, 1, None], [-0.5, 2, None], echo if whole else [-0.5, 3, None]]
+        lists = {"input_top_logprobs": [None, *positions], "input_token_logprobs": echoes}
+        answer = {"meta_info": lists}
+    server = TeacherServer("http://teacher", k=2, api=api)
+    monkeypatch.setattr(server, "_answer", lambda *_: answer)
+    try:
+        topk, mask = server.topk([[1, 2, 3]])
+    except TeacherServerError as error:
+        assert str(error).startswith("POST http://teacher/")  # noqa: PT017
+    else:
+        assert mask.any()
+        assert (topk.ids[mask] >= -1).all()
 
 
 NAMED = {

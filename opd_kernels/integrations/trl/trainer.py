@@ -169,9 +169,9 @@ class TopKDistillationTrainer(DistillationTrainer):
             self.teacher_model = self._prepared(teacher_model)
         check_k(args.k, args.banned_ids or [], limit)
         if teacher_processing_class is not None:
-            warn_if_different(
-                self._tokenizer, teacher_processing_class, self.eos_token_ids, teacher_eos_ids
-            )
+            # What a teacher behind a server stops at is not known: only tokenizers are compared.
+            eos_ids = None if teacher_eos_ids is None else self.eos_token_ids
+            warn_if_different(self._tokenizer, teacher_processing_class, eos_ids, teacher_eos_ids)
         self._masked_ids = list(args.masked_ids or [])
         self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
         self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
