@@ -127,6 +127,7 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
         raise type(error)(f"{error}{_at(where)}") from None
 
 
+@np.errstate(over="ignore")  # a sentinel may be the least float64: minus infinity, so absent
 def _row(tokens: list[int], logprobs: list[float]) -> Entries:
     """The entries (K,) of one position."""
     return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
@@ -224,6 +225,7 @@ def _id_array(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int64)
 
 
+@np.errstate(over="ignore")
 def _value_array(logprobs: np.ndarray) -> np.ndarray:
     if logprobs.dtype.kind not in "iuf":
         raise TypeError(f"logprobs have dtype {logprobs.dtype}, expected real numbers")

@@ -308,7 +308,8 @@ def test_a_token_of_digits_is_text() -> None:
 
 
 NOT_NUMBERS = [
-    " -1", "-1 ", "-1_0.5", "\u0663", "-\uff11", "", "-", ".", "1e", "0x1p-1", "--1", "high", "1,5", "\u0131nf",
+    " -1", "-1 ", "-1_0.5", "\u0663", "-\uff11", "", "-", ".", "1e", "0x1p-1", "--1", "high", "1,5",
+    "\u0131nf",
     b"-0.5", True, np.True_, torch.tensor(True), 1j, np.complex64(-1), torch.tensor(-1j), [-1.0],
     torch.zeros(2), {"logprob": False}, {"logprob": {"logprob": -1.0}}, SimpleNamespace(logprob=1j),
 ]  # fmt: skip
@@ -320,6 +321,15 @@ def test_what_is_no_real_number_is_no_log_prob(value: Any) -> None:
         TopK.from_logprobs([None, {5: -0.5, 6: value}])
     with pytest.raises(TypeError, match=r"as a log-prob, expected a number.*\(payload\[1\]\)"):
         TopK.from_logprobs([None, [named(-0.5, id=5), named(value, id=6)]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_least_float64_is_absent() -> None:
+    least = np.finfo(np.float64).min
+    expected = [[(5, -0.5)]]
+    assert entries(TopK.from_logprobs([{5: -0.5, 6: least}])) == expected
+    assert entries(TopK.from_logprobs([[-0.5, least]], [[5, 6]])) == expected
+    assert entries(TopK.from_logprobs(np.array([[-0.5, least]]), np.array([[5, 6]]))) == expected
 
 
 @pytest.mark.parametrize("dtype", [bool, complex, "U4", "datetime64[s]"])
