@@ -116,12 +116,13 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
             f"ids and logprobs differ in {'shape' if dense else 'length'} ({sizes[0]} and "
             f"{sizes[1]}); expected one log-prob per id{_at(where)}"
         )
-    if dense:
-        return _id_array(ids), _value_array(logprobs)
-    if any(child is not None and _is_list(child) for child in (*ids, *logprobs)):
+    nested = not dense and any(child is not None and _is_list(child) for child in (*ids, *logprobs))
+    if nested:
         pairs = enumerate(zip(ids, logprobs, strict=True))
         return _stack([from_arrays(*pair, f"{where}[{i}]") for i, pair in pairs])
     try:
+        if dense:
+            return _id_array(ids), _value_array(logprobs)
         return _row([token_id(token) for token in ids], [_number(value) for value in logprobs])
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}{_at(where)}") from None

@@ -379,6 +379,8 @@ def test_errors_name_the_place() -> None:
         TopK.from_logprobs([[-0.1], [-0.5, -0.7]], [[5], [6]])
     with pytest.raises(TypeError, match=r"token 'x', .*\(payload\[0\]\)"):
         TopK.from_logprobs([[-0.1]], [["x"]])
+    with pytest.raises(ValueError, match=r"2147483648 is beyond int32.*\(payload\[1\]\)"):
+        TopK.from_logprobs([torch.zeros(1)] * 2, [torch.tensor([5]), torch.tensor([2**31])])
 
 
 def test_k_that_is_no_int_is_refused() -> None:
