@@ -1,9 +1,11 @@
-"""Reading inference servers' top-K log-probs: nested, ragged, by id or as lists of pairs."""
+"""Reading inference servers' top-K log-probs: nested, ragged, by id or as lists of entries."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
@@ -14,26 +16,97 @@ from torch import Tensor
 Entries: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
 _MAX_ID = np.iinfo(np.int32).max
+_MAX_DIGITS = len(str(_MAX_ID))
+_PREFIX = "token_id:"
+_NUMBER_TEXT = re.compile(
+    r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?",
+    re.ASCII | re.IGNORECASE,
+)
+# The names that servers have for an entry's id, the most reliable first (TGI and llama.cpp; Dynamo;
+# vLLM's chat completions).
+_ID_NAMES = ("id", "token_id", "token")
+_TOP = "top_logprobs"
+_SHOWN = 80
+
+# What brings ids in place of text.
+ASK_FOR_IDS = (
+    'ask the server for token ids (vLLM: "return_tokens_as_token_ids", SGLang: /generate, '
+    "llama.cpp: /completion)"
+)
 
 
-def from_positions(node: Any) -> Entries:
-    """Nested lists whose elements are positions: None, mappings or lists of pairs."""
+def from_positions(node: Any, where: str = "") -> Entries:
+    """Nested lists whose elements are positions; ``where`` the node lies in the payload."""
+    if _is_list(node):
+        if not all(map(_is_entry, node)):
+            return _stack([from_positions(child, f"{where}[{i}]") for i, child in enumerate(node)])
+        if len(node) and not where:
+            raise TypeError(
+                "the payload is one flat list of entries: those of a position, or the tokens of a "
+                "sequence (SGLang's input_token_logprobs; its K best are input_top_logprobs); pass "
+                "a list of positions, [[(logprob, id), ...], ...]"
+            )
+    try:
+        return _read(_in_list(node) if _is_list(node) else _in_position(node))
+    except (TypeError, ValueError) as error:
+        numbers = isinstance(node, (int, float, Tensor, np.ndarray, np.generic))
+        advice = "; pass parallel arrays as from_logprobs(logprobs, ids)" if numbers else ""
+        raise type(error)(f"{error}{advice}{_at(where)}") from None
+
+
+def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> Entries:
+    """The entries (K,) of one position.
+
+    It is None, a mapping from id to log-prob, a list of entries, or an entry that lists the others
+    of its position. ``ask_for_ids`` is the advice for tokens that are given as text.
+    """
+    return _read(_in_position(node), ask_for_ids)
+
+
+def _read(pairs: list[tuple[Any, Any]], ask_for_ids: str = ASK_FOR_IDS) -> Entries:
+    tokens = [token_id(token, ask_for_ids) for _, token in pairs]
+    return _row(tokens, [_number(value) for value, _ in pairs])
+
+
+def _in_position(node: Any) -> list[tuple[Any, Any]]:
+    """(log-prob, id) of each entry of a position, as they are written."""
     if node is None:
-        return _row((), ())
-    if isinstance(node, Mapping):
-        return _row(node.keys(), node.values())
-    if not _is_list(node):
+        return []
+    if not isinstance(node, Mapping):
+        if _is_list(node) and all(map(_is_entry, node)):
+            return _in_list(node)
+    elif not _is_named(node):
+        return [(value, token) for token, value in node.items()]
+    elif _TOP not in node:
         raise TypeError(
-            f"a position of the payload is a {type(node).__name__}, expected None, a mapping from "
-            "token id to log-prob, or a list of (logprob, id, ...); pass parallel arrays as "
-            "from_logprobs(logprobs, ids)"
+            f"the payload has the entry {shown(node)} where a position is expected; pass the K "
+            "best of each position, as a list of entries"
         )
-    if all(_is_pair(item) for item in node):
-        return _row([item[1] for item in node], [item[0] for item in node])
-    return _stack([from_positions(child) for child in node])
+    else:
+        others = node[_TOP] or ()
+        if _is_list(others) and all(map(_is_entry, others)):
+            # The entry itself is one of its position, as the sampled token is in vLLM's.
+            return [_pair(item) for item in (node, *others)]
+    raise TypeError(
+        f"a position of the payload is {shown(node)}, a {type(node).__name__}, expected None, a "
+        "mapping from token id to log-prob, or a list of (logprob, id, ...) or of "
+        '{"id": ..., "logprob": ...}'
+    )
 
 
-def from_arrays(ids: Any, logprobs: Any) -> Entries:
+def _in_list(entries: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """(log-prob, id) of each entry of a list that is a position."""
+    pairs = [_pair(item) for item in entries]
+    if pairs and pairs[0][0] is None and any(value is not None for value, _ in pairs):
+        raise TypeError(
+            f"a position of the payload begins with {shown(entries[0])}, without a log-prob, as "
+            "the tokens of a sequence do (SGLang: input_token_logprobs); pass the K best of each "
+            "position (SGLang: input_top_logprobs)"
+        )
+    return pairs
+
+
+def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
     """Two arrays, tensors or nested (ragged) lists of one shape."""
     ids, logprobs = _plain(ids), _plain(logprobs)
     dense = isinstance(ids, np.ndarray) and isinstance(logprobs, np.ndarray)
@@ -41,19 +114,24 @@ def from_arrays(ids: Any, logprobs: Any) -> Entries:
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"ids and logprobs differ in {'shape' if dense else 'length'} ({sizes[0]} and "
-            f"{sizes[1]}); expected one log-prob per id"
+            f"{sizes[1]}); expected one log-prob per id{_at(where)}"
         )
-    if dense:
-        return _id_array(ids), logprobs.astype(np.float32)
-    if any(child is not None and _is_list(child) for child in (*ids, *logprobs)):
-        return _stack([from_arrays(*pair) for pair in zip(ids, logprobs, strict=True)])
-    return _row(ids, logprobs)
+    nested = not dense and any(child is not None and _is_list(child) for child in (*ids, *logprobs))
+    if nested:
+        pairs = enumerate(zip(ids, logprobs, strict=True))
+        return _stack([from_arrays(*pair, f"{where}[{i}]") for i, pair in pairs])
+    try:
+        if dense:
+            return _id_array(ids), _value_array(logprobs)
+        return _row([token_id(token) for token in ids], [_number(value) for value in logprobs])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}{_at(where)}") from None
 
 
-def _row(tokens: Iterable[Any], logprobs: Iterable[Any]) -> Entries:
+@np.errstate(over="ignore")  # a sentinel may be the least float64: minus infinity, so absent
+def _row(tokens: list[int], logprobs: list[float]) -> Entries:
     """The entries (K,) of one position."""
-    ids = np.array([_token_id(token) for token in tokens], dtype=np.int64)
-    return ids, np.array([_number(value) for value in logprobs], dtype=np.float32)
+    return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
 
 
 def _stack(parts: list[Entries]) -> Entries:
@@ -97,14 +175,44 @@ def _is_list(node: Any) -> bool:
     return isinstance(node, Sequence) and not isinstance(node, (str, bytes))
 
 
-def _is_pair(item: Any) -> bool:
-    """(logprob, id, ...): a number or None, then an id."""
-    return (
-        isinstance(item, (list, tuple))
-        and len(item) >= 2
-        and (item[0] is None or isinstance(item[0], (int, float, np.number)))
-        and isinstance(item[1], (int, np.integer, str))
+def _is_entry(item: Any) -> bool:
+    """Whether it is one token's log-prob: (logprob, id, ...) or {"id": ..., "logprob": ...}."""
+    if not isinstance(item, (list, tuple)):
+        return isinstance(item, Mapping) and _is_named(item) and _TOP not in item
+    if len(item) < 2:
+        return False
+    value, token = item[0], item[1]
+    named = isinstance(token, (int, np.integer, str))
+    if value is None:
+        return named
+    return isinstance(value, (float, int, np.number, Decimal)) and (named or token is None)
+
+
+def _is_named(node: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is an entry, or lists a position's as ``top_logprobs``."""
+    return "logprob" in node or any(isinstance(node.get(name), (int, str)) for name in _ID_NAMES)
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    """(log-prob, id) as an entry has them."""
+    if isinstance(item, (list, tuple)):
+        return item[0], item[1]
+    if "logprob" not in item:
+        raise TypeError(f'the payload has the entry {shown(item)}, expected one with "logprob"')
+    for name in _ID_NAMES:
+        token = item.get(name)
+        if token is not None:
+            is_text = name == "token" and isinstance(token, str)
+            return item["logprob"], _Text(token) if is_text else token
+    raise TypeError(
+        f"the payload has the entry {shown(item)}, expected one with {', '.join(_ID_NAMES)}"
     )
+
+
+class _Text(str):
+    """A token's text, even of digits; an id only where it begins with ``token_id:``."""
+
+    __slots__ = ()
 
 
 def _id_array(ids: np.ndarray) -> np.ndarray:
@@ -118,32 +226,91 @@ def _id_array(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _token_id(key: Any) -> int:
+@np.errstate(over="ignore")
+def _value_array(logprobs: np.ndarray) -> np.ndarray:
+    if logprobs.dtype.kind not in "iuf":
+        raise TypeError(f"logprobs have dtype {logprobs.dtype}, expected real numbers")
+    return logprobs.astype(np.float32)
+
+
+def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
+    """The id that an integer or its text is; -1 for all that are negative."""
+    if type(token) is int:
+        return _check_id(token)
+    number = _id_in_text(token) if isinstance(token, str) else integer(token)
+    if number is None:
+        raise TypeError(f"the payload names a token {shown(token)}, expected its id; {ask_for_ids}")
+    return _check_id(number)
+
+
+def integer(value: Any) -> int | None:
+    """The int in an integer of any kind; None for all else, booleans included."""
+    value = _scalar(value)
+    if isinstance(value, bool):
+        return None
     try:
-        token = int(key.removeprefix("token_id:")) if isinstance(key, str) else operator.index(key)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"the payload names a token {key!r}, expected its id; ask the server for token ids "
-            "(vLLM: return_tokens_as_token_ids)"
-        ) from None
-    return _check_id(token)
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _id_in_text(text: str) -> int | None:
+    digits = text.removeprefix(_PREFIX)
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    # A server writes an id in one way: "05" is a token's text, not the id 5.
+    if (digits[0] == "0" and digits != "0") or (type(text) is _Text and digits == text):
+        return None
+    return int(digits) if len(digits) <= _MAX_DIGITS else _MAX_ID + 1
 
 
 def _check_id(token: int) -> int:
     if token > _MAX_ID:
-        raise ValueError(f"token id {token} is beyond int32; are these token ids?")
-    return token
+        raise ValueError(f"token id {shown(token)} is beyond int32; are these token ids?")
+    return token if token >= 0 else -1
 
 
 def _number(value: Any) -> float:
     """The log-prob of a number, an object with .logprob, a mapping with "logprob", or None."""
-    if isinstance(value, Mapping):
+    if type(value) is dict or isinstance(value, Mapping):
         value = value.get("logprob", value)
-    value = getattr(value, "logprob", value)
-    try:
-        return -np.inf if value is None else float(value)
-    except (TypeError, ValueError):
+    if type(value) is float:
+        return value
+    value = _scalar(getattr(value, "logprob", value))
+    if value is None:
+        return -np.inf
+    text = isinstance(value, str)
+    real = isinstance(value, (int, float, Decimal, np.floating)) and not isinstance(value, bool)
+    if not (real or (text and _NUMBER_TEXT.fullmatch(value))):
         raise TypeError(
-            f"the payload has {value!r} as a log-prob, expected a number, an object with .logprob "
-            'or a mapping with "logprob"'
+            f"the payload has {shown(value)} as a log-prob, expected a number, an object with "
+            '.logprob or a mapping with "logprob"'
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"the payload has {shown(value)} as a log-prob, beyond what a float holds"
         ) from None
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in a tensor, array or NumPy scalar of one element."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.item() if value.size == 1 else value
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = "a number too long to be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _at(where: str) -> str:
+    return f" (payload{where})" if where else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,7 +252,13 @@ class TokenizerComparison:
         return self.report()
 
 
-def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
+def compare_tokenizers(
+    student: Any,
+    teacher: Any,
+    *,
+    student_eos_ids: int | Iterable[int] | None = None,
+    teacher_eos_ids: int | Iterable[int] | None = None,
+) -> TokenizerComparison:
     """Where two tokenizers differ, and what the loss has to leave out.
 
     Both models' logits are compared id by id, so an id has to mean the same to both. With "control
@@ -260,17 +267,17 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
 
         same        ids that are the same string to both
         vocab_size  one past the largest of them
-        ends        eos of one that is not the eos of the other
+        ends        eos ids of one that are no eos ids of the other
         banned_ids  ids of either that are not in same, gaps below vocab_size, ends,
                     special tokens of the teacher that are no control tokens of the student
         masked_ids  ids of the student: control tokens that are not in same, special tokens that
                     are no control tokens of the teacher, ends
 
-    Why ends are both masked and banned: the models stop by different ids. With the position
-    masked at which the student stopped but the id left in the support, only positions would count
-    at which it went on, and it would learn never to stop; the teacher's eos it would learn to write
-    and go on after. So the student learns nothing about stopping from such a teacher. If it may
-    stop at the teacher's eos as well, take that out of both lists.
+    Why ends are both masked and banned: with the position masked at which the student stopped but
+    the id left in the support, only positions would count at which it went on, and it would learn
+    never to stop; the teacher's eos it would learn to write and go on after. So the student learns
+    to stop from the ids that end a sequence for both, and where there is none, nothing about
+    stopping. If it may stop at the teacher's eos as well, take that out of both lists.
 
     What this cannot see. Models often have more rows than the tokenizer has tokens, and not equally
     many: rows from ``vocab_size`` on are left out, and where a model has fewer its own limit holds.
@@ -279,23 +286,39 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
     the first ``<`` and ``think``, see ``token_ids``. Chat templates are compared as they stand, and
     a difference is reported: it is yours to decide which of them each model's prompt has.
 
+    An id with several strings, as ``[UNUSED_7]`` and ``<|im_start|>``, is its added token; without
+    one it is the same to both where all its strings are.
+
     ``student`` and ``teacher`` are tokenizers of ``transformers``, or have ``get_vocab()`` and as
     much of ``all_special_ids``, ``added_tokens_decoder``, ``eos_token_id``, ``bos_token_id``,
     ``pad_token_id``, ``unk_token_id`` and ``chat_template`` as there is. It reads both
     vocabularies, so call it once, before training.
 
-    Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor, and for a role
-    with several ids.
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_eos_ids: what ends a sequence of the student besides its tokenizer's eos: an id or
+            several, as ``model.generation_config.eos_token_id`` has them. A tokenizer knows one.
+        teacher_eos_ids: the same of the teacher.
+
+    Errors: ``TypeError`` for something that has no ``get_vocab()``, as a processor, for ids that
+    are not ints, and for several ids of a role other than eos; ``ValueError`` for negative ids.
 
     Example::
 
-        comparison = compare_tokenizers(student_tokenizer, teacher_tokenizer)
+        comparison = compare_tokenizers(
+            student_tokenizer,
+            teacher_tokenizer,
+            student_eos_ids=student.generation_config.eos_token_id,
+            teacher_eos_ids=teacher.generation_config.eos_token_id,
+        )
         print(comparison)
         mask = special_token_mask(tokens, comparison.masked_ids, mask=mask)
         loss = topk_rkl(student_logits, teacher_logits, mask=predicting(mask),
                         banned_ids=comparison.banned_ids, vocab_size=comparison.vocab_size)
     """
-    ours, theirs = _Tokens.of(student, "student"), _Tokens.of(teacher, "teacher")
+    ours = _Tokens.of(student, "student", student_eos_ids)
+    theirs = _Tokens.of(teacher, "teacher", teacher_eos_ids)
     shared = ours.strings.keys() & theirs.strings.keys()
     same = {i for i in shared if ours.strings[i] == theirs.strings[i]}
     vocab_size = max(same, default=-1) + 1
@@ -327,28 +350,31 @@ def compare_tokenizers(student: Any, teacher: Any) -> TokenizerComparison:
 class _Tokens:
     """What a tokenizer says of its ids. Equal where every id means the same."""
 
-    strings: dict[int, str]
+    strings: dict[int, tuple[str, ...]]
     special: set[int]
     control: set[int] = field(compare=False)
-    roles: dict[str, int | None]
+    roles: dict[str, tuple[int, ...]]
     chat_template: object = field(compare=False)
 
     @classmethod
-    def of(cls, tokenizer: Any, name: str) -> _Tokens:
-        """Of a tokenizer of transformers, or what resembles one."""
+    def of(cls, tokenizer: Any, name: str, eos_ids: Any) -> _Tokens:
+        """Of a tokenizer of transformers, or what resembles one, and further ids that end."""
         if not hasattr(tokenizer, "get_vocab"):
             raise TypeError(
                 f"{name} is a {type(tokenizer).__name__}, expected a tokenizer with get_vocab(); "
                 "of a processor pass .tokenizer"
             )
-        strings = {i: string for string, i in tokenizer.get_vocab().items()}
         added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
+        strings = _strings_by_id(tokenizer.get_vocab(), added)
         special = strings.keys() & set(getattr(tokenizer, "all_special_ids", None) or ())
         special |= {i for i, token in added.items() if getattr(token, "special", False)}
-        roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
-        for role, i in roles.items():
-            if not (i is None or isinstance(i, Integral)):
-                raise TypeError(f"{name}.{role}_token_id is {i!r}, expected one id or None")
+        given = {role: f"{role}_token_id" for role in ROLES}
+        roles = {
+            role: _role_ids(getattr(tokenizer, option, None), f"{name}.{option}", role == "eos")
+            for role, option in given.items()
+        }
+        further = _role_ids(eos_ids, f"{name}_eos_ids", several=True)
+        roles["eos"] = tuple(sorted({*roles["eos"], *further}))
         return cls(
             strings=strings,
             special=special,
@@ -365,12 +391,43 @@ class _Tokens:
     @property
     def ends(self) -> set[int]:
         """The ids that end a sequence."""
-        end = self.roles["eos"]
-        return set() if end is None else {end}
+        return set(self.roles["eos"])
 
-    def show(self, i: int | None) -> str:
+    def show(self, i: int) -> str:
         """An id and its string."""
-        return "none" if i is None else f"{i} {self.strings[i]!r}" if i in self.strings else f"{i}"
+        return f"{i} {self.string(i)}" if i in self.strings else f"{i}"
+
+    def string(self, i: int) -> str:
+        """The string of an id, or all it has."""
+        return " or ".join(map(repr, self.strings[i]))
+
+
+def _strings_by_id(
+    vocab: Mapping[str, int], added: Mapping[int, Any]
+) -> dict[int, tuple[str, ...]]:
+    """What each id is: its added token, or else its strings in order."""
+    found: dict[int, list[str]] = {}
+    for string, i in vocab.items():
+        found.setdefault(i, []).append(string)
+    strings = {i: tuple(sorted(several)) for i, several in found.items()}
+    # An added token is what the id is decoded to, whatever the vocabulary below it says.
+    contents = {i: getattr(token, "content", token) for i, token in added.items()}
+    return strings | {i: (text,) for i, text in contents.items() if isinstance(text, str)}
+
+
+def _role_ids(value: Any, name: str, several: bool) -> tuple[int, ...]:
+    """The ids of a role, in order: of None, an id or, where it may have several, many."""
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    if value is None:
+        return ()
+    many = several and isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    ids = list(value) if many else [value]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        allowed = "an id, several or None" if several else "one id or None"
+        raise TypeError(f"{name} is {value!r}, expected {allowed}")
+    if any(i < 0 for i in ids):
+        raise ValueError(f"{name} is {value!r}, allowed are ids of 0 and more; leave it None")
+    return tuple(sorted({int(i) for i in ids}))
 
 
 def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
@@ -393,7 +450,7 @@ def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> 
     )
     if found.other_ids:
         yield "Other strings (student, teacher): " + _listed(
-            found.other_ids, lambda i: f"{ours.show(i)}, {theirs.strings[i]!r}"
+            found.other_ids, lambda i: f"{ours.show(i)}, {theirs.string(i)}"
         )
     if found.student_only_ids:
         yield "Only the student's: " + _listed(found.student_only_ids, ours.show)
@@ -407,22 +464,25 @@ def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> 
     for role in ROLES:
         if ours.roles[role] != theirs.roles[role]:
             yield (
-                f"{role}: {ours.show(ours.roles[role])} to the student, "
-                f"{theirs.show(theirs.roles[role])} to the teacher"
-                + (
-                    "; both are masked and banned, so the student learns nothing about when to "
-                    "stop."
-                    if role == "eos"
-                    else "."
-                )
+                f"{role}: {_listed(ours.roles[role], ours.show)} to the student, "
+                f"{_listed(theirs.roles[role], theirs.show)} to the teacher"
+                f"{_about_ends(ours, theirs) if role == 'eos' else '.'}"
             )
+
+
+def _about_ends(ours: _Tokens, theirs: _Tokens) -> str:
+    """What becomes of ids that end a sequence for one of them only."""
+    if ours.ends & theirs.ends:
+        alone = _listed(sorted(ours.ends ^ theirs.ends), str)
+        return f"; those of one alone ({alone}) are masked and banned."
+    return "; all are masked and banned, so the student learns nothing about when to stop."
 
 
 def _markers(ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
     """Tokens of the teacher's text that the student has to spell."""
-    known = set(ours.strings.values())
-    markers = [theirs.strings[i] for i in sorted(theirs.control - theirs.special)]
-    markers = [marker for marker in markers if marker not in known]
+    known = {string for strings in ours.strings.values() for string in strings}
+    ids = sorted((theirs.control - theirs.special) & theirs.strings.keys())
+    markers = [string for i in ids for string in theirs.strings[i] if string not in known]
     if markers:
         yield (
             f"One token to the teacher, text to the student: {_listed(markers, repr)}. Where "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _payload
-from opd_kernels._checks import ID_DTYPES, check_dense
+from opd_kernels._checks import ID_DTYPES, check_dense, check_int
 
 __all__ = ["TopK"]
 
@@ -182,12 +182,24 @@ class TopK:
     ) -> TopK:
         """A server's top-K log-probs as a ``TopK``.
 
-        ``logprobs`` alone is nested lists down to one element per position: None (vLLM's first
-        position), a mapping from token id to log-prob (vLLM's ``prompt_logprobs``; the value may be
-        a number, an object with ``.logprob`` or a mapping with ``"logprob"``; ids may be ints,
-        digits or ``"token_id:5"``), or a list of ``(logprob, id, ...)`` (SGLang's
-        ``input_top_logprobs``). With ``ids``, both are arrays, tensors or nested lists of the same
-        shape (TRL, verl). Read on the host.
+        ``logprobs`` alone is nested lists down to one element per position, which is one of
+
+        - None (vLLM's first position);
+        - a mapping from token id to log-prob (vLLM's ``prompt_logprobs``): a number, an object with
+          ``.logprob`` or a mapping with ``"logprob"``;
+        - a list of ``(logprob, id, ...)`` (SGLang's ``input_top_logprobs``) or of
+          ``{"id": 5, "logprob": -0.1}`` (TGI); the id may be called ``"token_id"`` (Dynamo) or be
+          written ``"token": "token_id:5"`` (vLLM's chat completions);
+        - such an entry with the others of its position in ``"top_logprobs"`` (llama.cpp, vLLM's
+          chat completions).
+
+        With ``ids``, both are arrays, tensors or nested lists of the same shape (TRL, verl). Read
+        on the host.
+
+        Ids in text are ASCII decimal digits without leading zeros, ``"5"`` or ``"token_id:5"``; a
+        ``"token"`` that is ``"5"`` is text. A flat list of entries is refused, because it may be
+        the tokens of a sequence (SGLang's ``input_token_logprobs``) as well as one position; so is
+        a position whose first entry alone has no log-prob, as in SGLang's.
 
         Ragged lengths are padded with absent entries to the longest of each level; log-probs at or
         below -1000, None and negative ids are absent. An id that is listed twice counts once, with
@@ -198,16 +210,19 @@ class TopK:
         Returns ids int32 (..., k) in order (log-prob descending, id ascending), logits float32, and
         logsumexp 0 where a position has entries (log-probs are normalised) and NaN where not.
 
-        Errors: ``TypeError`` for an element that is none of these, for ids that are not integers;
-        ``ValueError`` for k < 1, for ``ids`` and ``logprobs`` of different shapes, for ids beyond
-        int32.
+        Errors: ``TypeError`` for an element that is none of these, for ids that are not integers,
+        log-probs that are not real numbers, and a k that is not an int; ``ValueError`` for k < 1,
+        for ``ids`` and ``logprobs`` of different shapes, for ids beyond int32. The message names
+        the place in the payload.
 
         Example::
 
             teacher = TopK.from_logprobs(response.prompt_logprobs, k=32)
         """
-        if k is not None and k < 1:
-            raise ValueError(f"k is {k}, allowed is 1 or more")
+        if k is not None:
+            check_int(k, "k")
+            if k < 1:
+                raise ValueError(f"k is {k}, allowed is 1 or more")
         if logprobs is None:
             raise TypeError(
                 "logprobs is None, expected a server's payload; did the request ask for it? "

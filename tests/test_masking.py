@@ -482,9 +482,98 @@ def test_one_end_may_be_any_kind_of_integer(end: Any) -> None:
     assert mask.tolist() == [[True, True, False]]
 
 
+def of_vocab(*vocab: tuple[str, int], **attributes: Any) -> SimpleNamespace:
+    return SimpleNamespace(get_vocab=lambda: dict(vocab), **attributes)
+
+
+UNUSED = [("a", 0), ("[UNUSED_7]", 1), ("<|im_start|>", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_id_with_two_strings_does_not_depend_on_their_order(order: int) -> None:
+    one, other = of_vocab(*UNUSED), of_vocab(*UNUSED[::order])
+    assert compare_tokenizers(one, other).identical
+    for string in ("[UNUSED_7]", "<|im_start|>"):
+        teacher = of_vocab(("a", 0), (string, 1), ("b", 2))
+        for pair in ((other, teacher), (teacher, other)):
+            found = compare_tokenizers(*pair)
+            assert found.other_ids == found.banned_ids == (1,)
+            assert "'<|im_start|>' or '[UNUSED_7]'" in found.report()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_id_with_two_strings_is_its_added_token(order: int) -> None:
+    added = {1: AddedToken("<|im_start|>", special=True)}
+    student = of_vocab(*UNUSED[::order], added_tokens_decoder=added)
+    for vocab in (UNUSED, UNUSED[::-1], [("a", 0), ("<|im_start|>", 1), ("b", 2)]):
+        assert compare_tokenizers(student, of_vocab(*vocab, added_tokens_decoder=added)).identical
+    other = of_vocab(("a", 0), ("[UNUSED_7]", 1), ("b", 2))
+    found = compare_tokenizers(student, other)
+    assert found.masked_ids == found.banned_ids == found.other_ids == (1,)
+    assert "1 '<|im_start|>', '[UNUSED_7]'" in found.report()
+
+
+def test_an_added_token_that_the_vocabulary_lacks_is_one_of_its_ids() -> None:
+    added = {3: AddedToken("<tool>")}
+    student, teacher = of_vocab(("a", 0)), of_vocab(("a", 0), added_tokens_decoder=added)
+    found = compare_tokenizers(student, teacher)
+    assert found.banned_ids == found.teacher_only_ids == (3,)
+    assert "text to the student: '<tool>'." in found.report()
+
+
+ENDS = [IM_END, ENDOFTEXT]
+
+
+@pytest.mark.parametrize("ends", [ENDS, tuple(ENDS), set(ENDS), torch.tensor(ENDS), ENDOFTEXT,
+                                  np.array(ENDS), torch.tensor(ENDOFTEXT)], ids=str)  # fmt: skip
+def test_all_ids_that_end_a_sequence_are_compared(ends: Any) -> None:
+    found = compare_tokenizers(STUDENT, STUDENT, student_eos_ids=ends)
+    assert not found.identical
+    assert found.masked_ids == found.banned_ids == (ENDOFTEXT,)
+    report = found.report()
+    assert "eos: 8 '<|endoftext|>'; 10 '<|im_end|>' to the student, 10 '<|im_end|>'" in report
+    assert "those of one alone (8) are masked and banned" in report
+    assert "when to stop" not in report
+    found = compare_tokenizers(STUDENT, STUDENT, teacher_eos_ids=ends)
+    assert found.masked_ids == found.banned_ids == (ENDOFTEXT,)
+    assert compare_tokenizers(
+        STUDENT, STUDENT, student_eos_ids=ends, teacher_eos_ids=ENDS
+    ).identical
+
+
+def test_a_shared_end_is_left_alone_beside_others() -> None:
+    found = compare_tokenizers(STUDENT, REASONER, student_eos_ids=[IM_END, ENDOFTEXT])
+    assert IM_END in found.masked_ids
+    assert IM_END in found.banned_ids
+    assert ENDOFTEXT not in {*found.masked_ids, *found.banned_ids}
+
+
+def test_a_tokenizer_may_have_several_ends() -> None:
+    vocab = [("a", 0), ("b", 1), ("c", 2)]
+    student, teacher = of_vocab(*vocab, eos_token_id=[2, 1]), of_vocab(*vocab, eos_token_id=1)
+    assert compare_tokenizers(student, teacher).banned_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"student_eos_ids": "2"}, TypeError, "student_eos_ids is '2', expected an id, several or"),
+        ({"teacher_eos_ids": [1, 2.5]}, TypeError, r"teacher_eos_ids is \[1, 2.5\], expected"),
+        ({"teacher_eos_ids": True}, TypeError, "teacher_eos_ids is True"),
+        ({"teacher_eos_ids": ["</s>"]}, TypeError, "teacher_eos_ids is .*</s>"),
+        ({"student_eos_ids": [1, -1]}, ValueError, r"student_eos_ids is \[1, -1\], allowed are"),
+    ],
+)
+def test_ends_that_are_no_ids_are_refused(
+    options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compare_tokenizers(STUDENT, STUDENT, **options)
+
+
 def test_a_role_with_several_ids_is_an_error_that_says_so() -> None:
-    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, eos_token_id=[0, 1])
-    with pytest.raises(TypeError, match=r"student\.eos_token_id is \[0, 1\], expected one id"):
-        compare_tokenizers(tokenizer, tokenizer)
-    plain = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, all_special_ids=None)
+    several = of_vocab(("a", 0), ("b", 1), pad_token_id=[0, 1])
+    with pytest.raises(TypeError, match=r"student\.pad_token_id is \[0, 1\], expected one id"):
+        compare_tokenizers(several, several)
+    plain = of_vocab(("a", 0), ("b", 1), all_special_ids=None)
     assert compare_tokenizers(plain, plain).identical

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,16 @@ def jagged() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.nested.nested_tensor(x, layout=torch.jagged) for x in (logprobs, ids))
 
 
+def named(logprob: float, **fields: Any) -> dict[str, Any]:
+    """An entry with names, as TGI, llama.cpp, Dynamo and chat completions have them."""
+    return fields | {"logprob": logprob}
+
+
+def top(entry: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """An entry that lists the others of its position."""
+    return entry | {"top_logprobs": list(others)}
+
+
 SEQUENCE = [[], [(7, -0.5), (3, -1.5)], [(5, -0.25)]]
 BATCH = [[[(7, -0.5), (3, -1.5)], []], [[(5, -0.25), (9, -2.0)], [(4, -1.0), (2, -3.0)]]]
 
@@ -48,11 +59,49 @@ POSITIONS = {
     ],
     "token_id strings": [None, {"token_id:7": -0.5, "token_id:3": -1.5}, {"token_id:5": -0.25}],
     "numpy scalars": [{}, {np.int64(3): np.float32(-1.5), np.int32(7): -0.5}, {5: -0.25}],
-    "pairs": [None, [[None, 8, "c"], [-0.5, 7, "a"], [-1.5, 3, None]], [(-0.25, 5, "b")]],
+    "pairs": [None, [[-0.5, 7, "a"], [-1.5, 3, None], [None, 8, "c"]], [(-0.25, 5, "b")]],
     "pairs, empty list": [[], [(-1.5, 3), (-0.5, 7)], [(-0.25, 5)]],
     "tuple": ((), ((-1.5, 3), (-0.5, 7)), ((-0.25, 5),)),
     "sentinels": [{1: -1e3}, {3: -1.5, 7: -0.5, 8: -9999.0}, {5: -0.25, 2: -INF, 1: None}],
     "negative ids": [{-1: 0.0}, {3: -1.5, 7: -0.5, -100: -0.1}, {5: -0.25}],
+    "TGI": [
+        [],
+        [named(-0.5, id=7, text=" a", special=False), named(-1.5, id=3, text="b")],
+        [named(-0.25, id=5, text="c")],
+    ],
+    "Dynamo": [
+        None,
+        [named(-0.5, token_id=7, token=" a", rank=1), named(-1.5, token_id=3, token="5", rank=2)],
+        [named(-0.25, token_id=5, token=None, bytes=[99])],
+    ],
+    "named in text": [
+        None,
+        [named(-0.5, token="token_id:7"), named(-1.5, token="token_id:3")],
+        [named(-0.25, id=None, token_id="5")],
+    ],
+    "llama.cpp": [
+        None,
+        top(
+            named(-1.5, id=3, token="b", bytes=[98]),
+            named(-0.5, id=7, token=" a"),
+            named(-1.5, id=3, token="b"),
+        ),
+        top(named(-0.25, id=5, token="c")),
+    ],
+    "vLLM's chat": [
+        None,
+        top(
+            named(-1.5, token="token_id:3", bytes=None),
+            named(-0.5, token="token_id:7", bytes=[97]),
+        ),
+        {**named(-0.25, token="token_id:5"), "top_logprobs": None},
+    ],
+    "numbers in text": [None, {3: "-1.5", 7: "-5E-1"}, {5: "-0.25", 2: "-Infinity", 1: "-inf"}],
+    "other numbers": [
+        None,
+        {3: torch.tensor(-1.5), torch.tensor(7): np.array(-0.5)},
+        [(np.float64(-0.25), np.int32(5)), (Decimal(-2000), 6)],
+    ],
     "object array": np.array([None, {3: -1.5, 7: -0.5}, {5: -0.25}], dtype=object),
 }
 
@@ -101,7 +150,7 @@ def test_arrays_are_not_changed_in_place() -> None:
     ("payload", "shape"),
     [
         ({5: -1.0}, ()),
-        ([(-1.0, 5), (-2.0, 6)], ()),
+        ({"id": 5, "logprob": -1.0, "top_logprobs": [{"id": 6, "logprob": -2.0}]}, ()),
         ([], (0,)),
         ([None], (1,)),
         ([[], []], (2,)),
@@ -186,10 +235,10 @@ def test_nan_of_a_repeated_id_is_not_hidden_by_its_other_value() -> None:
     ("arguments", "error", "message"),
     [
         ((None,), TypeError, "logprobs is None.*did the request ask"),
-        ((0.5,), TypeError, "a position of the payload is a float.*parallel arrays"),
-        (([[-0.5, -0.1]],), TypeError, "is a float.*from_logprobs\\(logprobs, ids\\)"),
-        ((torch.zeros(2, 3),), TypeError, "is a Tensor"),
-        (("abc",), TypeError, "is a str"),
+        ((0.5,), TypeError, "a position of the payload is 0.5, a float.*parallel arrays"),
+        (([[-0.5, -0.1]],), TypeError, "a float.*from_logprobs\\(logprobs, ids\\)"),
+        ((torch.zeros(2, 3),), TypeError, "a Tensor, expected"),
+        (("abc",), TypeError, "is 'abc', a str, expected"),
         (([{5: -1.0}, [{5: -1.0}]],), TypeError, "different depths"),
         (([{"the": -1.0}],), TypeError, "'the'.*return_tokens_as_token_ids"),
         (([{5.5: -1.0}],), TypeError, "names a token 5.5"),
@@ -197,6 +246,16 @@ def test_nan_of_a_repeated_id_is_not_hidden_by_its_other_value() -> None:
         (([{5: "high"}],), TypeError, "'high' as a log-prob"),
         (([{2**31: -1.0}],), ValueError, "2147483648 is beyond int32"),
         (([{2**70: -1.0}],), ValueError, "beyond int32"),
+        (([{"9" * 5000: -1.0}],), ValueError, "beyond int32"),
+        (([{5: 10**400}],), ValueError, "beyond what a float holds"),
+        (([{5: 10**5000}],), ValueError, "a number too long to be shown as a log-prob"),
+        (([[(-0.5, None, " a")]],), TypeError, "names a token None"),
+        (([[{"id": 5, "prob": 0.5}]],), TypeError, 'expected one with "logprob"'),
+        (([[{"logprob": -0.5, "text": "a"}]],), TypeError, "expected one with id, token_id, token"),
+        (([None, {"id": 5, "logprob": -1.0}],), TypeError, "entry .* where a position is expected"),
+        (([top({"id": 5, "logprob": -1.0}, -2.0)],), TypeError, "a position .* is .*top_logprobs"),
+        (([{"logprob": -0.5, "top_logprobs": 3}],), TypeError, "a position .* is .*top_logprobs"),
+        (([{"logprob": -0.5, "top_logprobs": {"a": -1}}],), TypeError, "a position of the payload"),
         (([[-1.0]], [[2**31]]), ValueError, "2147483648 is beyond int32"),
         ((np.zeros(1), np.array([2**63], np.uint64)), ValueError, "beyond int32"),
         ((torch.zeros(1, 2), torch.zeros(1, 2)), TypeError, "float32, expected integers.*order"),
@@ -211,6 +270,123 @@ def test_nan_of_a_repeated_id_is_not_hidden_by_its_other_value() -> None:
 def test_what_is_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TopK.from_logprobs(*arguments)
+
+
+NOT_IDS = [
+    " 5", "5 ", "\n5", "5\n", "1_000", "+5", "-5", "05", "00", "0x5", "5.0", "", "the",
+    "\u0663", "\uff15", "\xb2", "token_id: 5", "token_id:", "token_id:+5", "token_id:-1",
+    "token_id:05", "token_id:\u0663",
+    " token_id:5", "TOKEN_ID:5", "token_id:token_id:5", "9" * 5000 + " ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: ([{"5": -0.25, text: -1.75}],),
+        lambda text: ([[(-0.1, text), (-0.2, 5)]],),
+        lambda text: ([[named(-0.1, id=text)]],),
+        lambda text: ([[named(-0.1, token_id=text)]],),
+        lambda text: ([[named(-0.1, token=text)]],),
+        lambda text: ([top(named(-0.1, id=5), named(-0.2, token=text))],),
+        lambda text: ([[-0.1, -0.2]], [[5, text]]),
+    ],
+    ids=["mapping", "pair", "id", "token_id", "token", "top_logprobs", "arrays"],
+)
+def test_text_is_an_id_only_where_it_is_plain_digits(form: Any) -> None:
+    assert TopK.from_logprobs(*form("token_id:7")).ids.flatten().tolist().count(7) == 1
+    for text in NOT_IDS:
+        with pytest.raises(TypeError, match="expected its id; ask the server") as caught:
+            TopK.from_logprobs(*form(text))
+        assert f"names a token {repr(text)[:60]}" in str(caught.value)
+
+
+def test_a_token_of_digits_is_text() -> None:
+    with pytest.raises(TypeError, match="names a token '5', expected its id"):
+        TopK.from_logprobs([[named(-0.1, token="5")]])
+    assert TopK.from_logprobs([[named(-0.1, token=5)]]).ids.tolist() == [[5]]
+
+
+NOT_NUMBERS = [
+    " -1", "-1 ", "-1_0.5", "\u0663", "-\uff11", "", "-", ".", "1e", "0x1p-1", "--1", "high", "1,5",
+    "\u0131nf",
+    b"-0.5", True, np.True_, torch.tensor(True), 1j, np.complex64(-1), torch.tensor(-1j), [-1.0],
+    torch.zeros(2), {"logprob": False}, {"logprob": {"logprob": -1.0}}, SimpleNamespace(logprob=1j),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_what_is_no_real_number_is_no_log_prob(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"as a log-prob, expected a number.*\(payload\[1\]\)"):
+        TopK.from_logprobs([None, {5: -0.5, 6: value}])
+    with pytest.raises(TypeError, match=r"as a log-prob, expected a number.*\(payload\[1\]\)"):
+        TopK.from_logprobs([None, [named(-0.5, id=5), named(value, id=6)]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_least_float64_is_absent() -> None:
+    least = np.finfo(np.float64).min
+    expected = [[(5, -0.5)]]
+    assert entries(TopK.from_logprobs([{5: -0.5, 6: least}])) == expected
+    assert entries(TopK.from_logprobs([[-0.5, least]], [[5, 6]])) == expected
+    assert entries(TopK.from_logprobs(np.array([[-0.5, least]]), np.array([[5, 6]]))) == expected
+
+
+@pytest.mark.parametrize("dtype", [bool, complex, "U4", "datetime64[s]"])
+def test_arrays_of_other_dtypes_are_no_log_probs(dtype: Any) -> None:
+    values, ids = np.zeros((2, 3), int).astype(dtype), np.ones((2, 3), int)
+    with pytest.raises(TypeError, match=r"logprobs have dtype .*, expected real numbers"):
+        TopK.from_logprobs(values, ids)
+
+
+@pytest.mark.parametrize("token", [True, np.True_, torch.tensor(True), None, 6.0, b"5"])
+def test_what_is_no_integer_is_no_id(token: Any) -> None:
+    with pytest.raises(TypeError, match="expected its id"):
+        TopK.from_logprobs([{5: -0.5, token: -0.1}])
+    with pytest.raises(TypeError, match="expected its id"):
+        TopK.from_logprobs([[-0.5, -0.1]], [[5, token]])
+
+
+def test_negative_ids_of_any_size_are_absent() -> None:
+    assert entries(TopK.from_logprobs([{-(2**70): -0.1, 5: -0.5}])) == [[(5, -0.5)]]
+    assert entries(TopK.from_logprobs([[-0.1, -0.5]], [[-(2**70), 5]])) == [[(5, -0.5)]]
+
+
+FLAT = [[None, 3, None], [-0.5, 8, None], [-0.75, 1, None]]
+
+
+@pytest.mark.parametrize("tokens", [FLAT, FLAT[1:], tuple(map(tuple, FLAT[1:])), FLAT[:1]])
+def test_the_tokens_of_a_sequence_are_not_one_position(tokens: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"flat list of entries.*input_top_logprobs.*positions, \[\["
+    ):
+        TopK.from_logprobs(tokens)
+    with pytest.raises(TypeError, match="flat list of entries"):
+        TopK.from_logprobs([named(value, id=token) for value, token, _ in tokens])
+
+
+def test_the_tokens_of_sequences_are_not_positions_of_a_batch() -> None:
+    named_ones = [named(value, id=token) for value, token, _ in FLAT]
+    for tokens in (FLAT, named_ones):
+        with pytest.raises(TypeError, match=r"begins with .*input_top_logprobs.*\(payload\[1\]\)"):
+            TopK.from_logprobs([FLAT[1:], tokens])
+
+
+def test_errors_name_the_place() -> None:
+    with pytest.raises(TypeError, match=r"token ' a', .*\(payload\[1\]\[2\]\)"):
+        TopK.from_logprobs([[None], [None, {5: -0.5}, {" a": -0.5}]])
+    with pytest.raises(ValueError, match=r"\(1 and 2\).*\(payload\[1\]\)"):
+        TopK.from_logprobs([[-0.1], [-0.5, -0.7]], [[5], [6]])
+    with pytest.raises(TypeError, match=r"token 'x', .*\(payload\[0\]\)"):
+        TopK.from_logprobs([[-0.1]], [["x"]])
+    with pytest.raises(ValueError, match=r"2147483648 is beyond int32.*\(payload\[1\]\)"):
+        TopK.from_logprobs([torch.zeros(1)] * 2, [torch.tensor([5]), torch.tensor([2**31])])
+
+
+def test_k_that_is_no_int_is_refused() -> None:
+    for k in (2.5, True, "8"):
+        with pytest.raises(TypeError, match=f"k is a {type(k).__name__}, expected an int"):
+            TopK.from_logprobs([{5: -1.0}], k=k)
 
 
 @pytest.mark.parametrize("k", [0, -1])

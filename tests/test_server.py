@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from teacher_http import Teacher, serving
 from torch import Tensor
 
@@ -188,13 +190,175 @@ def test_a_server_that_caps_the_entries_raises(teacher: Teacher, ranks: bool) ->
         ask(teacher, on_failure="mask").topk([SEQUENCES[0]])
 
 
-def test_a_sequence_without_any_entries_does_not_look_like_a_cap(teacher: Teacher) -> None:
+def sglang_lists(answer: dict) -> tuple[list, list]:
+    meta = answer["meta_info"]
+    return meta["input_top_logprobs"], meta["input_token_logprobs"]
+
+
+def positions_by(api: str, answer: dict) -> list:
+    return positions_of(answer) if api == "vllm" else sglang_lists(answer)[0]
+
+
+WITHOUT = {
+    "null": lambda position: None,
+    "sentinels": lambda position: (
+        {i: {"logprob": -9999.0} for i in position}
+        if isinstance(position, dict)
+        else [[-9999.0, *entry[1:]] for entry in position]
+    ),
+}
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("form", WITHOUT)
+def test_an_answer_without_entries_raises(teacher: Teacher, api: str, form: str) -> None:
     def forget(answer: dict) -> dict:
-        answer["choices"][0]["prompt_logprobs"] = [None] * len(positions_of(answer))
+        positions = positions_by(api, answer)
+        positions[1:] = map(WITHOUT[form], positions[1:])
         return answer
 
     teacher.change = forget
-    assert not ask(teacher).topk([SEQUENCES[0]]).mask.any()
+    message = r"POST http.*sequence 0 \(5 tokens.*no entries at any of the 3 positions from 2 on; "
+    message += {"vllm": '.*"prompt_logprobs"', "sglang": '.*"top_logprobs_num"'}[api]
+    for on_failure in ("raise", "mask"):
+        with pytest.raises(TeacherServerError, match=message) as caught:
+            ask(teacher, api=api, on_failure=on_failure).topk([SEQUENCES[0]], starts=[2])
+        assert not isinstance(caught.value, TeacherUnavailableError)
+
+
+def test_an_sglang_server_that_caps_the_entries_gets_its_own_advice(teacher: Teacher) -> None:
+    def cap(answer: dict) -> dict:
+        for position in sglang_lists(answer)[0][1:]:
+            del position[2:]
+        return answer
+
+    teacher.change = cap
+    with pytest.raises(TeacherServerError, match=f"2 of {K} entries.*top_logprobs_num") as caught:
+        ask(teacher, api="sglang").topk([SEQUENCES[0]])
+    assert "vLLM" not in str(caught.value)
+    assert "--max-logprobs" not in str(caught.value)
+    teacher.script = [(400, {"message": "top_logprobs_num must be positive"})]
+    with pytest.raises(TeacherServerError, match="must be positive") as caught:
+        ask(teacher, api="sglang").topk([SEQUENCES[0]])
+    assert "vLLM" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [None, 5, "ab", [], [-0.5], [-0.5, None, "a"], [-0.5, "1"], [-0.5, True], [-0.5, 1.0], {}],
+)
+def test_an_echo_that_is_none_raises_with_the_requests_context(
+    teacher: Teacher, echo: object
+) -> None:
+    def spoil(answer: dict) -> dict:
+        sglang_lists(answer)[1][2] = echo
+        return answer
+
+    teacher.change = spoil
+    message = (
+        r"POST http.*sequence 0 \(5 tokens.*input_token_logprobs has .* at position 2, expected"
+    )
+    with pytest.raises(TeacherServerError, match=message):
+        ask(teacher, api="sglang").topk([SEQUENCES[0]])
+
+
+SPOILED: dict[str, tuple[str, Any, str]] = {
+    "rank of text": ("vllm", {"1": {"logprob": -0.5, "rank": "3"}}, "has rank '3', expected"),
+    "rank true": ("vllm", {"1": {"logprob": -0.5, "rank": True}}, "has rank True, expected"),
+    "text": ("vllm", {"1": -0.5, " a": -0.7}, "names a token ' a'.*return_tokens_as_token_ids"),
+    "digits of text": ("vllm", {"1": -0.5, " 1": -0.7}, "names a token ' 1', expected its id"),
+    "log-prob": ("vllm", {"1": {"logprob": "high"}}, "'high' as a log-prob"),
+    "beyond int32": ("vllm", {"1": -0.5, str(2**31): -0.5}, "2147483648 is beyond int32"),
+    "without the sent token": ("vllm", {}, "no entry for token 1.*not those of the sequence"),
+    "a number": ("vllm", 1.0, "a position of the payload is 1.0, a float"),
+    "SGLang's text": ("sglang", [[-0.5, " a", None]], "names a token ' a'.*SGLang's /generate"),
+    "SGLang's null": ("sglang", [[-0.5, None, " a"]], "names a token None.*SGLang's /generate"),
+    "a flat list": ("sglang", [-0.5, 1, None], r"a position .* is \[-0.5, 1, None\]"),
+    "a list of numbers": ("sglang", [-0.5], r"a position .* is \[-0.5\]"),
+    "an echo": ("sglang", [[None, 1, None], [-0.5, 2, None]], "begins with .*input_top_logprobs"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_position_that_cannot_be_read_raises_with_the_requests_context(
+    teacher: Teacher, case: str
+) -> None:
+    api, position, message = SPOILED[case]
+
+    def spoil(answer: dict) -> dict:
+        positions_by(api, answer)[2] = position
+        return answer
+
+    teacher.change = spoil
+    field = {"vllm": "prompt_logprobs", "sglang": "input_top_logprobs"}[api]
+    where = rf"POST http.*sequence 0 \(5 tokens.*{field} (at position 2: )?.*{message}"
+    with pytest.raises(TeacherServerError, match=where) as caught:
+        ask(teacher, api=api).topk([SEQUENCES[0]])
+    assert "position 2" in str(caught.value)
+    if api == "sglang":
+        assert "vLLM" not in str(caught.value)
+
+
+TEXT = st.sampled_from(["1", " 1", "token_id:2", "a", "id", "token", "logprob", "rank"])
+LEAF = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.just(2**70), st.floats(), TEXT)
+JSON = st.recursive(
+    LEAF,
+    lambda node: st.one_of(
+        st.lists(node, max_size=3),
+        st.dictionaries(TEXT | st.just("top_logprobs"), node, max_size=3),
+        st.tuples(LEAF, LEAF, st.none()).map(list),
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(positions=st.lists(JSON, min_size=2, max_size=2), echo=JSON, whole=st.booleans())
+def test_whatever_is_answered_is_read_or_raises_with_the_requests_context(
+    monkeypatch: pytest.MonkeyPatch, api: str, positions: list, echo: Any, whole: bool
+) -> None:
+    if api == "vllm":
+        answer: Any = {"choices": [{"prompt_logprobs": [None, *positions]}]}
+    else:
+        echoes = [[None, 1, None], [-0.5, 2, None], echo if whole else [-0.5, 3, None]]
+        lists = {"input_top_logprobs": [None, *positions], "input_token_logprobs": echoes}
+        answer = {"meta_info": lists}
+    server = TeacherServer("http://teacher", k=2, api=api)
+    monkeypatch.setattr(server, "_answer", lambda *_: answer)
+    try:
+        topk, mask = server.topk([[1, 2, 3]])
+    except TeacherServerError as error:
+        assert str(error).startswith("POST http://teacher/")  # noqa: PT017
+    else:
+        assert mask.any()
+        assert (topk.ids[mask] >= -1).all()
+
+
+NAMED = {
+    "id": lambda i, value, rank: {"id": i, "text": "1", "logprob": value},
+    "token_id": lambda i, value, rank: {"token_id": i, "logprob": value, "rank": rank},
+    "token": lambda i, value, rank: {"token": f"token_id:{i}", "logprob": value, "bytes": None},
+}
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("form", NAMED)
+def test_entries_may_have_names(teacher: Teacher, api: str, form: str) -> None:
+    expected = ask(teacher, api=api).topk(SEQUENCES)
+
+    def rename(answer: dict) -> dict:
+        positions = positions_by(api, answer)
+        for at, position in enumerate(positions[1:], 1):
+            if api == "vllm":
+                entries = [(int(i), v["logprob"], v["rank"]) for i, v in position.items()]
+            else:
+                entries = [(i, value, rank) for rank, (value, i, _) in enumerate(position, 1)]
+            positions[at] = [NAMED[form](*entry) for entry in entries]
+        return answer
+
+    teacher.change = rename
+    assert torch.equal(ask(teacher, api=api).topk(SEQUENCES).topk.ids, expected.topk.ids)
 
 
 def test_sglang_positions_with_fewer_entries_count_as_without(teacher: Teacher) -> None:
@@ -262,6 +426,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (-60, 2),
         ("1", 2),
         ("soon", 2),
+        ("Mon, 01 Jan 99999 00:00:00 GMT", 2),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", 2),
         ("86400", 120),
     ],
 )
@@ -293,6 +459,7 @@ FAILURES: dict[str, Any] = {
         HEAD + b'Transfer-Encoding: chunked\r\n\r\na\r\n{"choices"\r\n'
     ),
     "cut JSON": (200, '{"choices": [{"prompt_'),
+    "a number beyond all": (200, '{"choices": ' + "9" * 5000 + "}"),
     "a gateway's page": (200, "<html>gateway</html>"),
     "error object": (200, {"object": "error", "message": "engine died", "code": 500}),
     "nested error object": (200, {"error": {"message": "busy", "code": "429"}}),
@@ -323,6 +490,8 @@ def test_failures_without_end_raise_or_mask(teacher: Teacher, failure: str) -> N
         {"object": "error", "message": "no such model", "code": 404},
         {"error": {"message": "no such model", "code": "model_not_found"}},
         {"error": "no such model"},
+        {"error": {"message": "no such model", "code": "\u0665\u0660\u0660"}},
+        {"error": {"message": "no such model", "code": "9" * 5000}},
     ],
 )
 def test_error_objects_that_will_not_pass_raise_at_once(teacher: Teacher, answer: Any) -> None:
@@ -446,8 +615,9 @@ def test_positions_that_are_off_by_one_raise(teacher: Teacher, api: str) -> None
         ({"choices": [{"text": "hello"}]}, r"no choices\.0\.prompt_logprobs: .*hello"),
         ({"choices": []}, "no choices"),
         ([], "no choices"),
-        ({"choices": [{"prompt_logprobs": [None, 1.0, 2.0]}]}, "a float at position 1"),
+        ({"choices": [{"prompt_logprobs": [None, 1.0, 2.0]}]}, "position 1: .* a float"),
         ({"choices": [{"prompt_logprobs": 7}]}, "no positions"),
+        ({"choices": [{"prompt_logprobs": "abc"}]}, "no positions"),
     ],
 )
 def test_other_answers_raise(teacher: Teacher, answer: object, message: str) -> None:
@@ -464,6 +634,10 @@ def test_other_answers_raise(teacher: Teacher, answer: object, message: str) -> 
         ({"backoff": -1}, "backoff is -1"),
         ({"parallel": 0}, "parallel is 0"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+        ({"backoff": float("nan")}, "backoff is nan"),
+        ({"base_url": None}, "base_url is None"),
+        ({"extra": {"priority": float("nan")}}, "extra is .*expected fields of JSON"),
         ({"api": "tgi"}, "'vllm', 'sglang'"),
         ({"on_failure": "ignore"}, "'raise', 'mask'"),
         ({"base_url": "localhost:8000"}, "http://"),
@@ -472,6 +646,62 @@ def test_other_answers_raise(teacher: Teacher, answer: object, message: str) -> 
 def test_options_that_are_not_allowed(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TeacherServer(**{"base_url": "http://localhost", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 2.5}, "k is a float"),
+        ({"k": True}, "k is a bool"),
+        ({"retries": 1.5}, "retries is a float"),
+        ({"parallel": "8"}, "parallel is a str"),
+        ({"extra": {"stop": {1}}}, "extra is .*expected fields of JSON: .*set"),
+        ({"extra": 3}, "extra is 3, expected"),
+    ],
+)
+def test_options_of_another_kind(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TeacherServer("http://localhost", **options)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "starts", "message"),
+    [
+        ([[1, 2], [3, 5.9]], None, r"sequence 1 has 5\.9 at position 1, expected an int"),
+        ([[1, 2.0]], None, r"sequence 0 has 2\.0 at position 1"),
+        (torch.tensor([[1.0, 5.9]]), None, r"sequence 0 has 1\.0 at position 0"),
+        ([np.array([1.0, 2.0])], None, "sequence 0 has np.float64"),
+        ([[1, True]], None, "sequence 0 has True at position 1"),
+        (torch.tensor([[True, True]]), None, "sequence 0 has True at position 0"),
+        ([[1, "5"]], None, "sequence 0 has '5' at position 1"),
+        (["15"], None, "sequence 0 is '15', expected a list"),
+        ([1, 2], None, "sequence 0 is 1, expected a list"),
+        (torch.tensor([1, 2]), None, "sequence 0 is 1, expected a list"),
+        ([{"input_ids": [1, 2]}], None, "sequence 0 is .*input_ids"),
+        ([[1, None]], None, "sequence 0 has None at position 1"),
+        ([[1, 2, 3]], [1.5], r"starts has 1\.5 at position 0"),
+        ([[1, 2, 3]], 1, "starts is 1, expected a list"),
+    ],
+)
+def test_sequences_of_another_kind_are_not_rounded(
+    teacher: Teacher, sequences: Any, starts: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        ask(teacher).topk(sequences, starts=starts)
+    assert not teacher.requests
+
+
+@pytest.mark.parametrize("token", [-1, -100, 2**31, 2**70])
+def test_tokens_out_of_range_are_not_sent(teacher: Teacher, token: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"sequence 1 has {token} at position 2, allowed.*padding"
+    ):
+        ask(teacher).topk([[1, 2], [1, 2, token]])
+    assert not teacher.requests
+
+
+def test_k_of_any_integer_type_is_sent(teacher: Teacher) -> None:
+    assert ask(teacher, k=np.int64(3)).topk([[1, 2]]).topk.k == 3
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("trl", reason="the trainer needs TRL")
 
+import tiny_trl
 from datasets import Dataset
 from tiny_trl import (
     PROMPTS,
@@ -162,6 +163,77 @@ def test_vocabularies_may_have_different_sizes(
     args = config(tmp_path, shuffle_dataset=False, use_hidden_states=hidden)
     trainer(student, teacher, args).train()
     assert_same_parameters(student, expected)
+
+
+FEW = 40  # ids of a teacher that has fewer than there are words
+
+
+def reads_few(teacher: Any) -> Any:
+    """The teacher, with another id that it has in place of those that it lacks."""
+    return lambda tokens: teacher(tokens.masked_fill(tokens >= FEW, 7))
+
+
+def after_unknown(response: list[int]) -> list[bool]:
+    return [all(token < FEW for token in response[:at]) for at in range(len(response))]
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+def test_what_follows_a_token_that_the_teacher_lacks_takes_no_part(
+    tmp_path: Path, hidden: bool
+) -> None:
+    responses = [response for _, response in sequences(PROMPTS[:4])]
+    counted = [after_unknown(response) for response in responses]
+    assert [True, False, False, False] in counted
+    assert any(response[-1] >= FEW and all(after_unknown(response)) for response in responses)
+    kept, total = sum(map(sum, counted)), sum(map(len, counted))
+    student, teacher = llama(0), llama(1, vocab_size=FEW)
+    loss, expected = hand_written_step(student, reads_few(teacher), counted=after_unknown)
+    args = config(tmp_path, shuffle_dataset=False, use_hidden_states=hidden)
+    trained = trainer(student, teacher, args)
+    with pytest.warns(
+        UserWarning, match=r"has token (4|5|6)\d, and the teacher has 40 ids; what foll"
+    ):
+        trained.train()
+    assert logged(trained, "loss") == pytest.approx([loss], rel=1e-4)
+    assert_same_parameters(student, expected)
+    assert logged(trained, "masked_fraction") == pytest.approx([1 - kept / total])
+
+
+def test_a_padding_token_that_the_teacher_lacks_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_trl, "fixed_response", lambda prompt: [3 + len(prompt), 9, 4])
+    student, teacher = llama(0), llama(1, vocab_size=FEW)
+    _, expected = hand_written_step(student, teacher)
+    padded = tokenizer()
+    padded.pad_token = WORDS[V - 1]
+    assert padded.pad_token_id >= FEW
+    args = config(tmp_path, shuffle_dataset=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a sequence has token")
+        trainer(student, teacher, args, processing_class=padded).train()
+    assert_same_parameters(student, expected)
+
+
+def test_prompts_that_the_teacher_cannot_read_are_refused(tmp_path: Path) -> None:
+    trained = trainer(llama(0), llama(1, vocab_size=FEW), config(tmp_path), ["w1 w60 w2"] * 8)
+    with (
+        pytest.warns(UserWarning, match="has token 63, and the teacher has 40 ids"),
+        pytest.raises(ValueError, match=r"all of the batch's \d+ response tokens follow one that"),
+    ):
+        trained.train()
+
+
+def test_stop_ids_of_generation_configs_are_compared(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    student.generation_config.eos_token_id = [1, 40]
+    options = {"teacher_processing_class": tokenizer()}
+    with pytest.warns(UserWarning, match=r"those of one alone \(40\) are masked and banned"):
+        trainer(student, teacher, config(tmp_path), **options)
+    teacher.generation_config.eos_token_id = [40, 1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="student and teacher")
+        trainer(student, teacher, config(tmp_path), **options)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tiny_trl import (
     hand_written_step,
     llama,
     logged,
+    tokenizer,
     trainer,
 )
 from transformers import LlamaForCausalLM
@@ -100,6 +101,17 @@ def test_images_with_a_server_are_refused(
     args = config(tmp_path, teacher_server_url=served[0].url)
     with pytest.raises(ValueError, match="has images"):
         trainer(llama(0), None, args).train()
+
+
+def test_stop_ids_are_not_compared_with_those_that_a_server_does_not_tell(
+    tmp_path: Path, served: tuple[Teacher, Any]
+) -> None:
+    student = llama(0)
+    student.generation_config.eos_token_id = [1, 40]
+    args = config(tmp_path, teacher_server_url=served[0].url)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="student and teacher")
+        trainer(student, None, args, teacher_processing_class=tokenizer())
 
 
 def test_time_out_and_retries_reach_the_servers_client(

@@ -40,6 +40,14 @@ class Sequences(NamedTuple):
             {name: inputs[name] for name in multimodal if name in inputs},
         )
 
+    def known_to(self, rows: int) -> Sequences:
+        """With id 0 in place of ids that a model of ``rows`` ids has no embedding for."""
+        return self._replace(tokens=self.tokens.masked_fill(self.tokens >= rows, 0))
+
+    def unknown_to(self, rows: int) -> Tensor:
+        """Where tokens, padding left out, are such ids; bool (B, P + C)."""
+        return (self.tokens >= rows) & self.attention.bool()
+
     def fields(self, model: Any, base: Any) -> dict[str, Any]:
         """What a forward of ``base``, the model or its body, gets.
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opd_kernels._checks import check_int
+from opd_kernels._payload import Entries, integer, read_position, shown
 from opd_kernels.losses import DEFAULT_K
-from opd_kernels.support import TopK
+from opd_kernels.support import SENTINEL, TopK
 
 try:
     import requests
@@ -29,6 +35,8 @@ __all__ = ["Scored", "TeacherServer", "TeacherServerError", "TeacherUnavailableE
 
 RETRIED = frozenset({429, *range(500, 600)})
 CONNECT_SECONDS = 10.0
+MAX_ID = np.iinfo(np.int32).max
+NOTHING = read_position(None)  # the entries of a position that has none
 PAUSE_SECONDS = 120.0  # the longest between two attempts
 SHOWN_CHARACTERS = 500
 # What may go better the next time: to score a sequence twice does no harm.
@@ -66,12 +74,21 @@ class Scored(NamedTuple):
 class _Api(NamedTuple):
     """How a kind of server is asked for the tokens from ``start`` on, and how it answers.
 
-    ``positions`` gives one element per token from ``start`` on, as ``TopK.from_logprobs`` takes it.
+    ``positions`` gives one element per token from ``start`` on, which ``field`` of the answer holds
+    and ``read_position`` reads; ``has_sent``: each lists the token that was sent. What to do about
+    an answer: ``few`` where it has fewer than {k} entries, ``none`` where it has none, ``text``
+    where tokens are text, ``refused`` where the server's error speaks of logprobs.
     """
 
     path: str
     body: Callable[[TeacherServer, list[int], int], dict[str, Any]]
     positions: Callable[[Any, list[int], int], list[Any]]
+    field: str
+    has_sent: bool
+    few: str
+    none: str
+    text: str
+    refused: str
 
 
 class TeacherServer:
@@ -114,13 +131,16 @@ class TeacherServer:
             "raise", or "mask": a warning, and a sequence without entries.
 
     A position for which the server gives fewer than K entries counts as one without entries. Where
-    no position of a sequence has K, the server caps them, and that is an error.
+    no position of a sequence has K, the server caps them, and that is an error; so is an answer
+    without entries at any position.
 
-    Errors: ``ValueError`` for options and sequences that are not allowed;
-    ``TeacherUnavailableError`` after the last retry; ``TeacherServerError`` for a request that the
-    server refuses, its message passed on, for an answer with another number of positions than were
-    sent or for other tokens, so that entries are never one position off, and for a server that caps
-    K.
+    Errors: ``TypeError`` for options and tokens of another kind, such as a token 5.9;
+    ``ValueError`` for options and sequences that are not allowed; ``TeacherUnavailableError`` after
+    the last retry; ``TeacherServerError`` for a request that the server refuses, its message passed
+    on, for an answer that cannot be read or names tokens as text, for one with another number of
+    positions than were sent or for other tokens, so that entries are never one position off, for
+    one without entries, and for a server that caps K. They name the URL, the sequence and the
+    position.
 
     Example::
 
@@ -147,19 +167,27 @@ class TeacherServer:
         """Checks the options; connects to nothing yet."""
         _check_choice(api, tuple(APIS), "api")
         _check_choice(on_failure, ("raise", "mask"), "on_failure")
+        for count, name in ((k, "k"), (retries, "retries"), (parallel, "parallel")):
+            check_int(count, name)
         for value, least, name in (
             (k, 1, "k"),
             (retries, 0, "retries"),
             (backoff, 0, "backoff"),
             (parallel, 1, "parallel"),
         ):
-            if value < least:
+            if not least <= value < math.inf:
                 raise ValueError(f"{name} is {value}, allowed is {least} or more")
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"timeout is {timeout} seconds, allowed is more than 0")
-        if not base_url.startswith(("http://", "https://")):
+        if not str(base_url).startswith(("http://", "https://")):
             raise ValueError(f"base_url is {base_url!r}, expected http://... or https://...")
-        self.model, self.k, self.on_failure = model, k, on_failure
+        try:
+            json.dumps(dict(extra or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"extra is {shown(extra)}, expected fields of JSON: {error}"
+            ) from None
+        self.model, self.k, self.on_failure = model, int(k), on_failure
         self._api, self._timeout, self._extra = APIS[api], timeout, dict(extra or {})
         self._parallel, self._retries, self._backoff = parallel, retries, backoff
         self.url = base_url.rstrip("/").removesuffix("/v1") + self._api.path
@@ -191,8 +219,8 @@ class TeacherServer:
         Returns ``Scored``: the ``TopK`` (B, T) of width k, T being the longest length, and the bool
         mask (B, T) of the rows that have entries.
         """
-        batch = [[int(token) for token in sequence] for sequence in sequences]
-        firsts = [1] * len(batch) if starts is None else [int(start) for start in starts]
+        batch = [_tokens(sequence, index) for index, sequence in enumerate(sequences)]
+        firsts = [1] * len(batch) if starts is None else _integers(starts, "starts")
         if not batch:
             raise ValueError("sequences is empty, expected one or more")
         if len(firsts) != len(batch) or min(firsts) < 1:
@@ -217,11 +245,12 @@ class TeacherServer:
                 f"left out {len(failures)} of {len(batch)} sequences, the first: {failures[0]}",
                 stacklevel=2,
             )
-        payload = [
-            [None] * len(tokens) if future.exception() else future.result()
+        rows = [
+            [NOTHING] * len(tokens) if future.exception() else future.result()
             for tokens, future in zip(batch, futures, strict=True)
         ]
-        topk = TopK.from_logprobs(payload, k=self.k, device=device)
+        ids, logprobs = ([[entries[i] for entries in row] for row in rows] for i in (0, 1))
+        topk = TopK.from_logprobs(logprobs, ids, k=self.k, device=device)
         return Scored(topk, (topk.ids >= 0).any(-1))
 
     def close(self) -> None:
@@ -239,47 +268,69 @@ class TeacherServer:
     def _may_be_left_out(self, error: BaseException | None) -> bool:
         return self.on_failure == "mask" and isinstance(error, TeacherUnavailableError)
 
-    def _rows(self, stop: Event, index: int, tokens: list[int], start: int) -> list[Any]:
-        """One element per token of a sequence: what the row beside its logits gets."""
+    def _rows(self, stop: Event, index: int, tokens: list[int], start: int) -> list[Entries]:
+        """One element per token of a sequence: what the row beside its logits gets.
+
+        Every error of a request passes here and gets its context.
+        """
         if start >= len(tokens):
-            return [None] * len(tokens)
-        what = f"POST {self.url} for sequence {index} ({len(tokens)} tokens, k={self.k})"
-        answer = self._answer(stop, self._api.body(self, tokens, start), what)
+            return [NOTHING] * len(tokens)
         try:
-            scored = self._complete(self._api.positions(answer, tokens, start))
+            answer = self._answer(stop, self._api.body(self, tokens, start))
+            scored = self._scored(answer, tokens, start)
         except TeacherServerError as error:
-            raise TeacherServerError(f"{what}: {error}") from None
-        return [*[None] * (start - 1), *scored, None]
+            raise type(error)(
+                f"POST {self.url} for sequence {index} ({len(tokens)} tokens, k={self.k}): {error}"
+            ) from error
+        return [*[NOTHING] * (start - 1), *scored, NOTHING]
 
-    def _complete(self, positions: list[Any]) -> list[Any]:
-        """The positions, those with fewer than k of the best without entries."""
-        counts = [_count_best(entries, self.k) for entries in positions]
-        if any(counts) and max(counts) < self.k:
+    def _scored(self, answer: Any, tokens: list[int], start: int) -> list[Entries]:
+        """The entries of the positions from ``start`` on, none where fewer than k are the best."""
+        api, rows, counts = self._api, [], []
+        for at, node in enumerate(api.positions(answer, tokens, start), start):
+            try:
+                entries = read_position(node, api.text)
+                counts.append(_count_best(node, len(entries[0]), self.k))
+            except (TypeError, ValueError) as error:
+                raise TeacherServerError(f"{api.field} at position {at}: {error}") from error
+            if api.has_sent and node is not None and tokens[at] not in entries[0]:
+                raise TeacherServerError(
+                    f"{api.field} has no entry for token {tokens[at]}, which was sent at position "
+                    f"{at}: its positions are not those of the sequence"
+                )
+            rows.append(entries)
+        if 0 < max(counts) < self.k:
             raise TeacherServerError(
-                f"the server gives {max(counts)} of {self.k} entries besides the token that was "
-                f"sent{_hint('logprobs', self.k)}"
+                f"the server gives at most {max(counts)} of {self.k} entries at a position; "
+                f"{api.few.format(k=self.k)}"
             )
-        return [
-            entries if count >= self.k else None
-            for entries, count in zip(positions, counts, strict=True)
+        complete = [
+            entries if count >= self.k else NOTHING
+            for entries, count in zip(rows, counts, strict=True)
         ]
+        if not any(map(_is_present, complete)):
+            raise TeacherServerError(
+                f"{api.field} has no entries at any of the {len(rows)} positions from {start} on; "
+                f"{api.none}"
+            )
+        return complete
 
-    def _answer(self, stop: Event, body: dict[str, Any], what: str) -> Any:
+    def _answer(self, stop: Event, body: dict[str, Any]) -> Any:
         """The server's answer, asked for again while what fails may pass and nobody says stop."""
         attempt = 0
         while True:
             try:
-                return self._exchange(body, what)
+                return self._exchange(body)
             except _PassingError as failure:
                 if attempt == self._retries or stop.is_set():
                     raise TeacherUnavailableError(
-                        f"{what} failed after all retries: {failure}"
+                        f"failed after all retries: {failure}"
                     ) from failure
                 pause = max(failure.pause, self._backoff * 2**attempt)
             stop.wait(min(pause, PAUSE_SECONDS))
             attempt += 1
 
-    def _exchange(self, body: dict[str, Any], what: str) -> Any:
+    def _exchange(self, body: dict[str, Any]) -> Any:
         try:
             response = self._session.post(
                 self.url, json=body | self._extra, timeout=(CONNECT_SECONDS, self._timeout)
@@ -287,12 +338,12 @@ class TeacherServer:
         except TRANSIENT as error:
             raise _PassingError(str(error)) from error
         except requests.RequestException as error:
-            raise TeacherServerError(f"{what}: {error}") from error
+            raise TeacherServerError(str(error)) from error
         status, answer = response.status_code, None
         if status == requests.codes.ok:
             try:
                 answer = response.json()
-            except requests.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise _PassingError(
                     f"answered {_text(response)!r}, expected JSON; is this an inference server?"
                 ) from None
@@ -301,8 +352,35 @@ class TeacherServer:
             raise _PassingError(f"answered {status}: {_text(response)}", _retry_after(response))
         if status != requests.codes.ok:
             text = _text(response)
-            raise TeacherServerError(f"{what} was answered {status}: {text}{_hint(text, self.k)}")
+            hint = self._api.refused.format(k=self.k) if "logprobs" in text else ""
+            raise TeacherServerError(f"answered {status}: {text}{hint}")
         return answer
+
+
+def _tokens(sequence: Any, index: int) -> list[int]:
+    """The token ids of a sequence, as JSON has them."""
+    tokens = _integers(sequence, f"sequence {index}")
+    for at, token in enumerate(tokens):
+        if not 0 <= token <= MAX_ID:
+            raise ValueError(
+                f"sequence {index} has {token} at position {at}, allowed are token ids from 0 to "
+                f"{MAX_ID}; leave padding out"
+            )
+    return tokens
+
+
+def _integers(values: Any, name: str) -> list[int]:
+    """Whole numbers as they are; nothing is rounded and no text is read."""
+    values = values.tolist() if isinstance(values, Tensor) else values
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {shown(values)}, expected a list of ints")
+    found = []
+    for at, value in enumerate(values):
+        number = integer(value)
+        if number is None:
+            raise TypeError(f"{name} has {shown(value)} at position {at}, expected an int")
+        found.append(number)
+    return found
 
 
 def _with_token(token: str, request: Any) -> Any:
@@ -324,35 +402,35 @@ def _status_inside(answer: Any) -> int:
     if error is None:
         return 200
     code = str(error.get("code")) if isinstance(error, Mapping) else ""
-    return int(code) if code.isdecimal() else 400
+    return int(code) if re.fullmatch("[0-9]{3}", code) else 400
 
 
 def _retry_after(response: Any) -> float:
     try:
         return Retry().get_retry_after(response.raw) or 0.0
-    except InvalidHeader:
+    except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 
-def _count_best(entries: Any, k: int) -> int:
-    """How many of the k best a position lists; without ranks all entries count."""
-    if not isinstance(entries, Mapping):
-        return len(entries or ())
-    ranks = (
-        entry.get("rank") if isinstance(entry, Mapping) else None for entry in entries.values()
-    )
-    return sum(rank is None or rank <= k for rank in ranks)
+def _count_best(node: Any, count: int, k: int) -> int:
+    """How many of the k best a position of ``count`` entries lists; without ranks all are."""
+    entries = node.values() if isinstance(node, Mapping) else node or ()
+    ranks = [entry.get("rank") for entry in entries if isinstance(entry, Mapping)]
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, (int, float, type(None))):
+            raise TypeError(f"an entry has rank {shown(rank)}, expected a number")
+    return count - sum(rank is not None and rank > k for rank in ranks)
+
+
+def _is_present(entries: Entries) -> bool:
+    """Whether a position has an entry that counts."""
+    ids, logprobs = entries
+    return bool(((ids >= 0) & ~(logprobs <= SENTINEL)).any())
 
 
 def _check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
-
-
-def _hint(message: str, k: int) -> str:
-    if "logprobs" not in message:
-        return ""
-    return f" (vLLM serves at most --max-logprobs entries, 20 by default: start it with {k})"
 
 
 def _vllm_body(server: TeacherServer, tokens: list[int], start: int) -> dict[str, Any]:
@@ -368,20 +446,7 @@ def _vllm_body(server: TeacherServer, tokens: list[int], start: int) -> dict[str
 def _vllm_positions(answer: Any, tokens: list[int], start: int) -> list[Any]:
     positions = _field(answer, "choices", 0, "prompt_logprobs")
     _check_count(positions, len(tokens), "prompt_logprobs")
-    for at, entries in enumerate(positions[start:], start):
-        if entries is None:
-            continue
-        if not isinstance(entries, Mapping):
-            raise TeacherServerError(
-                f"prompt_logprobs holds a {type(entries).__name__} at position {at}, expected a "
-                "mapping from token id to log-prob"
-            )
-        if not entries.keys() & {str(tokens[at]), f"token_id:{tokens[at]}"}:
-            raise TeacherServerError(
-                f"prompt_logprobs has no entry for token {tokens[at]}, which was sent at position "
-                f"{at}: its positions are not those of the sequence"
-            )
-    return list(positions[start:])
+    return positions[start:]
 
 
 def _sglang_body(server: TeacherServer, tokens: list[int], start: int) -> dict[str, Any]:
@@ -402,13 +467,19 @@ def _sglang_positions(answer: Any, tokens: list[int], start: int) -> list[Any]:
     _check_count(positions, len(sent), "input_top_logprobs")
     _check_count(echoed, len(sent), "input_token_logprobs")
     for at, (token, entry) in enumerate(zip(sent, echoed, strict=True), start - 1):
-        # SGLang echoes the vocabulary's last id as 0.
-        if entry[1] not in (token, 0):
+        given = integer(entry[1]) if isinstance(entry, list) and len(entry) > 1 else None
+        if given is None:
             raise TeacherServerError(
-                f"input_token_logprobs has token {entry[1]} at position {at}, where {token} was "
+                f"input_token_logprobs has {shown(entry)} at position {at}, expected "
+                "[logprob, id, text]; is this SGLang's /generate?"
+            )
+        # SGLang echoes the vocabulary's last id as 0.
+        if given not in (token, 0):
+            raise TeacherServerError(
+                f"input_token_logprobs has token {given} at position {at}, where {token} was "
                 "sent: its positions are not those of the sequence"
             )
-    return list(positions[1:])
+    return positions[1:]
 
 
 def _field(answer: Any, *path: str | int) -> Any:
@@ -429,14 +500,37 @@ def _field(answer: Any, *path: str | int) -> Any:
 
 
 def _check_count(positions: Any, expected: int, name: str) -> None:
-    if not isinstance(positions, Sequence) or len(positions) != expected:
-        count = len(positions) if isinstance(positions, Sequence) else "no"
+    if not isinstance(positions, list) or len(positions) != expected:
+        count = len(positions) if isinstance(positions, list) else "no"
         raise TeacherServerError(
             f"the answer has {count} positions in {name}, expected {expected}: one for each token"
         )
 
 
 APIS = {
-    "vllm": _Api("/v1/completions", _vllm_body, _vllm_positions),
-    "sglang": _Api("/generate", _sglang_body, _sglang_positions),
+    "vllm": _Api(
+        "/v1/completions",
+        _vllm_body,
+        _vllm_positions,
+        field="prompt_logprobs",
+        has_sent=True,
+        few="vLLM serves at most --max-logprobs, 20 by default: start it with {k}",
+        none='does the server know "prompt_logprobs", and does a proxy pass it on?',
+        text="vLLM's prompt_logprobs are by token id: is this vLLM? Where a proxy writes them as "
+        'text, try extra={"return_tokens_as_token_ids": True}',
+        refused=" (vLLM serves at most --max-logprobs entries, 20 by default: start it with {k})",
+    ),
+    "sglang": _Api(
+        "/generate",
+        _sglang_body,
+        _sglang_positions,
+        field="input_top_logprobs",
+        has_sent=False,
+        few='SGLang gives as many as "top_logprobs_num" says: does `extra` or a proxy change it, '
+        "or has the teacher fewer than {k} ids?",
+        none='does a proxy pass on "return_logprob", "top_logprobs_num" and "logprob_start_len"?',
+        text="SGLang's /generate gives (logprob, id, text): is this SGLang, or does a proxy change "
+        "its answers?",
+        refused="",
+    ),
 }

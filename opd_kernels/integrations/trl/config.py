@@ -12,6 +12,8 @@ except ImportError as error:
         'pip install "opd_kernels[trl]"'
     ) from error
 
+from opd_kernels._payload import integer
+
 __all__ = ["TopKDistillationConfig"]
 
 
@@ -101,9 +103,10 @@ class TopKDistillationConfig(DistillationConfig):
         super().__post_init__()
         if self.beta != 1:
             raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
-        for name in ("k", "stats_steps"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an int")
+        for name in ("k", "stats_steps", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and integer(value) is None:
+                raise ValueError(f"{name} is {value!r}, expected an int")
         if isinstance(self.masked_tokens, str):
             raise ValueError(f"masked_tokens is {self.masked_tokens!r}, expected a list of strings")
         if self.k < 2:
@@ -111,9 +114,11 @@ class TopKDistillationConfig(DistillationConfig):
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
         for name in ("masked_ids", "banned_ids"):
-            lowest = min(getattr(self, name) or [0])
-            if lowest < 0:
-                raise ValueError(f"{name} has {lowest}, allowed are 0 and more")
+            for i in getattr(self, name) or []:
+                if integer(i) is None:
+                    raise ValueError(f"{name} has {i!r}, expected ints")
+                if i < 0:
+                    raise ValueError(f"{name} has {i}, allowed are 0 and more")
         if self.stats_steps < 0:
             raise ValueError(f"stats_steps is {self.stats_steps}, allowed is 0 or more")
         for name in ("temperature", "teacher_temperature"):

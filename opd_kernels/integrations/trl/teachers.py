@@ -104,9 +104,21 @@ def tokenizer_of(name: str, args: TopKDistillationConfig) -> Any:
         return None
 
 
-def warn_if_different(student: Any, teacher: Any) -> None:
-    """Tell where two tokenizers give ids other meanings."""
-    comparison = compare_tokenizers(student, getattr(teacher, "tokenizer", teacher))
+def eos_ids_of(model: Any) -> Any:
+    """What ends a sequence of a model: an id, several or None."""
+    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+
+
+def warn_if_different(
+    student: Any, teacher: Any, student_eos_ids: Any, teacher_eos_ids: Any
+) -> None:
+    """Tell where two tokenizers give ids other meanings, and where the models stop differently."""
+    comparison = compare_tokenizers(
+        student,
+        getattr(teacher, "tokenizer", teacher),
+        student_eos_ids=student_eos_ids,
+        teacher_eos_ids=teacher_eos_ids,
+    )
     if not comparison.identical:
         warnings.warn(
             "student and teacher have different tokenizers; masked_ids, banned_ids and vocab_size "

@@ -30,6 +30,7 @@ from opd_kernels.integrations.trl.teachers import (
     check_apart,
     check_k,
     check_one_teacher,
+    eos_ids_of,
     loaded,
     server_of,
     tokenizer_of,
@@ -70,7 +71,9 @@ class TopKDistillationTrainer(DistillationTrainer):
     The teacher is a model in this process, whose vocabulary may have another size than the
     student's, or a server (``TeacherServer``), which is asked once per generated batch. Both must
     use the student's token ids; where a tokenizer of the teacher is at hand and differs, a warning
-    tells what ``compare_tokenizers`` found.
+    tells what ``compare_tokenizers`` found. What follows a token that a teacher in this process has
+    no embedding for takes no part in the loss, with a warning; the token itself does, because its
+    row needs only what is before it.
 
     Logged besides TRL's metrics, of which only ``entropy`` (a mean over the whole vocabulary) is
     missing: ``masked_fraction`` of the response tokens; every ``stats_steps`` steps
@@ -108,9 +111,10 @@ class TopKDistillationTrainer(DistillationTrainer):
 
     Errors: ``ImportError`` for a TRL without these methods; ``TypeError`` for another config;
     ``ValueError`` for no teacher or two, for a teacher that shares what the student trains, for
-    options that would have no effect, for a head as above, for images with a server;
-    ``TeacherServerError`` from the server, where it has less than ``k`` entries for a token that
-    counts, and, whatever ``on_failure``, where it has none for a whole generated batch.
+    options that would have no effect, for a head as above, for images with a server, for a
+    generated batch of which the teacher can read nothing; ``TeacherServerError`` from the server,
+    where it has less than ``k`` entries for a token that counts, and, whatever ``on_failure``,
+    where it has none for a whole generated batch.
 
     Example::
 
@@ -156,14 +160,18 @@ class TopKDistillationTrainer(DistillationTrainer):
             teacher_model = loaded(teacher_model, args)
         # Ids that the student lacks must not take a place in the teacher's support.
         self._limit = min(vocab_size_of(self.model), args.vocab_size or sys.maxsize)
-        limit = self._limit
+        limit, teacher_eos_ids = self._limit, None
         if teacher_model is not None:
-            limit = min(limit, vocab_size_of(teacher_model))
+            self._teacher_rows = vocab_size_of(teacher_model)
+            limit = min(limit, self._teacher_rows)
+            teacher_eos_ids = eos_ids_of(teacher_model)
             check_apart(self.model, teacher_model)
             self.teacher_model = self._prepared(teacher_model)
         check_k(args.k, args.banned_ids or [], limit)
         if teacher_processing_class is not None:
-            warn_if_different(self._tokenizer, teacher_processing_class)
+            # What a teacher behind a server stops at is not known: only tokenizers are compared.
+            eos_ids = None if teacher_eos_ids is None else self.eos_token_ids
+            warn_if_different(self._tokenizer, teacher_processing_class, eos_ids, teacher_eos_ids)
         self._masked_ids = list(args.masked_ids or [])
         self._masked_ids += token_ids(self._tokenizer, args.masked_tokens or [])
         self._banned_ids = torch.tensor(args.banned_ids or [], dtype=torch.int64)
@@ -256,6 +264,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             return TopK(inputs["teacher_ids"], logits, logits.new_zeros(logits.shape[:-1]))
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
+        sequences = sequences.known_to(self._teacher_rows)
 
         def select() -> TopK:
             logits = (
@@ -308,23 +317,48 @@ class TopKDistillationTrainer(DistillationTrainer):
         if "tool_mask" in batch:
             generated &= batch["tool_mask"].bool()
         wanted = special_token_mask(batch["completion_ids"], self._masked_ids, mask=generated)
-        counted = wanted
         if self.teacher_server is not None:
             topk, scored = self._ask_server(batch)
             self._check_scored(wanted & ~scored, wanted)
             counted = wanted & scored
             batch["teacher_ids"], batch["teacher_logprobs"] = topk.ids, topk.logits
+        else:
+            counted = wanted & self._readable(batch)
         counts = torch.stack([mask.sum() for mask in (counted, wanted, generated)])
         kept, asked, total = self.accelerator.gather(counts).view(-1, 3).sum(0)
         if asked and not kept:
-            raise TeacherServerError(
-                f"the teacher's server has entries for none of the batch's {int(asked)} response "
-                "tokens; what failed is in the warnings"
-            )
+            raise self._nothing_counts(int(asked))
         batch["loss_mask"], batch["num_items_in_batch"] = counted, kept
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["masked_fraction"].append(1 - (kept / total.clamp(min=1)).item())
         return batch
+
+    def _readable(self, batch: dict[str, Any]) -> Tensor:
+        """Before which tokens of the response (B, C) the teacher knows every token."""
+        sequences = Sequences.of(batch, [])
+        unknown = sequences.unknown_to(self._teacher_rows)
+        readable = unknown.cumsum(-1) == unknown
+        if unknown.any():
+            warnings.warn(
+                f"a sequence has token {int(sequences.tokens[unknown][0])}, and the teacher has "
+                f"{self._teacher_rows} ids; what follows such a token takes no part in the loss "
+                "(masked_fraction)",
+                stacklevel=2,
+            )
+        return readable[:, readable.shape[1] - sequences.keep :]
+
+    def _nothing_counts(self, asked: int) -> Exception:
+        """The error for a generated batch of which no response token has a part in the loss."""
+        if self.teacher_server is not None:
+            return TeacherServerError(
+                f"the teacher's server has entries for none of the batch's {asked} response "
+                "tokens; what failed is in the warnings"
+            )
+        return ValueError(
+            f"all of the batch's {asked} response tokens follow one that the teacher, which has "
+            f"{self._teacher_rows} ids, does not know; use a teacher with the student's ids, or "
+            "prompts (chat_template) without the others"
+        )
 
     def _ask_server(self, batch: dict[str, Any]) -> tuple[TopK, Tensor]:
         """(entries (B, C, K), mask (B, C)) of the rows that predict the response."""
