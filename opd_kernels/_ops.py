@@ -71,8 +71,8 @@ gather_dot_weight = torch.ops.opd_kernels.gather_dot_weight.default
 def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    _check_rows(logits, mask=mask)
-    _check_device(logits.device, banned=banned)
+    _check_rows(mask, "mask", logits)
+    _check_device(banned, "banned", logits)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
     return module.select(logits, k, limit, banned, mask)
 
@@ -99,13 +99,12 @@ def _divergence(
     row_teacher_temperature: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rows(
-        student,
-        mask=mask,
-        row_temperature=row_temperature,
-        row_teacher_temperature=row_teacher_temperature,
-    )
-    _check_device(student.device, teacher=teacher, teacher_ids=teacher_ids, banned=banned)
+    _check_rows(mask, "mask", student)
+    _check_rows(row_temperature, "row_temperature", student)
+    _check_rows(row_teacher_temperature, "row_teacher_temperature", student)
+    _check_device(teacher, "teacher", student)
+    _check_device(teacher_ids, "teacher_ids", student)
+    _check_device(banned, "banned", student)
     vocab = limit if teacher_ids is None else 0
     module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
     return module.divergence(
@@ -148,7 +147,7 @@ def _scatter_inplace(
 ) -> None:
     _refuse_lost_graph("topk_rkl")
     module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
-    _check_device(ids.device, out=out)
+    _check_device(out, "out", ids)
     module.scatter_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 
@@ -157,27 +156,25 @@ def _scatter_add(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
 ) -> None:
     module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
-    _check_device(ids.device, out=out)
+    _check_device(out, "out", ids)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 
 
-def _check_rows(logits: Tensor, **per_row: Tensor | None) -> None:
-    """Raises unless what is there has an element for each row, on the logits' device.
+def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
+    """Raises unless it has an element for each row, on the logits' device.
 
     Kernels take addresses: what does not fit would be read beyond its end.
     """
-    for name, tensor in per_row.items():
-        if tensor is not None:
-            check_row_shape(tensor, logits.shape[:-1], name)
-    _check_device(logits.device, **per_row)
+    if tensor is not None:
+        check_row_shape(tensor, logits.shape[:-1], name)
+        check_same_device(tensor, logits.device, name)
 
 
-def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raises unless what is there lies on the device."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_same_device(tensor, device, name, "the other tensors are")
+def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
+    """Raises unless it lies where another tensor lies."""
+    if tensor is not None and tensor.device != other.device:
+        check_same_device(tensor, other.device, name, "the other tensors are")
 
 
 def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
@@ -186,7 +183,8 @@ def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     check_entries_dtype(entry_grad, "entry_grad")
     check_same_entries(ids, entry_grad)
     check_row_shape(upstream, ids.shape[:-1], "upstream", "the entries'")
-    _check_device(ids.device, entry_grad=entry_grad, upstream=upstream)
+    _check_device(entry_grad, "entry_grad", ids)
+    _check_device(upstream, "upstream", ids)
 
 
 def _refuse_lost_graph(function: str) -> None:
