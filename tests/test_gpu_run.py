@@ -322,6 +322,26 @@ def test_modules_are_used_only_as_long_as_their_sources_are_the_same(
     assert package.commit() == "abc"
 
 
+def test_a_cache_that_was_brought_along_is_small_and_found_where_it_lies(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.package, "CACHE", tmp_path)
+    kernel = tmp_path / "KEY"
+    kernel.mkdir()
+    names = ["k.cubin", "k.json", "k.ttir", "k.ptx"]
+    for name in names:
+        (kernel / name).touch()
+    group = kernel / "__grp__k.json"
+    paths = {name: f"/elsewhere/KEY/{name}" for name in names}
+    group.write_text(json.dumps({"child_paths": paths}))
+    gpu.package.prune_cache()
+    gpu.package.settle_cache()
+    assert sorted(path.name for path in kernel.iterdir()) == [group.name, "k.cubin", "k.json"]
+    assert json.loads(group.read_text()) == {
+        "child_paths": {name: str(kernel / name) for name in ("k.cubin", "k.json")}
+    }
+
+
 def test_what_does_not_serve_the_device_is_told(gpu: SimpleNamespace) -> None:
     assert gpu.package.served("cpu").startswith("cuda does not serve cpu: ")
 

@@ -154,8 +154,25 @@ def architecture() -> str:
     return f"{major}{minor}" + "a" * ((major, minor) == (9, 0))
 
 
+def prune_cache() -> None:
+    """Keeps of each of Triton's kernels what it loads: machine code and how to launch it."""
+    for path in CACHE.glob("*/*"):
+        if path.suffix not in (".cubin", ".json", ".so"):
+            path.unlink()
+
+
+def settle_cache() -> None:
+    """Puts right the paths in a cache that was brought along: they are the other machine's."""
+    for group in CACHE.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        here = {name: str(group.parent / name) for name in names}
+        there = {name: path for name, path in here.items() if Path(path).exists()}
+        group.write_text(json.dumps({"child_paths": there}))
+
+
 def main(device: str) -> int:
     """Makes the modules ready; the step "package"."""
+    settle_cache()
     if device == "cpu":
         from gpu import dry
 
@@ -180,6 +197,7 @@ def build_ahead(architecture: str) -> None:
     from gpu import warm
 
     warm.ahead(int(re.sub(r"\D", "", architecture)))
+    prune_cache()
     needed = {
         tuple(map(int, version.split(b".")))
         for path in [*modules().values(), VARIANTS]
