@@ -17,6 +17,22 @@ REDUCTIONS = ("none", "sum", "mean")
 # Temperatures that float32 arithmetic can divide by.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
+# What to do about a DTensor, by what it holds.
+DTENSOR_ROWS = (
+    "expected a plain tensor; pass .to_local() if each rank holds whole rows, the same rows of "
+    "every argument, and .full_tensor() if it holds parts of rows"
+)
+DTENSOR_WHOLE = "expected a plain tensor; pass .full_tensor()"
+DTENSOR_BUFFER = (
+    "expected a plain tensor; pass .to_local(), which shares its memory, if each rank holds whole "
+    "rows; if it holds parts of rows, add to .full_tensor(), a copy, and use what is returned"
+)
+DTENSOR_PARAMETER = (
+    "of which this rank holds a part; under FSDP2 compute the loss in the forward of the module "
+    "that fully_shard wraps, where its parameters are whole (docs/recipes.md, 'Sharded "
+    "parameters'). Pass .full_tensor() of a frozen one only: a trained one's gradient would lack "
+    "the other ranks' share"
+)
 
 
 def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
@@ -25,6 +41,7 @@ def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
         raise TypeError(
             f"{name} is a {type(logits).__name__}, expected a tensor of {what} (..., V)"
         )
+    check_local(logits, name)
     check_dense(logits, name)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
@@ -47,6 +64,7 @@ def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
 
 def check_buffer(grad: object) -> Tensor:
     """A tensor of gradients that may be added to: outside any graph, no two elements share it."""
+    check_local(grad, "grad", DTENSOR_BUFFER)
     grad = check_logits(grad, "grad", "gradients")
     check_constant(grad, "grad")
     # A compiler cannot order strides that it only knows by name, and refuses overlaps by itself.
@@ -72,6 +90,7 @@ def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
         raise TypeError(
             f"{name} is a {type(entries).__name__}, expected a tensor (..., K); {source}"
         )
+    check_local(entries, name)
     check_dense(entries, name)
     check_entries_dtype(entries, name)
     if entries.ndim == 0 or entries.shape[:-1] != grad.shape[:-1] or entries.shape[-1] == 0:
@@ -110,6 +129,7 @@ def check_upstream(upstream: object, grad: Tensor) -> Tensor:
             f"upstream is a {type(upstream).__name__}, expected a tensor with one per row, or None "
             "for ones"
         )
+    check_local(upstream, "upstream")
     if not upstream.dtype.is_floating_point:
         raise TypeError(
             f"upstream has dtype {upstream.dtype}, allowed are floating dtypes; convert it with "
@@ -155,20 +175,16 @@ def autocasts(device_type: str) -> bool:
         return False
 
 
-def check_local(tensor: Tensor, name: str) -> None:
-    """A tensor whose elements are all here."""
+def check_local(tensor: object, name: str, remedy: str = DTENSOR_ROWS) -> None:
+    """No DTensor: kernels read the memory of this rank only."""
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
-        raise ValueError(
-            f"{name} is a DTensor, of which this rank holds a part; under FSDP2 compute the loss "
-            "in the forward of the module that fully_shard wraps, where its parameters are whole "
-            "(docs/recipes.md, 'Sharded parameters'). Pass .full_tensor() of a frozen one only: a "
-            "trained one's gradient would lack the other ranks' share"
-        )
+        raise ValueError(f"{name} is a DTensor, {remedy}")
 
 
 def check_head(hidden: object, weight: object, bias: object, prefix: str) -> None:
     """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them."""
+    check_local(hidden, f"{prefix}hidden")
     hidden = _check_part(hidden, f"{prefix}hidden", "hidden states (..., H)")
     weight = _check_part(weight, f"{prefix}weight", "a head's weight (V, H)")
     if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -202,7 +218,7 @@ def _check_part(tensor: object, name: str, what: str) -> Tensor:
     """A dense tensor of a dtype that kernels read, all of it here."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected {what}")
-    check_local(tensor, name)
+    check_local(tensor, name, DTENSOR_PARAMETER)
     check_dense(tensor, name)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
@@ -269,6 +285,7 @@ def check_vocab_size(vocab_size: int | None) -> None:
 
 def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:
     """A bool or integer mask with one flag per row."""
+    check_local(mask, "mask")
     check_flags(mask, "mask", "pass per-row factors as weight, or compare: mask != 0")
     check_row_shape(mask, rows, "mask")
     check_same_device(mask, device, "mask")
@@ -358,6 +375,7 @@ def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None
     """A floating factor per row."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor with one per row")
+    check_local(weight, "weight")
     if not weight.dtype.is_floating_point:
         raise TypeError(
             f"weight has dtype {weight.dtype}, allowed are floating dtypes; pass bool and integer "
@@ -382,6 +400,7 @@ def check_temperature_tensor(
     temperature: Tensor, rows: torch.Size, device: torch.device, name: str
 ) -> None:
     """A constant temperature per row. Its values are not read: that would synchronise."""
+    check_local(temperature, name)
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {temperature.dtype}, expected a floating dtype")
     check_dense(temperature, name)
@@ -466,6 +485,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def as_banned_ids(banned_ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """A 1-D tensor of ids on the device."""
+    check_local(banned_ids, "banned_ids", DTENSOR_WHOLE)
     return as_ids(banned_ids, device, "banned_ids", "the logits are")
 
 

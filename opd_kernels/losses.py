@@ -127,7 +127,8 @@ def topk_rkl(
     The loss is never clamped: rounding may make it about -1e-7.
 
     Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
-    allowed. k = 1 warns: one renormalised entry has loss and gradient 0.
+    allowed, ``ValueError`` for DTensors. k = 1 warns: one renormalised entry has loss and gradient
+    0.
 
     Example::
 

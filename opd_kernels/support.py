@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _payload
-from opd_kernels._checks import ID_DTYPES, check_dense, check_int
+from opd_kernels._checks import ID_DTYPES, check_dense, check_int, check_local
 
 __all__ = ["TopK"]
 
@@ -265,6 +265,7 @@ def _check_tensor(tensor: object, name: str) -> None:
             f"TopK {name} is a {type(tensor).__name__}, expected a tensor; lists go to "
             "TopK.from_logprobs"
         )
+    check_local(tensor, f"TopK {name}")
     check_dense(tensor, f"TopK {name}")
 
 

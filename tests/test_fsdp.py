@@ -29,9 +29,9 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from opd_kernels import LinearLogits, TopK, linear_topk_rkl, select_topk
+from opd_kernels import LinearLogits, TopK, linear_topk_rkl, select_topk, topk_rkl
 
 WORLD, STEPS = 2, 4
 TIMEOUT = 120  # seconds: five are usual
@@ -263,6 +263,33 @@ def outside(rank: Rank) -> dict[str, str]:
     return messages
 
 
+def plain(rank: Rank) -> dict[str, float]:
+    """Distances to one process of what the message about DTensors says to pass, and does not."""
+    torch.manual_seed(2)
+    teacher = rank.teacher("logits", rank.all)
+    student = torch.randn_like(teacher).requires_grad_()
+    expected = topk_rkl(student, teacher, mask=rank.mask, reduction="sum")
+    expected.backward()
+
+    def off(dim: int, way: str) -> float:
+        sharded = distribute_tensor(student.detach(), rank.mesh, [Shard(dim)]).requires_grad_()
+        teachers = distribute_tensor(teacher, rank.mesh, [Shard(dim)])
+        logits, teacher_logits = (getattr(each, way)() for each in (sharded, teachers))
+        local = way == "to_local"
+        mask = rank.mask[rank.rows] if local and dim == 0 else rank.mask
+        loss = topk_rkl(logits, teacher_logits, mask=mask, reduction="sum")
+        loss.backward()
+        total = summed(loss) if local else loss.detach()
+        return max(distance(total, expected), distance(sharded.grad, student.grad))
+
+    return {
+        "rows, to_local": off(0, "to_local"),
+        "rows, full_tensor": off(0, "full_tensor"),
+        "vocabulary, full_tensor": off(2, "full_tensor"),
+        "vocabulary, to_local": off(2, "to_local"),
+    }
+
+
 MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
     "untied": train,
     "tied": lambda rank: train(rank, tied=True),
@@ -275,6 +302,7 @@ MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
     "mixed precision": mixed_precision,
     "full_tensor": whole_weight,
     "outside": outside,
+    "plain": plain,
 }
 
 
@@ -357,6 +385,16 @@ def test_a_weight_that_is_not_whole_is_refused(found: list[dict[str, Any]], wher
         assert "Sharded parameters" in message
         assert "full_tensor() of a frozen one" in message
     assert "## Sharded parameters" in RECIPES.read_text(encoding="utf-8")
+
+
+def test_what_the_message_about_dtensors_says_to_pass_is_right(
+    found: list[dict[str, Any]],
+) -> None:
+    for rank in found:
+        off = dict(rank["plain"])
+        assert off.pop("vocabulary, to_local") > 0.2
+        assert set(off) == {"rows, to_local", "rows, full_tensor", "vocabulary, full_tensor"}
+        assert max(off.values()) <= ROUNDINGS * EPSILON
 
 
 if __name__ == "__main__":
