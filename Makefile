@@ -58,10 +58,10 @@ $(AOT): test-aot-%: $(VENV)/.test
 	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/test_aot.py
 
 # On a machine with a GPU, in the environment that is there: needs torch, triton, pytest, hypothesis,
-# pybind11 and ninja, and no network. Part 1 takes six minutes, part 2 four; benchmarks/gpu says more.
+# pybind11 and ninja, and no network. Part 1 takes six minutes, part 2 four; `make gpu ARGS=--help`.
 PART := 1
 gpu:
-	$(PYTHON) benchmarks/gpu --part $(PART) $(if $(SECONDS),--seconds $(SECONDS))
+	$(PYTHON) benchmarks/gpu --part $(PART) $(ARGS)
 
 # The suite on the software of the GPU machines, without a GPU: Python 3.12, torch 2.11 for CUDA 13,
 # no packages for trainers. Not in `make test`: 2.6 GB to download and half an hour on two cores.

@@ -161,12 +161,45 @@ def test_later_steps_are_dropped_for_lack_of_time(
     assert results["long"].reason.startswith("takes about 100 s")
 
 
+def test_a_backend_that_hangs_is_not_measured_and_one_that_is_wrong_is(
+    gpu: SimpleNamespace, tmp_path: Path, step: Callable[..., Any]
+) -> None:
+    runner = gpu.runner.Runner(gpu.runner.Setting("cuda", tmp_path, 3, None), 60)
+    steps = (
+        step("hangs", "import time; time.sleep(60)", proves="triton", limit=2, beside=True),
+        step("wrong", "raise AssertionError('off by 1')", proves="cuda", beside=True),
+        step("right", "print('1 passed in 0.1s')", proves="cuda", beside=True),
+    )
+    runner.run(steps, lambda outcome: None)
+    assert runner.without == {"triton"}
+    measure = importlib.import_module("gpu.measure")
+    result = gpu.report.Result(None, {})
+    bench = measure.Bench(torch.device("cpu"), measure.DRY, result, runner.without)
+    assert bench.names == ["cuda"]
+    assert measure.STEPS["triton_variants"](bench) == []
+    assert len(measure.STEPS["cuda_variants"](bench)) == 1
+
+
+def test_a_step_ends_with_the_run_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, time; sys.path.insert(0, 'benchmarks')\n"
+        "from gpu.runner import Process\n"
+        f"process = Process(['sleep', '60'], {{}}, pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "import os; print(os.getsid(0) == os.getsid(process.popen.pid))\n"
+        "print(os.getpgid(process.popen.pid) == process.popen.pid); process.stop()"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = ["True", "True"] if sys.version_info >= (3, 11) else ["False", "True"]
+    assert done.stdout.split() == expected
+
+
 def test_nothing_runs_without_the_package(
     run: Callable[..., Any], step: Callable[..., Any]
 ) -> None:
     results = run(step("package", "raise SystemExit('no compiler')", fatal=True), step("next", ""))
     assert results["package"].reason == "exit status 1: no compiler"
-    assert (results["next"].state, results["next"].reason) == ("dropped", "package failed")
+    assert (results["next"].state, results["next"].reason) == ("dropped", "package: FAILED")
 
 
 def test_rows_with_errors_fail_a_step_and_what_is_missing_does_not(gpu: SimpleNamespace) -> None:
@@ -254,7 +287,14 @@ MORE_TIME = {"naive eager", "more shapes", "linear, everything", "memcheck: trit
 
 def test_the_order_is_that_of_what_a_step_is_worth(gpu: SimpleNamespace) -> None:
     order = [step.name for step in gpu.steps.PARTS[1]]
-    first = ["package", "runs: cuda, K=16", "headline", "few rows", "variants: cuda", "linear"]
+    first = [
+        "package",
+        "runs: cuda, K=16, few rows",
+        "headline",
+        "few rows",
+        "variants: cuda",
+        "linear",
+    ]
     first += ["profile", "tests: test_gpu, cuda"]
     assert sorted(first, key=order.index) == first
     order = [step.name for step in gpu.steps.PARTS[2]]
@@ -313,12 +353,15 @@ def test_modules_are_used_only_as_long_as_their_sources_are_the_same(
     assert "none were brought along" in package.refusal("cuda")
     package.STAMP.write_text(json.dumps({"sources": "other"}))
     assert "have changed" in package.refusal("cuda")
-    package.STAMP.write_text(json.dumps({"sources": package.sources(), "commit": "abc"}))
+    package.STAMP.write_text(json.dumps({"sources": package.sources()}))
     assert "a.so is missing" in package.refusal("cuda")
     (tmp_path / "a.so").touch()
     package.VARIANTS.touch()
     assert package.refusal("cuda") == "cuda refused"
     monkeypatch.setenv("PATH", "")  # where there is no git
+    monkeypatch.setattr(package, "COMMIT", tmp_path / "commit")
+    assert package.commit() == "unknown"
+    package.COMMIT.write_text("abc\n")
     assert package.commit() == "abc"
 
 
@@ -495,6 +538,23 @@ def test_every_time_of_a_dry_run_is_beside_a_check_and_a_yardstick(
             assert row["bytes"] == nbytes
             assert row["gb_s"] == pytest.approx(nbytes / row["ms"] / 1e6)
             assert row["percent_of_read"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "no such step"), "no step of part 1 has 'no such step' in its name"),
+        (("--seconds", "-3"), "--seconds is -3, allowed are numbers above 0"),
+        (("--part", "3"), "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = dry(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -55,7 +55,7 @@ def run_part(options: argparse.Namespace) -> int:
             f"hypothesis, pybind11 and ninja: {reason}"
         )
         return 2
-    seconds = options.seconds or SECONDS[options.part]
+    seconds = SECONDS[options.part] if options.seconds is None else options.seconds
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     work = ROOT / "build" / "gpu-logs" / f"{options.device}-{options.part}"
     shutil.rmtree(work, ignore_errors=True)
@@ -91,8 +91,12 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--package", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--correct", metavar="BACKEND,K", help=argparse.SUPPRESS)
+    parser.add_argument("--correct", metavar="PIECE,BACKEND,K", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds is {options.seconds:g}, allowed are numbers above 0")
+    if not any(options.only in step.name for step in PARTS[options.part]):
+        parser.error(f"no step of part {options.part} has {options.only!r} in its name")
     if options.modules:
         from gpu import package
 
@@ -113,8 +117,8 @@ def main() -> int:
     if options.correct:
         from gpu import correct
 
-        backend, k = options.correct.split(",")
-        return correct.main(backend, int(k), options.device)
+        piece, backend, k = options.correct.split(",")
+        return correct.main(piece, backend, int(k), options.device)
     return run_part(options)
 
 

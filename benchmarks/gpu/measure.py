@@ -161,15 +161,18 @@ class Task(NamedTuple):
 class Bench:
     """Measures at points of a plan and records rows."""
 
-    def __init__(self, device: torch.device, plan: Plan, result: Result) -> None:  # noqa: D107
+    def __init__(  # noqa: D107
+        self, device: torch.device, plan: Plan, result: Result, without: Iterable[str] = ()
+    ) -> None:
         self.device, self.plan, self.result = device, plan, result
+        self.names = [name for name in GPU_BACKENDS if name not in set(without)]
         self.clock = Clock(device, plan.warmups, plan.rounds)
         self.main = Point(plan.rows, plan.vocab, plan.ks[0])
 
     def backends(self, point: Point) -> list[str]:
-        """GPU backends that serve a point."""
+        """GPU backends that serve a point, but for those that are left out."""
         what = self.device, (point.torch_dtype,), point.k
-        return [name for name in GPU_BACKENDS if backends.load(name).refusal(*what) is None]
+        return [name for name in self.names if backends.load(name).refusal(*what) is None]
 
     def inputs(self, point: Point, tensors: int = 5) -> tuple[Tensor, Tensor]:
         """(student, teacher), if as many tensors of their size fit in memory."""
@@ -381,10 +384,14 @@ class Bench:
             for name, variant in variants.VARIANTS.items():
                 if name != "product" and variant.part != part:
                     continue
-                found = call(name)
-                if variant.complete and not all(map(torch.equal, found, expected)):
-                    raise AssertionError(f"{name} gives other results than the product")
-                runs[name] = lambda name=name, call=call: functools.partial(call, name)
+                found, reason = self.clock.attempt(functools.partial(call, name))
+                if found and variant.complete and not all(map(torch.equal, found, expected)):
+                    reason = "its results are not the product's"
+                if reason is None:
+                    runs[name] = lambda name=name, call=call: functools.partial(call, name)
+                else:
+                    row = {"backend": "cuda", "error": reason}
+                    self.result.add(f"variants, cuda {part}", self.main, name, **row)
             self.compared(f"variants, cuda {part}", "cuda", runs, variants.VARIANTS)
 
     def built_variants(self) -> tuple[Any, ...]:
@@ -499,16 +506,22 @@ def host(bench: Bench) -> list[Task]:
 
 
 def cuda_variants(bench: Bench) -> list[Task]:
-    return [Task("variants", bench.main, "variants of the CUDA kernels", bench.cuda_variants)]
+    return of_backend(bench, "cuda", bench.main, bench.cuda_variants)
 
 
 def triton_variants(bench: Bench) -> list[Task]:
-    return [Task("variants", bench.main, "variants of Triton's", bench.triton_variants)]
+    return of_backend(bench, "triton", bench.main, bench.triton_variants)
 
 
 def linear_variants(bench: Bench) -> list[Task]:
-    point = bench.plan.linear.points()[0]
-    return [Task("variants", point, "variants of the linear form", bench.linear_variants)]
+    return of_backend(bench, "triton", bench.plan.linear.points()[0], bench.linear_variants)
+
+
+def of_backend(
+    bench: Bench, backend: str, point: Point | HeadPoint, run: Callable[[], object]
+) -> list[Task]:
+    """The variants of a backend, unless it is left out."""
+    return [Task("variants", point, "variants", run)] if backend in bench.names else []
 
 
 def linear_headline(bench: Bench) -> list[Task]:
@@ -520,7 +533,7 @@ def linear_everything(bench: Bench) -> list[Task]:
 
 
 def linear_tasks(bench: Bench, wanted: Callable[[linear.Step], bool]) -> list[Task]:
-    served = LinearBench(bench.device, bench.plan.linear, bench.result, list(GPU_BACKENDS))
+    served = LinearBench(bench.device, bench.plan.linear, bench.result, bench.names)
     return [
         Task("linear", step.point, f"linear, {step.label}", step.run)
         for step in served.steps()
@@ -608,11 +621,13 @@ STEPS: dict[str, Callable[[Bench], list[Task]]] = {
 }
 
 
-def run(step: str, device: torch.device, result: Result, seconds: float) -> None:
+def run(
+    step: str, device: torch.device, result: Result, seconds: float, without: Iterable[str] = ()
+) -> None:
     """Runs a step's tasks until its time is over; the record is up to date after each."""
     begin = time.monotonic()
     torch.manual_seed(0)
-    bench = Bench(device, FULL if device.type == "cuda" else DRY, result)
+    bench = Bench(device, FULL if device.type == "cuda" else DRY, result, without)
     for task in STEPS[step](bench):
         spent = time.monotonic() - begin
         if spent > 0.8 * seconds:

@@ -32,6 +32,7 @@ FOLDER = ROOT / "build" / "gpu-modules"
 OBJECTS = ROOT / "build" / "gpu-objects"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 STAMP = FOLDER / f"modules{SUFFIX}.json"
+COMMIT = FOLDER / "commit"
 CACHE = FOLDER / "triton"
 VARIANTS = FOLDER / f"_cuda_variants{SUFFIX}"
 # Not imported in this process: a module that is replaced on disk is not loaded twice.
@@ -79,13 +80,15 @@ def stamp() -> dict[str, Any]:
 def build(architecture: str) -> None:
     """Builds all modules, side by side, for the Python that runs this and one architecture."""
     begin = time.monotonic()
-    STAMP.unlink(missing_ok=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    COMMIT.write_text(commit() + "\n")
     with (
         mock.patch.dict(os.environ, {"OPD_KERNELS_CUDA_ARCHS": architecture}),
         ThreadPoolExecutor() as pool,
     ):
-        build_commands()  # once, before threads ask for it
+        commands = build_commands()  # once, before threads ask for it
+        commands["architectures"](commands["find_nvcc"]())  # raises what cannot be built
+        STAMP.unlink(missing_ok=True)
         built = {path: pool.submit(built_module, name) for name, path in modules().items()}
         built[VARIANTS] = pool.submit(variants.build, OBJECTS / f"variants{SUFFIX}", architecture)
         for path, made in built.items():
@@ -93,7 +96,7 @@ def build(architecture: str) -> None:
             # A new file: a process may be running the old one.
             path.unlink(missing_ok=True)
             shutil.copy2(made.result(), path)
-    content = {"sources": sources(), "architecture": architecture, "commit": commit()}
+    content = {"sources": sources(), "architecture": architecture}
     STAMP.write_text(json.dumps(content) + "\n")
     print(f"built for sm_{architecture} in {time.monotonic() - begin:.0f} s")
 
@@ -110,7 +113,7 @@ def built_module(name: str) -> Path:
 
 
 def commit() -> str:
-    """Of the checkout; where there is no git, the one that the modules were built at."""
+    """Of the checkout; where there is no git, what stood there when modules were last built."""
     try:
         said = [
             subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -120,7 +123,7 @@ def commit() -> str:
             )
         ]
     except (OSError, subprocess.CalledProcessError):
-        return str(stamp().get("commit", "unknown"))
+        return COMMIT.read_text().strip() if COMMIT.exists() else "unknown"
     return said[0].strip() + "-dirty" * bool(said[1].strip())
 
 

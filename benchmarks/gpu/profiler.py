@@ -12,6 +12,7 @@ import csv
 import glob
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import torch
 
+from gpu.runner import OWN_GROUP
 from opd_kernels import topk_rkl
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PATHS = [str(BENCHMARKS), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
 FINDS_US = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
-SECONDS = 60
+SECONDS = 30
 # Ours and Nsight Compute's names. Shared memory is what the kernel asks for.
 METRICS = {
     "ns": ("gpu__time_duration.sum",),
@@ -64,17 +66,24 @@ def profile(backend: str, *arguments: str) -> tuple[list[Kernel], str]:
         options += ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
         options += ["--log-file", str(log), "--metrics", metrics]
         command = [ncu, *options, sys.executable, "-m", "gpu.profiler", backend, *arguments]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | FINDS_US
-            )
-        except subprocess.TimeoutExpired:
-            return [], f"ncu took longer than {SECONDS} s"
+        # A file, not a pipe, which the profiled process would hold open after ncu was stopped.
+        printed = Path(folder) / "printed"
+        with printed.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | FINDS_US,
+                **OWN_GROUP,
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return [], f"ncu took longer than {SECONDS} s"
         said = log.read_text(errors="replace") if log.exists() else ""
+        output = printed.read_text(errors="replace")
     kernels = parsed(said)
     if kernels:
         return kernels, ""
-    return [], reason(f"{done.stdout}\n{done.stderr}\n{said}") or f"exit status {done.returncode}"
+    return [], reason(f"{output}\n{said}") or f"exit status {code}"
 
 
 def parsed(log: str) -> list[Kernel]:

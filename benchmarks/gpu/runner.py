@@ -26,6 +26,10 @@ from gpu.steps import SANITIZER_EXIT, Step, estimate, groups
 PASSED, FAILED, UNABLE, DROPPED = "passed", "FAILED", "not available", "dropped"
 # What pytest and the fuzzer say at their end.
 SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+, )*\d+ [a-z]+) in [\d.]+s|^(\d+ cases), ", re.MULTILINE)
+# Not a session of its own, which would go on where a lease ends and the runner is killed.
+OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+)
 # What compute-sanitizer says where it cannot run.
 REFUSED = ("Device not supported", "Unable to find a suitable", "Failed to initialize")
 
@@ -77,6 +81,11 @@ class Outcome:
     seconds: float = 0.0
     record: dict[str, Any] | None = None
 
+    @property
+    def harmful(self) -> bool:
+        """Whether what ran would spoil others' time: a wrong result does not."""
+        return self.reason.startswith("stopped") or "AssertionError" not in self.reason
+
     def content(self) -> dict[str, Any]:
         """For the result file."""
         return {
@@ -90,7 +99,7 @@ class Outcome:
 
 
 class Process:
-    """A program with all its descendants in a session of their own."""
+    """A program with all its descendants in a process group of their own."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         """Starts it; what it prints goes to the log."""
@@ -98,14 +107,15 @@ class Process:
         with log.open("w") as file:
             self.popen = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True, text=True,
+                stderr=subprocess.STDOUT, text=True, **OWN_GROUP,
             )  # fmt: skip
 
     def stop(self) -> None:
         """Ends all of it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: leave it there
+            self.popen.wait(timeout=10)
         if self.popen.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.popen.stdin.close()
@@ -120,10 +130,15 @@ class Worker(Process):
         log = setting.work / f"worker-{number}.log"
         super().__init__(command, setting.environment(), log)
 
-    def begin(self, step: Step, record: Path, log: Path, seconds: float) -> None:
-        """Tells it; its log becomes the step's."""
+    def begin(self, step: Step, record: Path, log: Path, seconds: float, without: set[str]) -> None:
+        """Tells it, and which backends to leave out; its log becomes the step's."""
         self.log = self.log.replace(log)
-        request = {"measure": step.measure, "record": str(record), "seconds": seconds}
+        request = {
+            "measure": step.measure,
+            "record": str(record),
+            "seconds": seconds,
+            "without": sorted(without),
+        }
         assert self.popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died, which its exit status tells
             self.popen.stdin.write(json.dumps(request) + "\n")
@@ -166,8 +181,9 @@ class Job:
         if code is None:
             return f"stopped after {spent:.0f} s"
         if code:
-            last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-            return f"exit status {code}: {last.strip()[:150]}"
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            failed = [line for line in lines if line.startswith("FAILED ")]
+            return f"exit status {code}: {(failed or lines[-1:] or [''])[0][:150]}"
         if self.step.counts and not re.search(r"[1-9]\d* (passed|cases)", summary):
             return "nothing ran"
         errors = [row["error"] for row in (record or {}).get("rows", ()) if "error" in row]
@@ -191,6 +207,7 @@ class Runner:
         self.end = self.begin + seconds
         self.number = 0
         self.worker: Worker | None = None
+        self.without: set[str] = set()  # backends that hang or lose the GPU
         setting.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, steps: Sequence[Step], keep: Callable[[Outcome], None]) -> None:
@@ -202,8 +219,10 @@ class Runner:
                     self.worker = self.spare()
                 for outcome in self.run_group(group, broken):
                     keep(outcome)
-                    if outcome.step.fatal and outcome.state == FAILED:
-                        broken = f"{outcome.step.name} failed"
+                    if outcome.step.fatal and outcome.state != PASSED:
+                        broken = f"{outcome.step.name}: {outcome.state}"
+                    if outcome.step.proves and outcome.state == FAILED and outcome.harmful:
+                        self.without.add(outcome.step.proves)
         finally:
             if self.worker is not None:
                 self.worker.stop()
@@ -262,7 +281,7 @@ class Runner:
             return Job(step, process, record, limit)
         worker = self.worker or self.spare()
         self.worker = self.spare()
-        worker.begin(step, record, log, limit)
+        worker.begin(step, record, log, limit, self.without)
         return Job(step, worker, record, limit)
 
 

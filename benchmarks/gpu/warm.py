@@ -20,6 +20,7 @@ import torch
 from calls import Point
 
 from gpu import measure
+from gpu.steps import PIECES, WIDTHS
 from opd_kernels.backends import triton
 
 MANY_ROWS = 512  # more are launched with the same kernels
@@ -42,6 +43,13 @@ def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
     plain = (None, None, 1.0, 1.0)
     yield lambda: triton.scatter_(logits, values, ids, upstream)
     yield lambda: triton.select(logits, point.k, point.vocab, None, None)
+    # Unusual rows: some masked, some ids banned.
+    mask = torch.ones(shape[0], dtype=torch.bool, device=device)
+    banned = torch.zeros(-(-point.vocab // 64) * 8, dtype=torch.uint8, device=device)
+    for some in ((None, mask), (banned, None)):
+        yield lambda some=some: triton.divergence(
+            logits, logits, None, point.k, point.vocab, *some, 1.0, 1.0
+        )
     yield lambda: triton.divergence(logits, values, ids, point.k, point.vocab, *plain)
     for settings, _ in measure.TRITON_VARIANTS.values():
         with measure.configured(settings):
@@ -97,6 +105,24 @@ def compile_ahead(number: int, architecture: int) -> None:
         warm_up(number, "meta")
 
 
+def compile_cases(number: int, architecture: int) -> None:
+    """What the steps that run every kernel first launch, at one of their K."""
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+    import aot
+
+    from gpu import correct
+    from opd_kernels.testing import launched
+
+    with (
+        mock.patch.object(triton, "_multiprocessors", return_value=132),
+        mock.patch.object(triton, "refusal", return_value=None),
+        aot.compiling(architecture),
+    ):
+        for piece in PIECES:
+            for case in correct.cases(piece, "triton", WIDTHS[number], "cuda"):
+                launched(case, "triton")
+
+
 def main(device: str) -> int:
     """In as many processes as there are cores."""
     return side_by_side(warm_up, jobs(measure.DRY if device == "cpu" else measure.FULL), device)
@@ -104,6 +130,7 @@ def main(device: str) -> int:
 
 def ahead(architecture: int) -> int:
     """For the GPU that will be there."""
+    side_by_side(compile_cases, len(WIDTHS), architecture)
     return side_by_side(compile_ahead, jobs(measure.FULL), architecture)
 
 

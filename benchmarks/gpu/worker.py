@@ -23,5 +23,7 @@ def main(device: str) -> int:
     if line:
         request = json.loads(line)
         result = Result(Path(request["record"]), {})
-        measure.run(request["measure"], torch.device(device), result, request["seconds"])
+        measure.run(
+            request["measure"], torch.device(device), result, request["seconds"], request["without"]
+        )
     return 0

@@ -20,7 +20,7 @@ inline void check(cudaError_t error, const char* what) {
                            ", " + cudaGetErrorString(error));
 }
 
-// Until the object goes, what is launched goes to this device.
+// RAII guard: sets the current device and restores it on destruction.
 class OnDevice {
  public:
   explicit OnDevice(int index) {

@@ -254,10 +254,9 @@ struct KeyVector {
   }
 };
 
-// Of the keys in shared memory, whole vectors of them, tells emit(place, index) the k best in the
-// order they lie in, of equals the first, and returns how many there are: k, or those that can be
-// selected. `low` and `high` bound the k-th key; `low` comes back as one that no more keys than k
-// exceed.
+// Calls emit(place, index) for the k largest keys in shared memory, in storage order; ties go to the
+// lower index. Returns how many there are: k, or fewer where fewer can be selected. The keys are
+// whole vectors. `low` and `high` bound the k-th key; at the end at most k keys exceed `low`.
 template <class Bits, class Emit>
 __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, int& low, int high,
                            const Emit& emit) {
@@ -441,7 +440,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
                                  [&](int place, int group) { shared.list[place] = group; });
   __syncthreads();  // the list is there, and the group keys are done with
 
-  // What k groups reach k elements do: `low` is a lower bound for them, too.
+  // k groups reach `low`, so at least k elements do: it is a lower bound for them, too.
   for_chunks(block, row, shared.list, listed, lane_bits, [&](int chunk, int, const Vector& vector) {
     const int reached = vector.reach(low);
     if (reached == 0) return;

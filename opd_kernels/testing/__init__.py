@@ -33,14 +33,7 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
     expected = oracle(inputs)
     if isinstance(inputs.teacher, Tensor):
         _check_selection(inputs, expected, backend)
-
-    leaves = _leaves(case, inputs)
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    loss = _call(case, inputs, backend)
-    upstream = inputs.upstream if case.reduction == "none" else None
-    grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
-
+    leaves, loss, grads = _results(case, inputs, backend)
     _check_close(loss, expected.loss, expected.loss_budget, f"loss of {case}")
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         wanted, budget = expected.grads[name]
@@ -53,6 +46,14 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
             assert bool((grad.cpu()[torch.from_numpy(budget == 0)] == 0).all()), f"{name}: not 0"
 
 
+def launched(case: Case, backend: str | None = None, device: torch.device | str = "cpu") -> None:
+    """Calls what ``check`` calls and looks at no result: whatever that compiles is compiled."""
+    inputs = make_inputs(case, device)
+    if isinstance(inputs.teacher, Tensor):
+        _select(inputs, backend)
+    _results(case, inputs, backend)
+
+
 def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool:
     """Whether a backend takes a case; one that does not raises."""
     module = backends.load(backend)
@@ -60,6 +61,29 @@ def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool
         return False
     dtypes = tuple(getattr(torch, name) for name in (case.student_dtype, case.teacher_dtype))
     return module.refusal(torch.device(device), dtypes, case.k, case.teacher_vocab) is None
+
+
+def _results(
+    case: Case, inputs: Inputs, backend: str | None
+) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
+    """(what gets a gradient, the loss, the gradients)."""
+    leaves = _leaves(case, inputs)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    loss = _call(case, inputs, backend)
+    upstream = inputs.upstream if case.reduction == "none" else None
+    return leaves, loss, torch.autograd.grad(loss, list(leaves.values()), upstream)
+
+
+def _select(inputs: Inputs, backend: str | None) -> TopK:
+    """The teacher's support."""
+    options = {name: inputs.options[name] for name in ("mask", "banned_ids", "vocab_size")}
+    assert isinstance(inputs.teacher, Tensor)
+    if inputs.student.shape[-1] < inputs.teacher.shape[-1]:
+        limits = [inputs.student.shape[-1], options["vocab_size"]]
+        options["vocab_size"] = min(limit for limit in limits if limit is not None)
+    teacher = inputs.teacher if inputs.teacher_head is None else inputs.teacher_head
+    return select_topk(teacher, inputs.k, backend=backend, **options)
 
 
 def _leaves(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -100,12 +124,7 @@ def _call(case: Case, inputs: Inputs, backend: str | None) -> Tensor:
 def _check_selection(inputs: Inputs, expected: Expected, backend: str | None) -> None:
     """Ids and values exactly those of a stable sort."""
     assert isinstance(inputs.teacher, Tensor)
-    options = {name: inputs.options[name] for name in ("mask", "banned_ids", "vocab_size")}
-    if inputs.student.shape[-1] < inputs.teacher.shape[-1]:
-        limits = [inputs.student.shape[-1], options["vocab_size"]]
-        options["vocab_size"] = min(limit for limit in limits if limit is not None)
-    teacher = inputs.teacher if inputs.teacher_head is None else inputs.teacher_head
-    topk = select_topk(teacher, inputs.k, backend=backend, **options)
+    topk = _select(inputs, backend)
     ids = topk.ids.cpu().numpy()
     assert np.array_equal(ids, expected.support), f"ids {ids}, expected {expected.support}"
     values = inputs.teacher.detach().cpu().to(topk.logits.dtype)
