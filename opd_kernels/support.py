@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import zip_longest
@@ -12,13 +13,26 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _payload
-from opd_kernels._checks import ID_DTYPES, check_dense, check_int
+from opd_kernels._checks import (
+    ID_DTYPES,
+    LOGIT_DTYPES,
+    check_dense,
+    check_int,
+    check_local,
+    check_number,
+)
 
 __all__ = ["TopK"]
 
 # Servers and trainers write "no entry" as -1e3, -1e4, -9999 or -inf; no log-prob of a token that a
 # model lists among its best is near that.
 SENTINEL = -1e3
+
+MAX_ID = 2**31 - 1
+# Entries that are put in order at a time on the CPU.
+PIECE = 1 << 15
+# An absent entry as _ordered sorts it: -inf and the id -1.
+_ABSENT = (0x7F800000 << 32) | 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,7 +45,11 @@ class TopK:
     only ``return_stats`` reads.
 
     An entry is absent where its id is -1, outside the vocabulary or banned, or its logit is -inf.
-    Duplicate ids count as entries of their own; their gradients add up.
+
+    Nothing is read here, so two things that servers and trainers write are taken at their word.
+    A sentinel is a logit as any other: with id 0 and -1e4 as a last entry a loss of 0.36 became
+    3263. Duplicate ids are entries of their own, whose gradients add up: a sampled token that is
+    listed twice made 0.366 into 0.396. ``from_tensors`` and ``from_logprobs`` take out both.
 
     It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows,
     ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over the tensors
@@ -211,18 +229,15 @@ class TopK:
         logsumexp 0 where a position has entries (log-probs are normalised) and NaN where not.
 
         Errors: ``TypeError`` for an element that is none of these, for ids that are not integers,
-        log-probs that are not real numbers, and a k that is not an int; ``ValueError`` for k < 1,
-        for ``ids`` and ``logprobs`` of different shapes, for ids beyond int32. The message names
-        the place in the payload.
+        log-probs that are not real numbers, and a k that is not an int; ``ValueError`` for k
+        outside [1, 2**31 - 1], for ``ids`` and ``logprobs`` of different shapes, for ids beyond
+        int32. The message names the place in the payload.
 
         Example::
 
             teacher = TopK.from_logprobs(response.prompt_logprobs, k=32)
         """
-        if k is not None:
-            check_int(k, "k")
-            if k < 1:
-                raise ValueError(f"k is {k}, allowed is 1 or more")
+        _check_width(k)
         if logprobs is None:
             raise TypeError(
                 "logprobs is None, expected a server's payload; did the request ask for it? "
@@ -233,9 +248,68 @@ class TopK:
         else:
             entries = _payload.from_arrays(ids, logprobs)
         best_ids, best = _canonical(*entries, k)
-        logsumexp = best.new_zeros(best.shape[:-1]).masked_fill(best_ids[..., 0] < 0, torch.nan)
-        topk = TopK(best_ids.to(torch.int32), best, logsumexp)
+        topk = TopK(best_ids, best, _normalised(best_ids, best))
         return topk if device is None else topk.to(device)
+
+    @staticmethod
+    @torch.no_grad()
+    def from_tensors(
+        logprobs: Tensor,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        sentinel: float = SENTINEL,
+        k: int | None = None,
+    ) -> TopK:
+        """Log-probs and ids that lie on a device as a ``TopK``, without synchronising.
+
+        With the entries (i, l) of a row that are there, each id i once with its largest l::
+
+            ids, logits = the k first of them by (l descending, i ascending)
+
+        An entry is not there where ``valid`` is False, where its log-prob is at or below
+        ``sentinel`` (compared in the log-probs' dtype) or -inf, and where its id is below 0 or
+        above 2**31 - 1. NaN stays, ahead of all others.
+
+        Shapes and dtypes: ``logprobs`` float16, bfloat16, float32 or float64 (..., K); ``ids``
+        int32 or int64, and ``valid`` bool or None, of the same shape and device (a row mask is
+        ``mask[..., None].expand_as(ids)``). All may be nested tensors of sequences (T_i, K), whose
+        rows are then one after another, (T_1 + T_2 + ..., K). ``k=None`` keeps the width K; below
+        it the k largest stay, above it absent entries follow.
+
+        Returns ids int32 (..., k), logits float32, and logsumexp 0 where a row has entries
+        (log-probs are normalised) and NaN where not; ``present`` says which rows have any.
+
+        Gradients: none. Memory: a few times the inputs while it works.
+
+        Errors: ``TypeError`` for other types and dtypes, a k that is no int, a sentinel that is no
+        number; ``ValueError`` for shapes or devices that do not match, k outside [1, 2**31 - 1], a
+        sentinel of NaN, nested tensors with gaps or of other lengths (lengths are compared on the
+        CPU only).
+
+        Example::
+
+            topk = TopK.from_tensors(batch["teacher_logprobs"], batch["teacher_ids"], k=32)
+            loss = topk_rkl(student_logits, topk, mask=response_mask & topk.present)
+        """
+        _check_width(k)
+        check_number(sentinel, "sentinel", "a number")
+        if sentinel != sentinel:
+            raise ValueError("sentinel is NaN, allowed are numbers and -inf (then all are entries)")
+        logprobs, ids, valid = _parallel(logprobs, ids, valid)
+        # A sentinel that the dtype does not hold was -inf when the log-probs were stored.
+        if sentinel < torch.finfo(logprobs.dtype).min:
+            sentinel = -torch.inf
+        width = max(ids.shape[-1], 1) if k is None else k
+        best_ids, best = _ordered(ids, logprobs, valid, sentinel, width)
+        return TopK(best_ids, best, _normalised(best_ids, best))
+
+    @property
+    def present(self) -> Tensor:
+        """Bool (...): the rows that have an entry, an id of 0 or above with a logit above -inf.
+
+        NaN counts. What is banned or outside the student's vocabulary is not known here.
+        """
+        return ((self.ids >= 0) & (self.logits != -torch.inf)).any(-1)
 
     def validate(self, vocab_size: int) -> TopK:
         """Raises ``ValueError`` for ids that are neither -1 nor in [0, vocab_size); returns self.
@@ -268,6 +342,73 @@ def _check_tensor(tensor: object, name: str) -> None:
     check_dense(tensor, f"TopK {name}")
 
 
+def _check_width(k: object) -> None:
+    """How many entries a row shall have, or None."""
+    if k is None:
+        return
+    check_int(k, "k")
+    if not 1 <= k <= MAX_ID:  # type: ignore[operator]
+        raise ValueError(f"k is {k}, allowed is 1 or more, to {MAX_ID}")
+
+
+def _parallel(logprobs: object, ids: object, valid: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Dense tensors of one shape (..., K); nested ones are flattened to their rows."""
+    given = {"logprobs": logprobs, "ids": ids} | ({} if valid is None else {"valid": valid})
+    allowed = {"logprobs": LOGIT_DTYPES, "ids": ID_DTYPES, "valid": (torch.bool,)}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, expected a tensor; lists and arrays go to "
+                "TopK.from_logprobs"
+            )
+        check_local(tensor, name)
+        if tensor.dtype not in allowed[name]:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[name])
+            raise TypeError(
+                f"{name} have dtype {tensor.dtype}, allowed: {names} (the order is logprobs, ids)"
+            )
+    tensors: dict[str, Tensor] = given  # type: ignore[assignment]
+    first = tensors["ids"]
+    if first.is_nested:
+        tensors = {name: _rows_of(tensor, first, name) for name, tensor in tensors.items()}
+        first = tensors["ids"]
+    for name, tensor in tensors.items():
+        check_dense(tensor, name)
+        if tensor.shape != first.shape or tensor.ndim == 0:
+            raise ValueError(
+                f"{name} have shape {tuple(tensor.shape)} and ids {tuple(first.shape)}; expected "
+                "one per entry, (..., K)"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} are on {tensor.device}, ids on {first.device}; move one")
+    return tensors["logprobs"].detach(), tensors["ids"], tensors.get("valid")
+
+
+def _rows_of(tensor: Any, other: Any, name: str) -> Tensor:
+    """The rows (T_1 + T_2 + ..., K) of a nested tensor, of as many sequences as another."""
+    if not tensor.is_nested or tensor.layout != other.layout:
+        raise ValueError(f"{name} and ids must both be nested tensors, of one layout")
+    if tensor.ndim != 3 or tensor.size(0) != other.size(0):
+        raise ValueError(
+            f"{name} is a nested tensor of {tensor.size(0)} sequences with {tensor.ndim} "
+            f"dimensions, ids of {other.size(0)}; expected sequences (T, K), as many of each"
+        )
+    if tensor.layout != torch.jagged:
+        parts, others = tensor.unbind(), other.unbind()
+        if [part.shape for part in parts] != [part.shape for part in others]:
+            raise ValueError(f"{name} and ids are nested tensors whose lengths differ")
+        return torch.cat(parts) if parts else tensor.values().view(0, 1)
+    if tensor._ragged_idx != 1 or tensor.lengths() is not None:
+        raise ValueError(
+            f"{name} is a nested tensor with gaps or with a ragged dimension that is not the "
+            "second; expected sequences (T, K), call .contiguous()"
+        )
+    ours, theirs = tensor.offsets(), other.offsets()
+    if ours is not theirs and ours.device.type == "cpu" and not torch.equal(ours, theirs):
+        raise ValueError(f"{name} and ids are nested tensors whose lengths differ")
+    return tensor.values()
+
+
 def repeats(ids: Tensor) -> Tensor:
     """True at every later occurrence of an id in its row."""
     ordered, order = torch.sort(ids, dim=-1, stable=True)
@@ -276,33 +417,143 @@ def repeats(ids: Tensor) -> Tensor:
     return torch.empty_like(repeat).scatter_(-1, order, repeat)
 
 
+def _normalised(ids: Tensor, values: Tensor) -> Tensor:
+    """Log-sum-exp of log-probs: 0 where a row has entries, NaN where not."""
+    return values.new_zeros(values.shape[:-1]).masked_fill(ids[..., 0] < 0, torch.nan)
+
+
 def _canonical(
     id_array: np.ndarray, value_array: np.ndarray, k: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Entries in order (value descending, id ascending), each id once, k of them."""
+    """A payload's entries, ordered, each id once, k of them or as many as the longest row has."""
     if id_array.shape == (0,):  # an empty list: no positions, not one position without entries
         id_array, value_array = id_array[:, None], value_array[:, None]
     ids, values = torch.from_numpy(id_array), torch.from_numpy(value_array)
-    ids, values = _without((ids < 0) | (values <= SENTINEL), ids, values)
-    ids, order = torch.sort(ids, dim=-1)
-    ids, values = _by_value(ids, values.gather(-1, order))
-    ids, values = _by_value(*_without(repeats(ids), ids, values))
-    present = ids >= 0
+    ids, values = _ordered(ids, values, None, SENTINEL, ids.shape[-1] if k is None else k)
     if k is None:
-        k = max(1, int(present.sum(-1).max())) if present.numel() else 1
-    # Negative padding cuts.
-    pad = (0, k - ids.shape[-1])
+        present = (ids >= 0).sum(-1)
+        k = max(1, int(present.max())) if present.numel() else 1
+        ids, values = _resized(ids, values, k)
+    return ids, values
+
+
+def _ordered(
+    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k first entries (..., k) in order (value descending, id ascending), each id once.
+
+    Ids int32 and values float32; -1 and -inf where there is no entry. NaN comes first. Ids that
+    int32 does not hold are absent, as those outside of any vocabulary are.
+
+    An entry is one int64 of two halves, so that sorting moves no second array: the bits of the
+    value, turned so that larger values come first, and the id. Sorted by (id, value) the first of
+    each id is the one that stays; sorted by (value, id) they are in order.
+    """
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        try:
+            ids, values = _ordered_on_host(ids, values, valid, sentinel)
+            return _resized(ids, values, k)
+        except RuntimeError:  # no memory of its own: under vmap, or a fake tensor
+            pass
+    absent = (values <= sentinel) | (ids < 0) | (ids > MAX_ID)
+    if valid is not None:
+        absent |= ~valid
+    # Adding 0 turns -0 into 0.
+    values = values.float() + 0.0
+    values = values.masked_fill(values.isnan(), torch.nan).masked_fill(absent, -torch.inf)
+    # Once more: what rounds to -inf is absent.
+    ids = ids.long().masked_fill(values == -torch.inf, -1)
+    bits = values.view(torch.int32)
+    falling = torch.where(bits < 0, bits & 0x7FFFFFFF, ~bits).long()
+    by_id = ((ids << 32) + (falling + 2**31)).sort(dim=-1).values
+    ids, falling = by_id >> 32, (by_id & 0xFFFFFFFF) - 2**31
+    repeat = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+    entries = ((falling << 32) | (ids & 0xFFFFFFFF)).masked_fill(repeat, _ABSENT)
+    entries = entries.sort(dim=-1).values[..., :k]
+    falling = (entries >> 32).int()
+    values = torch.where(falling < 0, ~falling, falling | -(2**31)).view(torch.float32)
+    return _resized(((entries << 32) >> 32).int(), values, k)
+
+
+def _ordered_on_host(
+    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float
+) -> tuple[Tensor, Tensor]:
+    """The same in NumPy, twice as fast on a CPU: it sorts without places, in the cache."""
+    # The sentinel as the dtype rounds it; what is narrower than float32 is compared in float32.
+    sentinel = float(torch.tensor(sentinel, dtype=values.dtype))
+    values = values if values.dtype == torch.float64 else values.float()
+    tensors = (ids, values) if valid is None else (ids, values, valid)
+    width = max(ids.shape[-1], 1)
+    flat = [tensor.reshape(-1, width).numpy() for tensor in tensors]
+    best_ids = torch.empty(ids.shape, dtype=torch.int32)
+    best = torch.empty(ids.shape, dtype=torch.float32)
+    out = [tensor.view(-1, width).numpy() for tensor in (best_ids, best)]
+    rows = max(PIECE // width, 1)
+    for start in range(0, len(flat[0]), rows):
+        piece = slice(start, start + rows)
+        _order_rows(*(array[piece] for array in (*out, *flat)), sentinel=sentinel)
+    return best_ids, best
+
+
+@np.errstate(over="ignore")  # a float64 beyond float32 is minus infinity, so absent
+def _order_rows(
+    out_ids: np.ndarray,
+    out_values: np.ndarray,
+    ids: np.ndarray,
+    values: np.ndarray,
+    valid: np.ndarray | None = None,
+    *,
+    sentinel: float,
+) -> None:
+    """Writes the entries of rows (N, K) in order, as ``_ordered`` says."""
+    absent = values <= values.dtype.type(sentinel)
+    absent |= ids < 0
+    if ids.dtype == np.int64:
+        absent |= ids > MAX_ID
+    if valid is not None:
+        absent |= ~valid
+    single = values.astype(np.float32)
+    single += np.float32(0)
+    np.copyto(single, np.float32(-np.inf), where=absent)
+    if values.dtype == np.float64:
+        absent = single == -np.inf
+    nan = single != single
+    if nan.any():
+        single[nan] = np.nan
+    bits = single.view(np.int32)
+    keys = np.empty(ids.shape, np.int64)
+    low, high = _halves(keys)
+    # Falling in the value, as an unsigned number.
+    np.bitwise_xor(bits, (bits >> 31 & 0x7FFFFFFF) ^ 0x7FFFFFFF, out=low)
+    high[...] = ids
+    np.copyto(high, -1, where=absent)
+    keys.sort(-1)
+    repeat = high[:, 1:] == high[:, :-1]
+    first = high.copy()
+    np.bitwise_xor(low, -(2**31), out=high)
+    low[...] = first
+    if repeat.any():
+        np.copyto(keys[:, 1:], _ABSENT, where=repeat)
+    keys.sort(-1)
+    out_ids[...] = low
+    rising = ~high
+    np.bitwise_xor(rising, rising >> 31 & 0x7FFFFFFF, out=out_values.view(np.int32))
+
+
+def _halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high 32 bits of int64 (N, K), signed, as views."""
+    halves = keys.view(np.int32)
+    pair = halves[:, 0::2], halves[:, 1::2]
+    return pair if sys.byteorder == "little" else pair[::-1]
+
+
+def _resized(ids: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k entries of each row, filled up with absent ones."""
+    pad = (0, k - ids.shape[-1])  # negative padding cuts
+    if pad[1] == 0:
+        return ids, values
     ids = torch.nn.functional.pad(ids, pad, value=-1)
     return ids, torch.nn.functional.pad(values, pad, value=-torch.inf)
-
-
-def _without(absent: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return ids.masked_fill(absent, -1), values.masked_fill(absent, -torch.inf)
-
-
-def _by_value(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    values, order = torch.sort(values, dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order), values
 
 
 def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
