@@ -528,10 +528,13 @@ def _order_rows(
     high[...] = ids
     np.copyto(high, -1, where=absent)
     keys.sort(-1)
-    repeat = high[:, 1:] == high[:, :-1]
-    first = high.copy()
-    np.bitwise_xor(low, -(2**31), out=high)
-    low[...] = first
+    by_id = keys >> 32
+    repeat = by_id[:, 1:] == by_id[:, :-1]
+    # The halves change places, and the value's is signed again.
+    keys <<= 32
+    keys ^= -(2**63)
+    by_id &= 0xFFFFFFFF
+    keys |= by_id
     if repeat.any():
         np.copyto(keys[:, 1:], _ABSENT, where=repeat)
     keys.sort(-1)
