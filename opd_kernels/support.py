@@ -562,7 +562,7 @@ def _resized(ids: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
     """The index with an ellipsis that leaves whatever follows the rows alone."""
     parts = index if isinstance(index, tuple) else (index,)
-    parts = tuple(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)
+    parts = tuple(_as_tensor(part) for part in parts)
     free = row_dims - sum(_dims_used(part) for part in parts)
     if free < 0:
         raise IndexError(
@@ -570,6 +570,17 @@ def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
         )
     at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
     return (*parts[:at], *[slice(None)] * free, *parts[at + 1 :])
+
+
+def _as_tensor(part: Any) -> Any:
+    """Arrays and (nested) lists as the tensors that they mean, so that their dimensions count."""
+    if isinstance(part, np.ndarray):
+        return torch.from_numpy(part)
+    if not isinstance(part, list):
+        return part
+    # An empty list holds no rows, and torch.tensor makes it floating.
+    indices = torch.tensor(part)
+    return indices if indices.numel() else indices.long()
 
 
 def _dims_used(part: Any) -> int:

@@ -122,10 +122,18 @@ def test_a_sentinel_is_found_in_any_dtype(dtype: torch.dtype, sentinel: float) -
     assert topk.ids.tolist() == [[3, -1]]
 
 
-def test_what_float32_rounds_to_minus_infinity_is_absent() -> None:
+@pytest.mark.parametrize("make", [TopK.from_tensors, elsewhere])
+def test_what_float32_rounds_to_minus_infinity_is_absent(make: Any) -> None:
     logprobs = torch.tensor([[-1e300, -0.5]], dtype=torch.float64)
-    topk = TopK.from_tensors(logprobs, torch.tensor([[3, 4]]), sentinel=-INF)
-    assert topk.ids.tolist() == [[4, -1]]
+    assert make(logprobs, torch.tensor([[3, 4]]), None, -INF).ids.tolist() == [[4, -1]]
+
+
+@pytest.mark.parametrize("make", [TopK.from_tensors, elsewhere])
+def test_nan_of_any_bits_comes_first(make: Any) -> None:
+    bits = torch.tensor([[0, -1, -(2**22), 2**31 - 1, 0x7F800001]], dtype=torch.int32)
+    topk = make(bits.view(torch.float32), torch.arange(5)[None].flip(-1))
+    assert topk.ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert topk.logits.isnan().tolist() == [[True] * 4 + [False]]
 
 
 def test_the_loss_of_sentinels_and_repeats_is_that_without_them() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from opd_kernels import TopK, select_topk, topk_rkl
+from opd_kernels import LinearLogits, TopK, select_topk, topk_rkl
 
 
 def make(*rows: int, k: int = 4, logsumexp: bool = True, seed: int = 0) -> TopK:
@@ -78,6 +78,27 @@ def test_validate_sees_ids_that_int32_does_not_hold() -> None:
         TopK(torch.tensor([[3, 2**32 + 3]]), torch.zeros(1, 2)).validate(50)
 
 
+@pytest.mark.parametrize("vocab", [2**31, 2**33])
+def test_vocabularies_whose_ids_int32_does_not_hold_are_refused(vocab: int) -> None:
+    huge, topk = torch.empty(2, vocab, device="meta"), make(2, logsumexp=False).to("meta")
+    for call in (
+        lambda: select_topk(huge, 4),
+        lambda: topk_rkl(huge, topk),
+        lambda: topk_rkl(huge[:, :50], huge, 4),
+        lambda: topk_rkl(huge, huge, 4),
+        lambda: LinearLogits(torch.empty(2, 1, device="meta"), huge[:1].t()),
+    ):
+        with pytest.raises(ValueError, match=f"vocabulary of {vocab}, allowed is at most 21474836"):
+            call()
+    # On the CPU, where one element stands for all.
+    with pytest.raises(ValueError, match="ids are int32"):
+        select_topk(torch.zeros(1, 1).expand(1, vocab), 4)
+
+
+def test_the_largest_vocabulary_is_not_refused() -> None:
+    select_topk(torch.empty(2, 2**31 - 1, device="meta"), 4)
+
+
 # Rows
 
 
@@ -116,17 +137,49 @@ def test_rows_are_indexed_as_in_a_tensor(index: Any, logsumexp: bool) -> None:
         assert picked.logsumexp is None
 
 
+@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize(
+    "index",
+    [
+        [[True, False, True], [False, False, True]], [[True] * 3] * 2, [[False] * 3] * 2,
+        [[[True, False]] * 3] * 2, ([[True, False, True], [False, False, True]], 1),
+        (0, [True, False, True]), [True, False], [[0, 1], [1, 1]], ([[0, 1], [1, 1]], [2]),
+        (slice(None), [[0, 2]]), (..., [[True, False]] * 3), [], [[]], (0, []),
+        [torch.tensor(1), torch.tensor(0)], [np.int64(1), 0],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_lists_index_as_the_tensors_that_they_mean(index: Any, logsumexp: bool) -> None:
+    def meant(part: Any) -> Any:
+        if not isinstance(part, list):
+            return part
+        return torch.tensor(part) if np.size(part) else torch.zeros(np.shape(part)).long()
+
+    topk = make(2, 3, 2, logsumexp=logsumexp)
+    as_tensors = tuple(map(meant, index)) if isinstance(index, tuple) else meant(index)
+    numbers = torch.arange(12).view(2, 3, 2)[as_tensors]
+    assert_same(topk[index], topk[as_tensors])
+    assert torch.equal(topk[index].ids, topk.ids.view(12, 4)[numbers])
+
+
 @pytest.mark.parametrize(
     ("index", "used"),
     [
         ((0, 0, 0), 3), ((0, slice(None), slice(None)), 3), ((..., 0, 0, 0), 3),
         (torch.ones(2, 3, 4, dtype=torch.bool), 3), (np.ones((2, 3, 4), dtype=bool), 3),
-        ((torch.ones(2, 3, dtype=torch.bool), 0), 3),
+        ((torch.ones(2, 3, dtype=torch.bool), 0), 3), ([[[True] * 4] * 3] * 2, 3),
+        (([[True] * 3] * 2, 0), 3),
     ],
 )  # fmt: skip
 def test_indexing_into_the_entries_is_refused(index: Any, used: int) -> None:
     with pytest.raises(IndexError, match=f"2 leading dimensions, but {used} were indexed"):
         make(2, 3)[index]
+
+
+def test_a_mask_in_lists_does_not_reach_the_entries() -> None:
+    """Of one leading dimension: the list has two."""
+    with pytest.raises(IndexError, match="1 leading dimensions, but 2 were indexed"):
+        make(4, k=3)[[[True, False, True]] * 4]
 
 
 def test_an_index_out_of_range_is_refused() -> None:
