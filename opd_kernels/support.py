@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from opd_kernels import _payload
 from opd_kernels._checks import (
@@ -20,6 +22,7 @@ from opd_kernels._checks import (
     check_int,
     check_local,
     check_number,
+    check_vocab_size,
 )
 
 __all__ = ["TopK"]
@@ -52,8 +55,9 @@ class TopK:
     listed twice made 0.366 into 0.396. ``from_tensors`` and ``from_logprobs`` take out both.
 
     It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows,
-    ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``torch.utils._pytree`` maps over the tensors
-    that are there, and ``torch.load`` takes it with ``weights_only=True``.
+    ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``TopK.stack`` and ``default_collate`` stack,
+    ``torch.utils._pytree`` maps over the tensors that are there, ``torch.export`` takes it, and
+    ``torch.load`` does with ``weights_only=True``.
 
     Errors: ``TypeError`` for wrong dtypes, ``ValueError`` for shapes that do not match.
 
@@ -142,7 +146,10 @@ class TopK:
     def to(self, *args: Any, **kwargs: Any) -> TopK:
         """As ``Tensor.to``; a dtype applies to logits and logsumexp, ids keep theirs."""
         logits = self.logits.to(*args, **kwargs)
-        how = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        # By place they follow device and dtype, in this order.
+        flags = [flag for flag in args if isinstance(flag, bool)]
+        how: dict[str, Any] = dict(zip(("non_blocking", "copy"), flags, strict=False))
+        how |= {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
         return TopK(
             self.ids.to(logits.device, **how),
             logits,
@@ -157,38 +164,66 @@ class TopK:
         """Without graph."""
         return self._map(Tensor.detach)
 
-    def reshape(self, *shape: int) -> TopK:
-        """Other leading dimensions, of which one may be -1."""
+    def reshape(self, *shape: Any) -> TopK:
+        """Other leading dimensions, of which one may be -1; as ints or one tuple of them."""
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
         return TopK(
             self.ids.reshape(*shape, self.k),
             self.logits.reshape(*shape, self.k),
             None if self.logsumexp is None else self.logsumexp.reshape(shape),
         )
 
+    def pad(self, *rows: int, k: int | None = None) -> TopK:
+        """Filled up with absent entries to leading dimensions ``rows`` and to width ``k``.
+
+        ``topk.pad(k=64)`` makes each row wider, ``topk.pad(128)`` makes 128 rows of a sequence, at
+        its end. New rows are without entries, with a logsumexp of NaN: they take no part in a loss.
+        Before ``TopK.cat`` and ``TopK.stack`` this makes parts of one width and length.
+
+        Errors: ``ValueError`` for a size below what is there, or for another number of dimensions.
+
+        Example::
+
+            batch = TopK.stack([sequence.pad(longest) for sequence in sequences])
+        """
+        _check_width(k)
+        for size in rows:
+            check_int(size, "pad's size")
+        old, new = (*self.shape, self.k), (*(rows or self.shape), self.k if k is None else k)
+        if len(new) != len(old) or any(size < given for size, given in zip(new, old, strict=True)):
+            raise ValueError(
+                f"pad got leading shape {tuple(new[:-1])} and width {new[-1]}, but the TopK has "
+                f"{tuple(self.shape)} and {self.k}; expected as many dimensions, none smaller"
+            )
+        # From the last dimension on, (before, after) each.
+        added = [
+            n for size, given in zip(new[::-1], old[::-1], strict=True) for n in (0, size - given)
+        ]
+        pad = torch.nn.functional.pad
+        sums = self.logsumexp
+        return TopK(
+            pad(self.ids, added, value=-1),
+            pad(self.logits, added, value=-torch.inf),
+            None if sums is None else pad(sums, added[2:], value=torch.nan) if rows else sums,
+        )
+
     @staticmethod
     def cat(parts: Iterable[TopK], dim: int = 0) -> TopK:
         """Concatenates along a leading dimension; logsumexp is kept where all parts have one."""
-        parts = list(parts)
-        if not parts:
-            raise ValueError("TopK.cat got no parts, expected one or more")
-        widths = sorted({part.k for part in parts})
-        if len(widths) > 1:
-            raise ValueError(
-                f"TopK.cat got widths {widths}, expected one; give from_logprobs a k, or pad with "
-                "id -1 and logit -inf"
-            )
+        parts = _one_width(parts, "cat")
         row_dims = len(parts[0].shape)
-        if not -row_dims <= dim < row_dims:
-            raise ValueError(
-                f"TopK.cat got dim {dim}, but the leading shape is {tuple(parts[0].shape)}"
-            )
-        dim %= row_dims
-        sums = [part.logsumexp for part in parts if part.logsumexp is not None]
-        return TopK(
-            torch.cat([part.ids for part in parts], dim),
-            torch.cat([part.logits for part in parts], dim),
-            torch.cat(sums, dim) if len(sums) == len(parts) else None,
-        )
+        return _joined(torch.cat, parts, _leading(dim, row_dims, parts[0], "cat"))
+
+    @staticmethod
+    def stack(parts: Iterable[TopK], dim: int = 0) -> TopK:
+        """Joins along a new leading dimension; logsumexp is kept where all parts have one.
+
+        ``torch.utils.data.default_collate`` does it with the supports of a batch.
+        """
+        parts = _one_width(parts, "stack")
+        row_dims = len(parts[0].shape)
+        return _joined(torch.stack, parts, _leading(dim, row_dims + 1, parts[0], "stack"))
 
     @staticmethod
     def from_logprobs(
@@ -317,6 +352,8 @@ class TopK:
         Reads the values, so it synchronises with the device: call it where a support enters, not in
         every step.
         """
+        check_int(vocab_size, "vocab_size")
+        check_vocab_size(vocab_size)
         bad = (self.ids < -1) | (self.ids >= vocab_size)
         count = int(bad.sum())
         if count:
@@ -340,6 +377,40 @@ def _check_tensor(tensor: object, name: str) -> None:
             "TopK.from_logprobs"
         )
     check_dense(tensor, f"TopK {name}")
+
+
+def _one_width(parts: Iterable[TopK], name: str) -> list[TopK]:
+    """One or more supports of one width."""
+    parts = list(parts)
+    if not parts:
+        raise ValueError(f"TopK.{name} got no parts, expected one or more")
+    for part in parts:
+        if not isinstance(part, TopK):
+            raise TypeError(f"TopK.{name} got a {type(part).__name__} among its parts, not a TopK")
+    widths = sorted({part.k for part in parts})
+    if len(widths) > 1:
+        raise ValueError(
+            f"TopK.{name} got widths {widths}, expected one; give from_logprobs a k, or call "
+            f".pad(k={widths[-1]}) on the parts"
+        )
+    return parts
+
+
+def _leading(dim: int, row_dims: int, part: TopK, name: str) -> int:
+    """The dimension, counted from the first."""
+    check_int(dim, "dim")
+    if not -row_dims <= dim < row_dims:
+        raise ValueError(f"TopK.{name} got dim {dim}, but the leading shape is {tuple(part.shape)}")
+    return dim % row_dims
+
+
+def _joined(join: Callable[..., Tensor], parts: list[TopK], dim: int) -> TopK:
+    sums = [part.logsumexp for part in parts if part.logsumexp is not None]
+    return TopK(
+        join([part.ids for part in parts], dim),
+        join([part.logits for part in parts], dim),
+        join(sums, dim) if len(sums) == len(parts) else None,
+    )
 
 
 def _check_width(k: object) -> None:
@@ -495,7 +566,8 @@ def _ordered_on_host(
     return best_ids, best
 
 
-@np.errstate(over="ignore")  # a float64 beyond float32 is minus infinity, so absent
+# A float64 beyond float32 is minus infinity, so absent; a signalling NaN is a NaN.
+@np.errstate(over="ignore", invalid="ignore")
 def _order_rows(
     out_ids: np.ndarray,
     out_values: np.ndarray,
@@ -610,7 +682,22 @@ def _unflatten(leaves: Iterable[Any], _: None) -> TopK:
     return topk
 
 
-torch.utils._pytree.register_pytree_node(
-    TopK, _flatten, _unflatten, serialized_type_name="opd_kernels.TopK"
+def _flatten_with_keys(topk: TopK) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], None]:
+    leaves, _ = _flatten(topk)
+    names = [pytree.GetAttrKey(field.name) for field in fields(TopK)[: len(leaves)]]
+    return list(zip(names, leaves, strict=True)), None
+
+
+def _collate(parts: list[TopK], *, collate_fn_map: Any = None) -> TopK:
+    return TopK.stack(parts)
+
+
+pytree.register_pytree_node(
+    TopK,
+    _flatten,
+    _unflatten,
+    serialized_type_name="opd_kernels.TopK",
+    flatten_with_keys_fn=_flatten_with_keys,
 )
+default_collate_fn_map[TopK] = _collate
 torch.serialization.add_safe_globals([TopK])
