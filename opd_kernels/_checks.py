@@ -13,6 +13,8 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 # What TopKReverseKL.apply returns besides the loss, (..., K) each.
 ENTRY_DTYPES = {"ids": (torch.int32,), "entry_grad": (torch.float32, torch.float64)}
+# Ids are int32.
+MAX_VOCAB = 2**31 - 1
 REDUCTIONS = ("none", "sum", "mean")
 # Temperatures that float32 arithmetic can divide by.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -54,12 +56,22 @@ def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of 1 or more"
         )
+    check_vocab(logits.shape[-1], name)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
             f"call .contiguous() once where the {what} are made"
         )
     return logits
+
+
+def check_vocab(vocab: int, name: str) -> None:
+    """Ids that int32 holds."""
+    if vocab > MAX_VOCAB:
+        raise ValueError(
+            f"{name} has a vocabulary of {vocab}, allowed is at most {MAX_VOCAB}: ids are int32; "
+            "flatten rows, not the vocabulary"
+        )
 
 
 def check_buffer(grad: object) -> Tensor:
@@ -196,6 +208,7 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str) -> Non
         raise ValueError(
             f"{prefix}weight has shape {tuple(weight.shape)}, expected V, H of 1 or more"
         )
+    check_vocab(weight.shape[0], f"{prefix}weight")
     for tensor, name in ((hidden, "hidden"), (weight, "weight")):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(

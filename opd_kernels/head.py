@@ -145,6 +145,22 @@ def _unflatten(leaves: Any, context: tuple[float | None, float]) -> LinearLogits
     return head
 
 
+def _flatten_with_keys(
+    head: LinearLogits,
+) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[float | None, float]]:
+    leaves, context = _flatten(head)
+    names = map(pytree.GetAttrKey, ("hidden", "weight", "bias")[: len(leaves)])
+    return list(zip(names, leaves, strict=True)), context
+
+
 pytree.register_pytree_node(
-    LinearLogits, _flatten, _unflatten, serialized_type_name="opd_kernels.LinearLogits"
+    LinearLogits,
+    _flatten,
+    _unflatten,
+    serialized_type_name="opd_kernels.LinearLogits",
+    # JSON has no tuples.
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
 )
+torch.serialization.add_safe_globals([LinearLogits])

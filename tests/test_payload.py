@@ -389,7 +389,7 @@ def test_k_that_is_no_int_is_refused() -> None:
             TopK.from_logprobs([{5: -1.0}], k=k)
 
 
-@pytest.mark.parametrize("k", [0, -1])
+@pytest.mark.parametrize("k", [0, -1, 2**31, 2**40])
 def test_k_below_one_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k}, allowed is 1 or more"):
         TopK.from_logprobs([{5: -1.0}], k=k)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from opd_kernels import TopK, select_topk, topk_rkl
+from opd_kernels import LinearLogits, TopK, select_topk, topk_rkl
 
 
 def make(*rows: int, k: int = 4, logsumexp: bool = True, seed: int = 0) -> TopK:
@@ -73,9 +73,38 @@ def test_validate_names_the_first_bad_id_and_returns_itself() -> None:
     topk.validate(51)
 
 
+def test_validate_takes_an_int() -> None:
+    for vocab in (float("nan"), 50.0, True, None, "50"):
+        with pytest.raises(TypeError, match=f"vocab_size is a {type(vocab).__name__}"):
+            make(2).validate(vocab)
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        make(2).validate(0)
+
+
 def test_validate_sees_ids_that_int32_does_not_hold() -> None:
     with pytest.raises(ValueError, match="1 ids outside"):
         TopK(torch.tensor([[3, 2**32 + 3]]), torch.zeros(1, 2)).validate(50)
+
+
+@pytest.mark.parametrize("vocab", [2**31, 2**33])
+def test_vocabularies_whose_ids_int32_does_not_hold_are_refused(vocab: int) -> None:
+    huge, topk = torch.empty(2, vocab, device="meta"), make(2, logsumexp=False).to("meta")
+    for call in (
+        lambda: select_topk(huge, 4),
+        lambda: topk_rkl(huge, topk),
+        lambda: topk_rkl(huge[:, :50], huge, 4),
+        lambda: topk_rkl(huge, huge, 4),
+        lambda: LinearLogits(torch.empty(2, 1, device="meta"), huge[:1].t()),
+    ):
+        with pytest.raises(ValueError, match=f"vocabulary of {vocab}, allowed is at most 21474836"):
+            call()
+    # On the CPU, where one element stands for all.
+    with pytest.raises(ValueError, match="ids are int32"):
+        select_topk(torch.zeros(1, 1).expand(1, vocab), 4)
+
+
+def test_the_largest_vocabulary_is_not_refused() -> None:
+    select_topk(torch.empty(2, 2**31 - 1, device="meta"), 4)
 
 
 # Rows
@@ -116,17 +145,49 @@ def test_rows_are_indexed_as_in_a_tensor(index: Any, logsumexp: bool) -> None:
         assert picked.logsumexp is None
 
 
+@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize(
+    "index",
+    [
+        [[True, False, True], [False, False, True]], [[True] * 3] * 2, [[False] * 3] * 2,
+        [[[True, False]] * 3] * 2, ([[True, False, True], [False, False, True]], 1),
+        (0, [True, False, True]), [True, False], [[0, 1], [1, 1]], ([[0, 1], [1, 1]], [2]),
+        (slice(None), [[0, 2]]), (..., [[True, False]] * 3), [], [[]], (0, []),
+        [torch.tensor(1), torch.tensor(0)], [np.int64(1), 0],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_lists_index_as_the_tensors_that_they_mean(index: Any, logsumexp: bool) -> None:
+    def meant(part: Any) -> Any:
+        if not isinstance(part, list):
+            return part
+        return torch.tensor(part) if np.size(part) else torch.zeros(np.shape(part)).long()
+
+    topk = make(2, 3, 2, logsumexp=logsumexp)
+    as_tensors = tuple(map(meant, index)) if isinstance(index, tuple) else meant(index)
+    numbers = torch.arange(12).view(2, 3, 2)[as_tensors]
+    assert_same(topk[index], topk[as_tensors])
+    assert torch.equal(topk[index].ids, topk.ids.view(12, 4)[numbers])
+
+
 @pytest.mark.parametrize(
     ("index", "used"),
     [
         ((0, 0, 0), 3), ((0, slice(None), slice(None)), 3), ((..., 0, 0, 0), 3),
         (torch.ones(2, 3, 4, dtype=torch.bool), 3), (np.ones((2, 3, 4), dtype=bool), 3),
-        ((torch.ones(2, 3, dtype=torch.bool), 0), 3),
+        ((torch.ones(2, 3, dtype=torch.bool), 0), 3), ([[[True] * 4] * 3] * 2, 3),
+        (([[True] * 3] * 2, 0), 3),
     ],
 )  # fmt: skip
 def test_indexing_into_the_entries_is_refused(index: Any, used: int) -> None:
     with pytest.raises(IndexError, match=f"2 leading dimensions, but {used} were indexed"):
         make(2, 3)[index]
+
+
+def test_a_mask_in_lists_does_not_reach_the_entries() -> None:
+    """Of one leading dimension: the list has two."""
+    with pytest.raises(IndexError, match="1 leading dimensions, but 2 were indexed"):
+        make(4, k=3)[[[True, False, True]] * 4]
 
 
 def test_an_index_out_of_range_is_refused() -> None:
@@ -176,6 +237,13 @@ def test_reshape_changes_leading_dimensions_only(
     assert_same(reshaped.reshape(*rows), topk)
 
 
+def test_reshape_takes_one_tuple() -> None:
+    topk = make(6)
+    for shape in ((2, 3), [2, 3], torch.Size([3, 2]), (-1, 2)):
+        assert_same(topk.reshape(shape), topk.reshape(*shape))
+    assert make(1).reshape(()).shape == ()
+
+
 # Concatenation
 
 
@@ -217,6 +285,78 @@ def test_cat_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -
         TopK.cat(parts, dim)
 
 
+@pytest.mark.parametrize("join", [TopK.cat, TopK.stack])
+def test_what_is_no_support_is_not_joined(join: Callable[..., TopK]) -> None:
+    with pytest.raises(TypeError, match="got a Tensor among its parts, not a TopK"):
+        join([make(2), torch.zeros(2, 4)])
+    with pytest.raises(TypeError, match="dim is a float, expected an int"):
+        join([make(2)], 0.5)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
+def test_stack_joins_along_a_new_leading_dimension(dim: int) -> None:
+    parts = [make(2, 3, seed=seed) for seed in range(4)]
+    whole = TopK.stack(iter(parts), dim)
+    assert torch.equal(whole.logsumexp, torch.stack([part.logsumexp for part in parts], dim))
+    for i, part in enumerate(parts):
+        index = [slice(None)] * 3
+        index[dim] = i
+        assert_same(whole[tuple(index)], part)
+    assert TopK.stack([make(), make(logsumexp=False)]).logsumexp is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "dim", "message"),
+    [
+        ([], 0, "TopK.stack got no parts"),
+        ([make(2, k=3), make(2, k=5)], 0, r"widths \[3, 5\], expected one.*pad\(k=5\)"),
+        ([make(2, 3)], 3, r"dim 3, but the leading shape is \(2, 3\)"),
+        ([make(2, 3)], -4, "dim -4"),
+    ],
+)
+def test_stack_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopK.stack(parts, dim)
+
+
+@pytest.mark.parametrize("logsumexp", [True, False])
+def test_pad_adds_absent_entries_and_rows(logsumexp: bool) -> None:
+    topk = make(2, 3, logsumexp=logsumexp)
+    padded = topk.pad(4, 5, k=6)
+    assert padded.ids.shape == padded.logits.shape == (4, 5, 6)
+    assert_same(TopK(padded.ids[:2, :3, :4], padded.logits[:2, :3, :4],
+                     padded.logsumexp[:2, :3] if logsumexp else None), topk)  # fmt: skip
+    assert (padded.ids >= 0).sum() == (padded.logits > -torch.inf).sum() == 24
+    assert padded.present.sum() == 6
+    assert not logsumexp or padded.logsumexp.isnan().sum() == 14
+    assert_same(topk.pad(), topk)
+    assert topk.pad(k=6).shape == (2, 3)
+    assert make().pad(k=5).ids.shape == (5,)
+
+
+def test_padding_leaves_the_loss() -> None:
+    student, topk = torch.randn(5, 50), make(3)
+    loss = topk_rkl(student, topk.pad(5, k=7), reduction="none")
+    assert torch.equal(loss[:3], topk_rkl(student[:3], topk, reduction="none"))
+    assert (loss[3:] == 0).all()
+
+
+def test_pad_says_what_does_not_fit() -> None:
+    for rows, k in (((1, 3), None), ((2, 3), 3), ((2,), None), ((2, 3, 4), None)):
+        with pytest.raises(ValueError, match="expected as many dimensions, none smaller"):
+            make(2, 3).pad(*rows, k=k)
+    with pytest.raises(TypeError, match="pad's size is a float"):
+        make(2).pad(2.0)
+    with pytest.raises(ValueError, match="k is 0"):
+        make(2).pad(k=0)
+
+
+def test_default_collate_stacks() -> None:
+    parts = [make(3, seed=seed) for seed in range(2)]
+    batch = default_collate([{"teacher": part, "tokens": torch.zeros(3)} for part in parts])
+    assert_same(batch["teacher"], TopK.stack(parts))
+
+
 # Moving
 
 
@@ -256,6 +396,17 @@ def test_to_copies_only_if_it_must_or_is_told_to() -> None:
     ):
         assert any(same is x for x in tensors(topk))
         assert not any(fresh.data_ptr() == x.data_ptr() for x in tensors(topk))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("cpu", torch.float32, False, True), (torch.float32, False, True)],
+)
+def test_to_copies_where_it_is_told_by_place(args: tuple[Any, ...]) -> None:
+    topk = make(2)
+    for fresh, old in zip(tensors(topk.to(*args)), tensors(topk), strict=True):
+        assert fresh.data_ptr() != old.data_ptr()
+        assert torch.equal(fresh, old)
 
 
 def test_to_an_integer_dtype_is_refused() -> None:
@@ -336,6 +487,55 @@ def test_tree_map_sees_the_tensors_that_are_there(logsumexp: bool) -> None:
     assert_same(pytree.tree_map(lambda x: x[1:], topk), topk[1:])
     restored = pytree.treespec_loads(pytree.treespec_dumps(spec))
     assert_same(pytree.tree_unflatten(leaves, restored)["teacher"], topk)
+
+
+def test_paths_name_the_fields() -> None:
+    def paths(tree: Any) -> list[str]:
+        return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+    assert paths([make(2)]) == ["[0].ids", "[0].logits", "[0].logsumexp"]
+    assert paths(make(2, logsumexp=False)) == [".ids", ".logits"]
+    hidden, weight, bias = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)
+    assert paths(LinearLogits(hidden, weight, bias)) == [".hidden", ".weight", ".bias"]
+    topk, seen = make(2), []
+    mapped = pytree.tree_map_with_path(lambda path, x: seen.append(path) or x[:1], topk)
+    assert len(seen) == 3
+    assert_same(mapped, topk[:1])
+    head = LinearLogits(hidden, weight, softcap=3.0)
+    halved = pytree.tree_map_with_path(lambda path, x: x / 2, head)
+    assert torch.equal(halved.weight, weight / 2)
+    assert halved.softcap == 3.0
+    leaves, spec = pytree.tree_flatten(head)
+    restored = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    assert restored == spec
+    assert pytree.tree_unflatten(leaves, restored).softcap == 3.0
+
+
+class Loss(torch.nn.Module):
+    """What a user would export."""
+
+    def forward(self, student: torch.Tensor, teacher: TopK | LinearLogits) -> torch.Tensor:
+        support = teacher if isinstance(teacher, TopK) else select_topk(teacher, 4)
+        return topk_rkl(student, support)
+
+
+@pytest.mark.parametrize("kind", ["support", "no logsumexp", "head"])
+def test_exported_programs_take_supports_and_heads(kind: str) -> None:
+    def draw() -> TopK | LinearLogits:
+        if kind == "head":
+            return LinearLogits(torch.randn(2, 3, 8), torch.randn(50, 8), softcap=2.0)
+        return make(2, 3, logsumexp=kind == "support")
+
+    student, teacher = torch.randn(2, 3, 50), draw()
+    program = torch.export.export(Loss(), (student, teacher))
+    student, teacher = torch.randn(2, 3, 50), draw()
+    expected = Loss()(student, teacher)
+    torch.testing.assert_close(program.module()(student, teacher), expected)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    torch.testing.assert_close(loaded(student, teacher), expected)
 
 
 def test_tree_map_may_put_anything_at_the_leaves() -> None:
