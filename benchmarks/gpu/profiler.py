@@ -27,7 +27,7 @@ from opd_kernels import topk_rkl
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PATHS = [str(BENCHMARKS), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
 FINDS_US = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
-SECONDS = 30
+SECONDS = 35
 # Ours and Nsight Compute's names. Shared memory is what the kernel asks for.
 METRICS = {
     "ns": ("gpu__time_duration.sum",),
