@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -327,6 +328,19 @@ def test_the_differential_suite_is_cut_into_pieces_that_hold_tests(gpu: SimpleNa
     widths = {name.split("-")[1] for name in chosen if "test_nasty" in name}
     assert widths == {str(k) for k in gpu.steps.DIFFERENTIAL_WIDTHS}
     assert {name for name in every if name.split("-")[1] in widths} <= set(chosen)
+
+
+def test_pieces_of_triton_s_tests_are_all_of_them_and_each_is_in_one(gpu: SimpleNamespace) -> None:
+    words = {step.name: step.command[-1] for step in gpu.steps.triton_tests()}
+    assert all(choice.startswith("not cuda and ") for choice in words.values())
+    source = (ROOT / "tests" / "test_gpu.py").read_text()
+    for name in re.findall(r"^def (test_\w+)\(", source, re.MULTILINE):
+        matched = [
+            piece
+            for piece, choice in words.items()
+            if eval(re.sub(r"\b(?!not|and|or)\w+", lambda m, name=name: str(m[0] in name), choice))
+        ]
+        assert len(matched) == ("cuda" not in name), name
 
 
 def collected(*arguments: str) -> list[str]:

@@ -19,6 +19,11 @@ WIDTHS = (16, 64, 1024)  # the K with which every kernel is run first
 # As pytest chooses tests, and the K of which the differential suite compiles Triton's kernels.
 DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
 DIFFERENTIAL_WIDTHS = (1, 64, 1024)
+TRITON_PIECES = {
+    "real shapes": "real_shapes",
+    "sanitized": "sanitized",
+    "selection": "(selection or few_rows or row_does_not)",
+}
 # Or the suite's conftest.py puts an emulation in the place of the CUDA backend.
 NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
 SELF = ("{python}", "benchmarks/gpu", "--device", "{device}")
@@ -55,11 +60,11 @@ def runs(piece: str, backend: str, k: int) -> Step:
     return Step(name, 40, 60, command=command, beside=True, proves=backend)
 
 
-def gpu_tests(file: str, backend: str, some: str = "") -> Step:
+def gpu_tests(file: str, backend: str, label: str = "", some: str = "") -> Step:
     """The tests on GPU tensors of one backend, or some of them."""
     others = " and ".join(f"not {name}" for name in BACKENDS if name != backend)
     return Step(
-        ", ".join(filter(None, (f"tests: {file}", backend, some))),
+        ", ".join(filter(None, (f"tests: {file}", backend, label))),
         estimate=80,
         limit=110,
         command=(*PYTEST, f"tests/{file}.py", "-k", " and ".join(filter(None, (others, some)))),
@@ -68,6 +73,13 @@ def gpu_tests(file: str, backend: str, some: str = "") -> Step:
         needs_gpu=True,
         counts=True,
     )
+
+
+def triton_tests() -> tuple[Step, ...]:
+    """Those of Triton, which mostly compile, in pieces beside each other."""
+    rest = " and ".join(f"not {some}" for some in TRITON_PIECES.values())
+    pieces = TRITON_PIECES | {"the rest": rest}
+    return tuple(gpu_tests("test_gpu", "triton", *piece) for piece in pieces.items())
 
 
 def sanitized(tool: str) -> Step:
@@ -161,9 +173,7 @@ PARTS: dict[int, tuple[Step, ...]] = {
         Step("variants: linear", 15, 60, measure="linear_variants"),
         Step("profile", 35, 75, measure="profile"),
         gpu_tests("test_gpu", "cuda"),
-        gpu_tests("test_gpu", "triton", "real_shapes"),
-        gpu_tests("test_gpu", "triton", "sanitized"),
-        gpu_tests("test_gpu", "triton", "not real_shapes and not sanitized"),
+        *triton_tests(),
         gpu_tests("test_gpu_linear", "triton"),
     ),
     2: (
