@@ -243,7 +243,7 @@ class Bench:
         return times
 
     def few_rows(self) -> None:
-        """Few rows, of which the last number may take no longer than the first."""
+        """Few rows; the smaller number of rows may take no longer than the larger."""
         forward: dict[tuple[str, int], float] = {}
         for rows in self.plan.few_rows:
             found = self.point("few rows", replace(self.main, rows=rows))

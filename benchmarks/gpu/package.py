@@ -113,7 +113,7 @@ def built_module(name: str) -> Path:
 
 
 def commit() -> str:
-    """Of the checkout; where there is no git, what stood there when modules were last built."""
+    """The checkout's commit; without git, the commit noted when modules were last built."""
     try:
         said = [
             subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -64,7 +64,7 @@ class Cuda:
         return array
 
     def attribute(self, number: int) -> int:
-        """Of the device."""
+        """An attribute of the device, by the driver's number."""
         value = ctypes.c_int()
         self._call("cuDeviceGetAttribute", ctypes.byref(value), number, 0)
         return value.value

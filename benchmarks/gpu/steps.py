@@ -16,7 +16,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = ("cuda", "triton")
 PIECES = ("few rows", "many rows")
 WIDTHS = (16, 64, 1024)  # the K with which every kernel is run first
-# As pytest chooses tests, and the K of which the differential suite compiles Triton's kernels.
+# How pytest picks the tests of a dtype; the K for which the differential suite runs Triton.
 DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
 DIFFERENTIAL_WIDTHS = (1, 64, 1024)
 TRITON_PIECES = {
