@@ -358,7 +358,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, tokenizer: Any, name: str, eos_ids: Any) -> _Tokens:
-        """Of a tokenizer of transformers, or what resembles one, and further ids that end."""
+        """Reads a tokenizer like those of transformers; ``eos_ids`` end a sequence as well."""
         if not hasattr(tokenizer, "get_vocab"):
             raise TypeError(
                 f"{name} is a {type(tokenizer).__name__}, expected a tokenizer with get_vocab(); "
