@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
 from opd_kernels.reference import unpack_bitmap
+from opd_kernels.support import repeats
 
 __all__ = ["debug"]
 
@@ -208,7 +209,14 @@ def check_scatter_add(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Te
     allowed = f"-1 and 0 to {vocab - 1} (grad has a vocabulary of {vocab})"
     source = "pass what TopKReverseKL.apply returned for these rows"
     _check(ids, rows, lambda some, _: (some < -1) | (some >= vocab), "ids", allowed, source)
-    _check(ids, rows, lambda some, _: _repeated(some), "ids", "each id once in a row", source)
+    _check(
+        ids,
+        rows,
+        lambda some, _: repeats(some) & (some >= 0),
+        "ids",
+        "each id once in a row",
+        source,
+    )
 
     def bad(some: Tensor, index: Tensor) -> Tensor:
         return (rows.of(ids, index) >= 0) & ~some.isfinite()
@@ -312,13 +320,6 @@ def _nan_or_inf(values: Tensor, _: Tensor) -> Tensor:
 
 def _not_finite(values: Tensor, _: Tensor) -> Tensor:
     return ~values.isfinite()
-
-
-def _repeated(ids: Tensor) -> Tensor:
-    """True at a later occurrence of an id of 0 or above."""
-    ordered, order = ids.sort(dim=-1, stable=True)
-    same = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
-    return torch.empty_like(same).scatter_(-1, order, same) & (ids >= 0)
 
 
 def _allowed(limit: int, banned: Tensor | None, device: torch.device) -> Tensor:
