@@ -75,11 +75,12 @@ def debug(enabled: bool = True) -> Iterator[None]:
     The message names the argument, the row by its leading indices, what is there and what is
     allowed. Masked rows are not read.
 
-    The checks synchronise with the device and read all logits: a call takes about ten times as long.
-    Results are the same bits. Under ``torch.compile`` and ``vmap`` only arguments of operators are
-    checked: not ``weight``, ``normalizer`` and ``sampled_token_loss``. A mapped dimension comes
-    first in the row; a temperature that is not allowed shows as NaN. ``torch.func.grad`` checks
-    all. Nothing is checked while a CUDA graph is captured, nor in backward.
+    The checks synchronise with the device and read all logits: a call takes about ten times as
+    long. Results are the same bits. Under ``torch.compile`` and ``vmap`` only arguments of
+    operators are checked: not ``weight``, ``normalizer`` and ``sampled_token_loss``. There a mapped
+    dimension comes first in the row, and a temperature that is not allowed shows as NaN.
+    ``torch.func.grad`` checks all. Nothing is checked while a CUDA graph is captured, nor in
+    backward.
 
     The switch is the process's: other threads see it as well, so turn it on in one of them.
 
