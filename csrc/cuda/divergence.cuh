@@ -24,8 +24,9 @@ struct Extremes {
   unsigned poisoned;
 };
 
+// Of e^s, of e^u, of their differences, and of these differences' absolute values.
 struct Sums {
-  float student, teacher;
+  float student, teacher, change, size;
 };
 
 // Calls body(entry) for the entries of this thread.
@@ -64,30 +65,34 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
 
   const float temperature = args.temperature.at(row);
   const float teacher_temperature = args.teacher_temperature.at(row);
-  Sums sums{0, 0};
+  const Difference difference(extremes.student, extremes.teacher, temperature,
+                              teacher_temperature);
+  Sums sums{0, 0, 0, 0};
   for_entries(block, k, [&](int i) {
     float& z = entries.student[i];
     float& t = entries.teacher[i];
     if (entries.ids[i] < 0) return;
-    // An entry of the student's that is -inf keeps it: p = 0 at any temperature.
-    if (z != -INFINITY) z = (z - extremes.student) / temperature, sums.student += expf(z);
-    t = (t - extremes.teacher) / teacher_temperature;
-    sums.teacher += expf(t);
+    const float d = difference.of(z, t);
+    // An entry of the student's that is -inf keeps p = 0 at any temperature.
+    z = z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
+    const float exp_teacher = expf((t - extremes.teacher) / teacher_temperature);
+    const float change = exp_change(z, exp_teacher, d);
+    t = d;
+    sums = {sums.student + z, sums.teacher + exp_teacher, sums.change + change,
+            sums.size + fabsf(change)};
   });
   sums = block.combine(sums, [](const Sums& a, const Sums& b) {
-    return Sums{a.student + b.student, a.teacher + b.teacher};
+    return Sums{a.student + b.student, a.teacher + b.teacher, a.change + b.change,
+                a.size + b.size};
   });
 
-  const float log_student = logf(sums.student), log_teacher = logf(sums.teacher);
+  const float log_sums = log_of_ratio(sums.student, sums.teacher, sums.change, sums.size);
   float loss = 0;
   for_entries(block, k, [&](int i) {
     if (entries.ids[i] < 0) return;
-    float& z = entries.student[i];
-    float& t = entries.teacher[i];
-    const float ratio = finite_log(z - log_student) - finite_log(t - log_teacher);
-    z = z == -INFINITY ? 0.0f : expf(z) / sums.student;
-    t = ratio;
-    loss += entry_loss(z, ratio);
+    entries.student[i] /= sums.student;
+    entries.teacher[i] -= log_sums;
+    loss += entry_loss(entries.student[i], entries.teacher[i]);
   });
   loss = block.combine(loss, [](float a, float b) { return a + b; });
   for_entries(block, k, [&](int i) {
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(kEntryThreads)
       out_grad[repeat] = 0;
     }
     out_ids[first] = static_cast<int32_t>(id);
-    out_grad[first] = finite_gradient(sum);
+    out_grad[first] = finite(sum);
   }
 }
 
