@@ -79,10 +79,10 @@ float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_tem
   const auto teacher_sum =
       static_cast<float>(exponentials(teacher, k, teacher_max, teacher_temperature));
   double change = 0, size = 0;
+  for (int i = 0; i < k; ++i) teacher[i] = exp_change(student[i], teacher[i], log_ratio[i]);
   for (int i = 0; i < k; ++i) {
-    const float term = exp_change(student[i], teacher[i], log_ratio[i]);
-    change += term;
-    size += std::fabs(term);
+    change += teacher[i];
+    size += std::fabs(teacher[i]);
   }
   const float log_sums = log_of_ratio(sum, teacher_sum, static_cast<float>(change),
                                       static_cast<float>(size));

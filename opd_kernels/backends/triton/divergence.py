@@ -64,7 +64,7 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
 @triton.jit
 def _scaled(x, maximum, temperature):
     """(x - max) / T in float64, so that the difference of two of them is exact to float32."""
-    return (x.to(tl.float64) - maximum) * (1.0 / temperature.to(tl.float64))
+    return (x.to(tl.float64) - maximum) * (tl.full([1], 1.0, tl.float64) / temperature)
 
 
 @triton.jit
