@@ -34,6 +34,13 @@ OPD_HD inline bool poisons(float student, float teacher) {
   return !(student < INFINITY) || !(teacher < INFINITY);
 }
 
+// 1 / T to the last bits of a double: GPUs would call a subroutine for a division.
+OPD_HD inline double reciprocal(float temperature) {
+  double value = 1 / temperature;
+  for (int step = 0; step < 2; ++step) value += value * (1 - temperature * value);
+  return value;
+}
+
 // d of a row's entries.
 struct Difference {
   float student_max, teacher_max;
@@ -43,8 +50,8 @@ struct Difference {
                     float teacher_temperature)
       : student_max(student_max),
         teacher_max(teacher_max),
-        student_factor(1 / static_cast<double>(temperature)),
-        teacher_factor(1 / static_cast<double>(teacher_temperature)) {}
+        student_factor(reciprocal(temperature)),
+        teacher_factor(reciprocal(teacher_temperature)) {}
 
   OPD_HD float of(float student, float teacher) const {
     return finite((static_cast<double>(student) - student_max) * student_factor -

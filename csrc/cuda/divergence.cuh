@@ -72,11 +72,13 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
     float& z = entries.student[i];
     float& t = entries.teacher[i];
     if (entries.ids[i] < 0) return;
-    const float d = difference.of(z, t);
     // An entry of the student's that is -inf keeps p = 0 at any temperature.
-    z = z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
+    const float exp_student =
+        z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
     const float exp_teacher = expf((t - extremes.teacher) / teacher_temperature);
-    const float change = exp_change(z, exp_teacher, d);
+    const float d = difference.of(z, t);
+    const float change = exp_change(exp_student, exp_teacher, d);
+    z = exp_student;
     t = d;
     sums = {sums.student + z, sums.teacher + exp_teacher, sums.change + change,
             sums.size + fabsf(change)};
@@ -155,10 +157,13 @@ inline int support_bytes(int k) {
          3 * k * static_cast<int>(sizeof(float)) + Block::kScratchBytes;
 }
 
+// Blocks of a multiprocessor that registers have to suffice for: aiming at more, ptxas spills.
+constexpr int kSupportBlocks = 8;
+
 // Divergence on a support that is given, in any order; a block for each row. The gradients of a
 // repeated id go to the first of its entries, and the others become absent, so that scatter can
 // assign.
-__global__ void __launch_bounds__(kEntryThreads)
+__global__ void __launch_bounds__(kEntryThreads, kSupportBlocks)
     support_divergence_kernel(const __grid_constant__ DivergenceArgs args) {
   const int64_t row = blockIdx.x;
   const int k = args.k;
