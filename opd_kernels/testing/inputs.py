@@ -298,7 +298,7 @@ def _support(case: Case, generator: torch.Generator) -> TopK:
 
 
 def _bring_close(student: Tensor, teacher: Tensor | TopK, generator: torch.Generator) -> None:
-    """Makes the student the teacher with noise and an offset, where the memory is each row's own."""
+    """Makes the student the teacher with noise and an offset, unless rows share memory."""
     if 0 in student.stride() or not student.numel():
         return
     noise = torch.randn(student.shape, generator=generator, dtype=torch.float64) * 1e-3 + 5
