@@ -236,7 +236,7 @@ def _check_part(tensor: object, name: str, what: str) -> Tensor:
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64; "
-            "convert it with .float()"
+            "dequantise it with its scales, which .float() would leave out"
         )
     return tensor
 
