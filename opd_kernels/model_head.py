@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -17,22 +18,20 @@ __all__ = ["Head", "head_of"]
 
 # Half precision rounds a logit by less than 1 %; a scale or softcap that is missed changes more.
 TOLERANCE = 0.05
-# What a logit is multiplied by, as configurations have it, and to which power.
-SCALES = {
-    "logit_scale": 1,
-    "output_multiplier": 1,
-    "lm_head_multiplier": 1,
-    "logits_scaling": -1,
-    "logits_mup_width_multiplier": -1,
-}
-# Model types that use a name otherwise. 0: transformers does not apply it.
-OTHER_SCALES = {
-    ("hyperclovax", "logits_scaling"): 1,
-    ("mpt", "logit_scale"): 0,
-    ("aya_vision", "logit_scale"): 0,
-    ("cohere2_vision", "logit_scale"): 0,
-}
+# What configurations call the factor of the logits, their divisor and their cap.
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# (model type, name) that transformers does not apply, and one that it applies the other way round.
+UNUSED = {
+    ("mpt", "logit_scale"),
+    ("aya_vision", "logit_scale"),
+    ("cohere2_vision", "logit_scale"),
+    ("gemma3", "final_logit_softcapping"),
+}
+MULTIPLIED = ("hyperclovax", "logits_scaling")
+# Model types with a layer of the model itself between the last hidden states and the head.
+TRANSFORMED = ("electra", "modernbert-decoder")
 # Scales beside a weight, or a packed weight in its place.
 QUANTISED = (
     "weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "W_q", "quant_state",
@@ -175,16 +174,17 @@ def head_of(model: Any) -> Head:
         )
     if unpadded:
         weight, bias = weight[:unpadded], None if bias is None else bias[:unpadded]
-    return Head(weight, bias, _softcap(text), _scale(config, text))
+    return Head(weight, bias, _softcap(config, text), _scale(config, text))
 
 
 def _check_place(model: Any, module: Any) -> None:
-    """Raises for a head inside of another (BERT's), whose layers change the hidden states."""
+    """Raises where other layers change the hidden states before the head, as BERT's do."""
     parents = (
         each for each in model.modules() if any(child is module for child in each.children())
     )
     parent = next(parents, model)
-    if not hasattr(parent, "get_output_embeddings"):
+    transformed = getattr(model.config, "model_type", None) in TRANSFORMED
+    if transformed or not hasattr(parent, "get_output_embeddings"):
         raise ValueError(
             f"the output head lies in a {type(parent).__name__}, whose other layers change the "
             "hidden states; make LinearLogits of what its last layer gets"
@@ -289,23 +289,25 @@ def _check_forward(module: Any, name: str) -> None:
         )
 
 
-def _softcap(config: Any) -> float | None:
+def _softcap(config: Any, text: Any) -> float | None:
     """What a model caps its logits at."""
-    for name in SOFTCAPS:
-        value = getattr(config, name, None)
-        if value is not None:
-            _checks.check_factor(value, f"config.{name}")
-            return float(value)
-    return None
+    return next((value for _, value in _factors(config, text, SOFTCAPS)), None)
 
 
 def _scale(config: Any, text: Any) -> float:
     """What a model multiplies its logits by."""
-    for name, power in SCALES.items():
-        value = getattr(text, name, None)
-        for each in (config, text):
-            power = OTHER_SCALES.get((getattr(each, "model_type", ""), name), power)
-        if value is not None and power:
-            _checks.check_factor(value, f"config.{name}")
-            return float(value) if power > 0 else 1 / float(value)
+    for _, value in _factors(config, text, MULTIPLIERS):
+        return value
+    for name, value in _factors(config, text, DIVISORS):
+        return value if (text.model_type, name) == MULTIPLIED else 1 / value
     return 1.0
+
+
+def _factors(config: Any, text: Any, names: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """(name, value) of those that a configuration has and its model applies."""
+    for name in names:
+        value = getattr(text, name, None)
+        if value is None or (getattr(config, "model_type", None), name) in UNUSED:
+            continue
+        _checks.check_factor(value, f"config.{name}")
+        yield name, float(value)
