@@ -147,6 +147,7 @@ def linear_topk_rkl(
     if logit_softcap is not None:
         _checks.check_factor(logit_softcap, "logit_softcap")
     _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(return_stats, "return_stats")
     _checks.check_backend(backend)
     rows, device = student_hidden.shape[:-1], student_hidden.device
     backend = AUTO if backend is None else backend
