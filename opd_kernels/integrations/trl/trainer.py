@@ -84,9 +84,9 @@ class TopKDistillationTrainer(DistillationTrainer):
     ``eval_loss`` over several batches is the mean of their means, as in TRL.
 
     Heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2) are taken from the models'
-    configurations. Before the first loss both models are run on a few tokens: where their own
-    logits are not those of the head that was found, or a head is sharded, an error tells to set
-    ``use_hidden_states=False``.
+    configurations, by ``head_of``. Before the first loss both models are run on a few tokens: where
+    their own logits are not those of the head that was found, or ``head_of`` refuses a head (an
+    adapter, quantised, sharded), an error tells to set ``use_hidden_states=False``.
 
     Args:
         model: as in TRL; also with ``peft_config`` (tested with LoRA), whose adapters have to leave
