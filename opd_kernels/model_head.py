@@ -126,7 +126,7 @@ def head_of(model: Any) -> Head:
     states. Of a head in PEFT's ``modules_to_save`` this is the active copy.
 
     Nothing is copied or run. Call it anew after what replaces parameters, such as ``model.to``,
-    a change of the active adapter or a resized vocabulary; it costs microseconds. Names that a
+    a change of the active adapter or a resized vocabulary; it takes less than a millisecond. Names that a
     configuration has for scale and softcap are those of transformers: of a model with code of its
     own, let ``Head.check`` compare the logits once.
 

@@ -507,7 +507,7 @@ def repeats(ids: Tensor) -> Tensor:
     ordered, order = torch.sort(ids, dim=-1, stable=True)
     repeat = torch.zeros_like(ordered, dtype=torch.bool)
     repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
-    return torch.empty_like(repeat).scatter_(-1, order, repeat)
+    return torch.empty_like(repeat).scatter(-1, order, repeat)
 
 
 def _normalised(ids: Tensor, values: Tensor) -> Tensor:

@@ -458,6 +458,19 @@ def test_under_vmap_each_has_its_own_stats(form: str, dims: tuple[int | None, ..
             torch.testing.assert_close(ours[i], wanted)
 
 
+def test_under_vmap_masks_are_mapped_beside_a_support_that_is_not() -> None:
+    student, masks = logits(4, 30), torch.arange(12).view(3, 4) % 3 > 0
+    support = select_topk(logits(4, 30, seed=1), 5, with_logsumexp=True)
+
+    def measured(mask: torch.Tensor) -> Stats:
+        return stats_of(student, support, mask=mask)
+
+    mapped = torch.vmap(measured)(masks)
+    for i, mask in enumerate(masks):
+        for ours, wanted in zip(mapped, measured(mask), strict=True):
+            torch.testing.assert_close(ours[i], wanted)
+
+
 def test_under_vmap_masked_rows_are_left_out_of_the_logsumexp() -> None:
     teacher, mask = logits(3, 4, 30), torch.arange(12).view(3, 4) % 3 > 0
     teacher[~mask] = NAN
