@@ -36,6 +36,8 @@ TRANSFORMED = ("electra", "modernbert-decoder")
 QUANTISED = (
     "weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "W_q", "quant_state",
 )  # fmt: skip
+# Hooks of these gather a weight before it is used; once it is whole they change nothing.
+GATHERING = ("torch.distributed.fsdp", "deepspeed")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DEQUANTISE = (
     "dequantise it with its scales, or leave the head out where the model is quantised "
@@ -125,10 +127,10 @@ def head_of(model: Any) -> Head:
     ``get_output_embeddings()`` and a ``config``. Adapters elsewhere in the model are in its hidden
     states. Of a head in PEFT's ``modules_to_save`` this is the active copy.
 
-    Nothing is copied or run. Call it anew after what replaces parameters, such as ``model.to``,
-    a change of the active adapter or a resized vocabulary; it takes less than a millisecond. Names that a
-    configuration has for scale and softcap are those of transformers: of a model with code of its
-    own, let ``Head.check`` compare the logits once.
+    Nothing is copied or run, and it takes less than a millisecond. Call it again after
+    ``model.to``, a change of the active adapter or a resized vocabulary: these replace parameters.
+    Scale and softcap are read under the names that transformers has for them. For a model with code
+    of its own, let ``Head.check`` compare the logits once.
 
     Errors: ``TypeError`` for what is no such model; ``ValueError`` for a head whose logits are not
     those of one whole weight: with adapters (LoRA), quantised, sharded (DTensor, ZeRO-3, a part of
@@ -268,7 +270,12 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
 
 def _check_forward(module: Any, name: str) -> None:
     """Nothing is done besides the product: no hooks, and the forward is that of ``nn.Linear``."""
-    hooks = [kind for kind in HOOKS if getattr(module, kind, None)]
+    hooks = [
+        kind
+        for kind in HOOKS
+        for hook in (getattr(module, kind, None) or {}).values()
+        if not (getattr(hook, "__module__", None) or "").startswith(GATHERING)
+    ]
     if hooks:
         raise ValueError(
             f"{name} has hooks ({', '.join(hooks)}), which the loss would not run; remove them, or "

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 
@@ -307,6 +308,28 @@ def test_a_sharded_head_is_refused(one_process: None, part: str) -> None:
     setattr(model.lm_head, part, sharded)
     with pytest.raises(ValueError, match=rf"\(Linear\.{part}\) is a DTensor.*fully_shard"):
         head_of(model)
+
+
+def test_a_head_that_is_sharded_by_itself_is_served_while_its_weight_is_whole(
+    one_process: None,
+) -> None:
+    model = model_of()
+    whole = model.lm_head.weight.detach().clone()
+    fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"\(FSDPLinear\.weight\) is a DTensor"):
+        head_of(model)
+    model.lm_head.unshard()
+    assert torch.equal(head_of(model).weight, whole)
+
+
+def test_hooks_that_gather_a_weight_are_no_obstacle() -> None:
+    def fetch(*_: Any) -> None:
+        pass
+
+    fetch.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    model = model_of()
+    model.lm_head.register_forward_pre_hook(fetch)
+    assert head_of(model).weight is model.lm_head.weight
 
 
 def test_heads_that_only_run_elsewhere_or_compiled_are_served() -> None:
