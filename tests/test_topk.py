@@ -279,7 +279,7 @@ def test_cat_of_an_iterator_and_of_its_rows_gives_the_whole() -> None:
         ([make(2, 3)], -3, "dim -3"),
         ([make()], 0, r"dim 0, but the leading shape is \(\)"),
         ([make(2, 3), make(2, 4)], 0, r"shapes \(2, 3\) and \(2, 4\), which do not fit.*\.pad"),
-        ([make(2, 3), make(2)], 0, r"shapes \(2, 3\) and \(2,\)"),
+        ([make(2, 3), make(2)], 1, r"shapes \(2, 3\) and \(2,\)"),
     ],
 )
 def test_cat_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -> None:
