@@ -107,7 +107,9 @@ class Module:
 def cpu_module() -> Module:
     require_compiler()
     # No contraction: every instruction set then computes the same bits.
-    flags, link = ["-ffp-contract=off", *SANITIZERS], list(SANITIZERS)
+    # Nobody asks for floating-point exceptions, which would keep loops with choices scalar.
+    flags = ["-ffp-contract=off", "-fno-trapping-math", *SANITIZERS]
+    link = list(SANITIZERS)
     error = compile_error("-fopenmp")
     if error is None:
         flags, link = ["-fopenmp", *flags], ["-fopenmp", *link]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels import backends
+from opd_kernels import backends, debugging
 from opd_kernels._checks import (
+    check_buffer,
     check_entries_dtype,
     check_row_shape,
     check_same_device,
@@ -73,6 +74,8 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     _check_rows(mask, "mask", logits)
     _check_device(banned, "banned", logits)
+    if debugging.ON:
+        debugging.check_select(logits, limit, banned, mask)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
     return module.select(logits, k, limit, banned, mask)
 
@@ -105,18 +108,16 @@ def _divergence(
     _check_device(teacher, "teacher", student)
     _check_device(teacher_ids, "teacher_ids", student)
     _check_device(banned, "banned", student)
+    student_t = temperature if row_temperature is None else row_temperature
+    teacher_t = teacher_temperature if row_teacher_temperature is None else row_teacher_temperature
+    if debugging.ON:
+        debugging.check_divergence(
+            student, teacher, teacher_ids, limit, banned, mask, student_t, teacher_t
+        )
     vocab = limit if teacher_ids is None else 0
     module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
     return module.divergence(
-        student,
-        teacher,
-        teacher_ids,
-        k,
-        limit,
-        banned,
-        mask,
-        temperature if row_temperature is None else row_temperature,
-        teacher_temperature if row_teacher_temperature is None else row_teacher_temperature,
+        student, teacher, teacher_ids, k, limit, banned, mask, student_t, teacher_t
     )
 
 
@@ -157,6 +158,8 @@ def _scatter_add(
 ) -> None:
     module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
     _check_device(out, "out", ids)
+    if debugging.ON:
+        debugging.check_scatter_add(out, entry_grad, ids, upstream)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 
@@ -224,6 +227,8 @@ def _select_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``select`` on the logits of a head, of a few rows at a time; no others are computed."""
+    if debugging.ON:
+        debugging.check_head(hidden, weight, bias, limit, banned, mask)
     rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
     module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
     ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
@@ -236,6 +241,8 @@ def _select_linear(
         out_values[here] = shaped(picked, scale, softcap)
         if with_logsumexp:
             out_sums[here] = row_logsumexp(logits, limit, kept, (scale, softcap))
+    if debugging.ON:
+        debugging.check_selected(values, mask)
     return ids, values, logsumexp
 
 
@@ -268,6 +275,8 @@ def _gather_dot(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if debugging.ON:
+        debugging.check_gather(hidden, weight, bias, ids, limit, banned, mask)
     dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
     module = backends.resolve_linear(backend, hidden.device, dtypes, ids.shape[-1])
     return module.gather_dot(hidden, weight, bias, ids, limit, banned, mask)
@@ -348,7 +357,21 @@ def _select_linear_vmap(
     return results, (0, 0, 0 if with_logsumexp else None)
 
 
+def _scatter_add_vmap(
+    info: Any, in_dims: tuple[int | None, ...], out: Tensor, *rest: Any
+) -> tuple[None, None]:
+    """The same; what is written to has to be mapped itself, each copy with memory of its own."""
+    if in_dims[0] is None:
+        raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
+    *entries, backend = rest
+    out = check_buffer(leading(out, in_dims[0], info))
+    rows = (leading(arg, dim, info) for arg, dim in zip(entries, in_dims[1:4], strict=True))
+    scatter_add_(out, *rows, backend)
+    return None, None
+
+
 torch.library.register_vmap("opd_kernels::select", _select_vmap, lib=_LIBRARY)
+torch.library.register_vmap("opd_kernels::scatter_add_", _scatter_add_vmap, lib=_LIBRARY)
 torch.library.register_vmap("opd_kernels::select_linear", _select_linear_vmap, lib=_LIBRARY)
 
 

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from opd_kernels import _checks, _ops
+from opd_kernels import _checks, _ops, debugging
 from opd_kernels import stats as _stats
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.backends import AUTO
@@ -128,7 +128,8 @@ def topk_rkl(
 
     Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
     allowed, ``ValueError`` for DTensors. k = 1 warns: one renormalised entry has loss and gradient
-    0.
+    0. Values of tensors are not looked at, but for ``OPD_KERNELS_DEBUG=1`` or ``debug()``, which
+    raise with the first bad row.
 
     Example::
 
@@ -143,6 +144,8 @@ def topk_rkl(
     """
     _checks.check_logits(student_logits, "student_logits")
     _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(inplace_grad, "inplace_grad")
+    _checks.check_flag(return_stats, "return_stats")
     _checks.check_backend(backend)
     rows, device = student_logits.shape[:-1], student_logits.device
     backend = AUTO if backend is None else backend
@@ -205,6 +208,8 @@ class Call:
         self._teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
         self._k, self._mask, self._weight = k, mask, weight
         self._reduction, self._normalizer = reduction, normalizer
+        if debugging.on_outside_of_operators():
+            debugging.check_call(temperature, teacher_temperature, weight, normalizer, mask)
 
     def loss(
         self,
@@ -335,5 +340,5 @@ def reduce_rows(
     if isinstance(normalizer, Tensor):
         return total / recordable(normalizer).to(total.dtype)
     if normalizer is not None:
-        return total / normalizer
+        return total / float(normalizer)  # an int may be beyond int64
     return total / (max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1))
