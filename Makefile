@@ -23,15 +23,15 @@ demo: $(VENV)/.demo
 # The whole paths of the demo and the comparison in minutes, results not judged.
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
-	$(BIN)/python examples/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
+	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
 # The paper's toy study: minutes on one core.
 toy: $(VENV)/.demo
-	$(BIN)/python examples/toy_variance.py
+	$(BIN)/python studies/toy_variance.py
 
 # Eight objectives, three tasks, three seeds: 2.5 hours on two cores and more for the models; resumes.
 comparison: $(VENV)/.demo
-	$(BIN)/python examples/compare_objectives.py run
+	$(BIN)/python studies/compare_objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
 test: $(VENV)/.test $(OLDEST)/.installed

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 for package in ("matplotlib", "tensorboard", "tqdm", "transformers"):
     pytest.importorskip(package, reason="the comparison needs it")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import compare_objectives as command  # noqa: E402
 from comparison import arms, models, pairs, results, rollouts, tasks, training  # noqa: E402
