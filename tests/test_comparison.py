@@ -372,7 +372,7 @@ def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> Non
         logged = results._read(steps / f"mixed-{row['arm'].replace(' + ', '-')}-0.csv")
         mean = sum(float(line["grad_norm"]) for line in logged) / 2
         assert float(row["grad_norm"]) == pytest.approx(mean, rel=1e-4)
-    for name in ("steps.png", "positions.png", "table.md"):
+    for name in ("success.png", "positions.png", "table.md"):
         assert (kept / name).stat().st_size > 0
 
 
