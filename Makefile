@@ -20,9 +20,10 @@ AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 demo: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py
 
-# The whole paths of the demo and the comparison in minutes, results not judged.
+# The whole paths of the demo, the loop and the comparison in minutes, results not judged.
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
+	$(BIN)/python examples/on_policy_loop.py --steps 1 --batch 2 --new-tokens 8
 	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
 # The paper's toy study: minutes on one core.
