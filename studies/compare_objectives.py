@@ -12,7 +12,7 @@ run on the demo's SmolLM2 pair. All arms of a seed meet the same problems in the
 `run` goes on where it was interrupted, from checkpoints in its output folder, and ends with the
 report. Results of a whole run go to ``studies/results/comparison/``.
 
-Other than in arXiv 2603.25562, besides sizes: one teacher serves both tasks, which mix within a
+Unlike arXiv 2603.25562, besides sizes: one teacher serves both tasks, which mix within a
 batch; masking works turn by turn and also keeps the special tokens out of the support; the
 student's support does without the sampled token; models stop at either end token.
 """
