@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 # The whole paths of the demo, the loop and the comparison in minutes, results not judged.
 smoke: $(VENV)/.demo
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
-	$(BIN)/python examples/on_policy_loop.py --steps 1 --batch 2 --new-tokens 8
+	$(BIN)/python examples/on_policy_loop.py 1
 	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
 # The paper's toy study: minutes on one core.

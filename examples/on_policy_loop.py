@@ -1,6 +1,6 @@
 """On-policy distillation as one loop to copy: generate, score, step.
 
-    python examples/on_policy_loop.py    # three minutes on two cores, in the demo's environment
+    python examples/on_policy_loop.py [STEPS]    # in the demo's environment (make demo)
 
 The pair is the demo's: SmolLM2-135M-Instruct and a copy without two of its layers. For your own,
 replace the two lines that load them; with ``transformers`` that is ``from_pretrained`` twice.
@@ -8,8 +8,8 @@ replace the two lines that load them; with ``transformers`` that is ``from_pretr
 
 from __future__ import annotations
 
-import argparse
 import random
+import sys
 from pathlib import Path
 
 import smollm2
@@ -19,34 +19,28 @@ from torch.nn import functional as F
 from opd_kernels import LinearLogits, linear_topk_rkl, predicting, response_mask
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(steps: int = 20, batch_size: int = 8, new_tokens: int = 48, k: int = 32) -> None:
     """Train the student; print a line for each step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="updates of the student")
-    parser.add_argument("--batch", type=int, default=8, help="prompts in a step")
-    parser.add_argument("--new-tokens", type=int, default=48, help="longest response")
-    parser.add_argument("--k", type=int, default=32, help="size of the teacher's support")
-    options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    random.seed(0)
-
-    tokenizer, teacher = smollm2.load_teacher()  # frozen
+    tokenizer, teacher = smollm2.load_teacher()  # frozen; the tokenizer pads on the left
     student = smollm2.prune_layers(teacher, dropped=[14, 15])
     prompts, _ = smollm2.read_prompts(Path(__file__).parent / "prompts.txt")
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2.5e-5, weight_decay=0.0)
+    order = random.Random(0)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
 
-    for step in range(options.steps):
-        chats = [[{"role": "user", "content": p}] for p in random.sample(prompts, options.batch)]
+    for step in range(steps):
+        # The student answers.
+        chats = [[{"role": "user", "content": p}] for p in order.sample(prompts, batch_size)]
         batch = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         )
-        # The student answers. The tokenizer pads on the left.
-        sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
-        tokens = student.generate(**batch, **sampling, max_new_tokens=options.new_tokens)
-        prompt_length = batch["input_ids"].shape[1]
-        mask = response_mask(tokens, prompt_length, eos_ids=tokenizer.eos_token_id)
-        attention = F.pad(batch["attention_mask"], (0, tokens.shape[1] - prompt_length), value=1)
+        tokens = student.generate(**batch, **sampling, max_new_tokens=new_tokens)
+        length = batch["input_ids"].shape[1]
+        response = response_mask(tokens, length, eos_ids=tokenizer.eos_token_id)
+        mask = predicting(response)  # position t predicts token t + 1
+        attention = F.pad(batch["attention_mask"], (0, tokens.shape[1] - length), value=1)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
 
@@ -55,25 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
             hidden = teacher.model(**inputs, use_cache=False).last_hidden_state
         scores = LinearLogits(hidden, teacher.lm_head.weight)
 
-        # The student learns. Position t predicts token t + 1.
+        # The student takes a step.
         hidden = student.model(**inputs, use_cache=False).last_hidden_state
-        loss, stats = linear_topk_rkl(
-            hidden,
-            student.lm_head.weight,
-            scores,
-            options.k,
-            mask=predicting(mask),
-            return_stats=True,
-        )
+        head = student.lm_head.weight
+        loss, stats = linear_topk_rkl(hidden, head, scores, k, mask=mask, return_stats=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mass = stats.student_mass[predicting(mask)].mean()
-        print(
-            f"step {step + 1}: loss {loss.item():.3f}, student mass {mass.item():.3f}", flush=True
-        )
+        mass = stats.student_mass[mask].mean().item()
+        print(f"step {step + 1}: loss {loss.item():.3f}, student mass {mass:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:2]))

@@ -71,7 +71,7 @@ def test_the_on_policy_loop_trains_on_the_rows_that_predict_responses(
         return opd_kernels.linear_topk_rkl(hidden, weight, scores, k, **options)
 
     monkeypatch.setattr(on_policy_loop, "linear_topk_rkl", recorded)
-    on_policy_loop.main(["--steps", "2", "--batch", "3", "--new-tokens", "5", "--k", "8"])
+    on_policy_loop.main(steps=2, batch_size=3, new_tokens=5, k=8)
     printed = capsys.readouterr().out
     assert len(re.findall(r"^step \d: loss \d\.\d+, student mass 0\.\d+$", printed, re.M)) == 2
     for name, value in teacher.state_dict().items():
