@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py    # needs matplotlib; writes docs/images/time_and_memory.png
 
-``benchmarks/cpu.py --json`` and ``benchmarks/memory.py --json`` append the records.
+``benchmarks/cpu.py --json`` and ``benchmarks/peak_memory.py --json`` append the records.
 """
 
 from __future__ import annotations

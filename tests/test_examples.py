@@ -121,3 +121,48 @@ def test_the_trl_script_trains_adapters_and_reports(
     assert (kept["r"], kept["lora_alpha"]) == (4, 8)
     assert "lm_head" not in kept["target_modules"]
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+BENCHMARKS = EXAMPLES.parent / "benchmarks"
+
+
+def test_the_readmes_plot_is_drawn_from_records_of_one_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs it")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import plot
+
+    time, memory = plot.newest("cpu.jsonl"), plot.newest("memory.jsonl")
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"{time['rows']} tokens with a vocabulary of {time['vocab']:,}, {time['dtype']}" in readme
+    )
+    times = time["milliseconds"]
+    least, most = (
+        times[name] / times["forward + backward"] for name in ("careful eager", "naive eager")
+    )
+    assert f"{least:.0f} to {most:.0f} times" in readme
+    plot.draw(tmp_path / "plot.png", time, memory)
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    with pytest.raises(SystemExit, match="different shapes"):
+        plot.draw(tmp_path / "plot.png", time, memory | {"k": 1})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_peak_memory_counts_the_gradient_and_what_eager_allocates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import peak_memory
+
+    options = argparse.Namespace(rows=64, vocab=200_000, k=8, dtype="float32", threads=1)
+    gradient = options.rows * options.vocab * 4
+    threads = torch.get_num_threads()
+    try:
+        ours, naive = (peak_memory.peak_here(form, options) for form in ("ours", "naive eager"))
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.9 < ours / gradient < 1.2
+    # Both log-softmaxes and their gradients are float32 as the gradient itself.
+    assert naive / gradient > 2

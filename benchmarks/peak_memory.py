@@ -1,6 +1,6 @@
 """Peak memory of the forms that ``benchmarks/cpu.py`` times, at the same shape.
 
-    python benchmarks/memory.py [--rows 256 --vocab 151936 --k 64 --dtype bfloat16 --threads 2]
+    python benchmarks/peak_memory.py [--rows 256 --vocab 151936 --k 64 --dtype bfloat16 --threads 2]
 
 Each form runs forward and backward in a fresh process, after one such call that allocates what is
 allocated once (operators, threads, compiled code). Then the peak of the resident set is reset, and
