@@ -84,7 +84,8 @@ class Module:
 
 def cpu_module() -> Module:
     # No contraction: every instruction set then computes the same bits.
-    flags = ["-fopenmp", "-ffp-contract=off", *SANITIZERS]
+    # Nobody asks for floating-point exceptions, which would keep loops with choices scalar.
+    flags = ["-fopenmp", "-ffp-contract=off", "-fno-trapping-math", *SANITIZERS]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     return Module(CPU_SOURCES, flags, ["-fopenmp", *SANITIZERS, *undefined])
 

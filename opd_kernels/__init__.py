@@ -1,9 +1,10 @@
 """Fused kernels for top-K on-policy distillation.
 
 ``topk_rkl`` is the loss, ``linear_topk_rkl`` the same from hidden states and a head, of which
-``LinearLogits`` is a teacher's. ``select_topk`` is the teacher's support by itself, ``TopK`` a
-support that was cached or came from a server, ``TopKReverseKL`` the ``torch.autograd.Function``
-underneath and ``add_topk_grad_`` a way to add its gradient to another loss's.
+``LinearLogits`` is a teacher's; ``head_of`` reads the head of a model. ``select_topk`` is the
+teacher's support by itself, ``TopK`` a support that was cached or came from a server,
+``TopKReverseKL`` the ``torch.autograd.Function`` underneath and ``add_topk_grad_`` a way to add its
+gradient to another loss's.
 
 Around the loss: ``response_mask``, ``special_token_mask`` and ``predicting`` say which positions
 take part, ``compare_tokenizers`` and ``token_ids`` which ids. ``sampled_token_loss``, with
@@ -26,6 +27,7 @@ from opd_kernels.masking import (
     special_token_mask,
     token_ids,
 )
+from opd_kernels.model_head import head_of
 from opd_kernels.sampled_token import returns_to_go, sampled_token_advantages, sampled_token_loss
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
@@ -46,6 +48,7 @@ __all__ = [
     "anchor_of",
     "compare_tokenizers",
     "first_occurrences",
+    "head_of",
     "linear_topk_rkl",
     "predicting",
     "response_mask",

@@ -19,6 +19,8 @@ REDUCTIONS = ("none", "sum", "mean")
 # Temperatures that float32 arithmetic can divide by.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
+MAX_LENGTH = 2**63 - 1
+LARGEST_FLOAT = int(torch.finfo(torch.float64).max)
 # What to do about a DTensor, by what it holds.
 DTENSOR_ROWS = (
     "expected a plain tensor; pass .to_local() if each rank holds whole rows, the same rows of "
@@ -236,7 +238,7 @@ def _check_part(tensor: object, name: str, what: str) -> Tensor:
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64; "
-            "convert it with .float()"
+            "dequantise it with its scales, which .float() would leave out"
         )
     return tensor
 
@@ -263,6 +265,12 @@ def check_factor(value: object, name: str) -> None:
             f"{name} is {value}, allowed are numbers above 0, from {LEAST_TEMPERATURE:.3g} to "
             f"{LARGEST_TEMPERATURE:.3g}"
         )
+
+
+def check_flag(value: object, name: str) -> None:
+    """True or False, not what Python takes for one: a tensor's value would have to be read."""
+    if not isinstance(value, (bool, np.bool_, torch.SymBool)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected True or False")
 
 
 def check_int(value: object, name: str) -> None:
@@ -292,8 +300,8 @@ def check_vocab_size(vocab_size: int | None) -> None:
     if vocab_size is None:
         return
     check_int(vocab_size, "vocab_size")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size}, allowed is 1 or more")
+    if not 1 <= vocab_size <= MAX_VOCAB:
+        raise ValueError(f"vocab_size is {vocab_size}, allowed is 1 or more, to {MAX_VOCAB}")
 
 
 def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:
@@ -375,8 +383,8 @@ def check_prompt_length(length: object, tokens: Tensor) -> None:
     """An int from 0, or one per sequence."""
     if not isinstance(length, Tensor):
         check_int(length, "prompt_length")
-        if length < 0:  # type: ignore[operator]
-            raise ValueError(f"prompt_length is {length}, allowed is 0 or more")
+        if not 0 <= length <= MAX_LENGTH:  # type: ignore[operator]
+            raise ValueError(f"prompt_length is {length}, allowed is 0 or more, to {MAX_LENGTH}")
         return
     if length.dtype not in ID_DTYPES:
         raise TypeError(f"prompt_length has dtype {length.dtype}, allowed are int32 and int64")
@@ -428,6 +436,10 @@ def check_number(value: object, name: str, expected: str = "a number or a tensor
     numbers = (int, float, torch.SymFloat, torch.SymInt, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise TypeError(f"{name} is a {type(value).__name__}, expected {expected}")
+    if type(value) is int and abs(value) > LARGEST_FLOAT:
+        raise ValueError(
+            f"{name} is an int of {value.bit_length()} bits, beyond what a float holds"
+        )
 
 
 def check_temperature_value(temperature: float, name: str) -> None:
@@ -511,6 +523,7 @@ def as_ids(ids: Sequence[int] | Tensor, device: torch.device, name: str, others:
             raise TypeError(
                 f"{name} is {ids!r:.80}, expected a sequence of ints or an int tensor"
             ) from error
+    check_dense(ids, name)
     if ids.numel() == 0:
         ids = ids.long()
     if ids.dtype not in ID_DTYPES:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_kernels import backends
 from opd_kernels._checks import (
+    check_buffer,
     check_entries_dtype,
     check_row_shape,
     check_same_device,
@@ -348,7 +349,21 @@ def _select_linear_vmap(
     return results, (0, 0, 0 if with_logsumexp else None)
 
 
+def _scatter_add_vmap(
+    info: Any, in_dims: tuple[int | None, ...], out: Tensor, *rest: Any
+) -> tuple[None, None]:
+    """The same; what is written to has to be mapped itself, each copy with memory of its own."""
+    if in_dims[0] is None:
+        raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
+    *entries, backend = rest
+    out = check_buffer(leading(out, in_dims[0], info))
+    rows = (leading(arg, dim, info) for arg, dim in zip(entries, in_dims[1:4], strict=True))
+    scatter_add_(out, *rows, backend)
+    return None, None
+
+
 torch.library.register_vmap("opd_kernels::select", _select_vmap, lib=_LIBRARY)
+torch.library.register_vmap("opd_kernels::scatter_add_", _scatter_add_vmap, lib=_LIBRARY)
 torch.library.register_vmap("opd_kernels::select_linear", _select_linear_vmap, lib=_LIBRARY)
 
 

@@ -38,6 +38,10 @@ class LinearLogits:
     softcap, which keep their order, are applied to the selected ones in float32. All of it is
     constant: no gradient reaches the teacher.
 
+    The weight has to be the whole head: one with an adapter, a quantised one without its scales, or
+    a forgotten softcap makes a wrong loss in silence. ``head_of(model)(hidden)`` reads all of it,
+    and refuses what is not.
+
     Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs or
     the logits of 128 rows if these are more; under autocast a copy of what is of another dtype.
 
@@ -46,7 +50,7 @@ class LinearLogits:
 
     Example::
 
-        teacher = LinearLogits(teacher_hidden, teacher_model.lm_head.weight)
+        teacher = LinearLogits(teacher_hidden, weight, softcap=30.0)
         support = select_topk(teacher, 32)
     """
 

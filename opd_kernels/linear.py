@@ -116,6 +116,9 @@ def linear_topk_rkl(
         logit_scale: s, above 0, where the model multiplies its logits (Cohere) or divides them
             (Granite: 1 / logits_scaling).
 
+    An adapter on the head, a quantised weight without its scales or a forgotten softcap makes a
+    wrong loss in silence: ``head_of`` reads a model's head whole, or refuses it.
+
     All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
     rows, NaN and reductions. Masked rows are not read, but for those that a GPU's matrix product of
     a ``LinearLogits`` takes along. ``return_stats`` computes the student's logits after all, a few
@@ -136,8 +139,9 @@ def linear_topk_rkl(
         hidden = student.model(input_ids).last_hidden_state          # (B, T, H)
         with torch.no_grad():
             teacher_hidden = teacher.model(input_ids).last_hidden_state
-        head = LinearLogits(teacher_hidden, teacher.lm_head.weight)
-        loss = linear_topk_rkl(hidden, student.lm_head.weight, head, k=32, mask=mask)
+        logits = head_of(teacher)(teacher_hidden)
+        head = head_of(student)
+        loss = linear_topk_rkl(hidden, teacher=logits, k=32, mask=mask, **head.as_student)
         loss.backward()
 
     Source: arXiv 2603.25562, teacher top-K local support matching; what its loss needs of a head.
@@ -147,6 +151,7 @@ def linear_topk_rkl(
     if logit_softcap is not None:
         _checks.check_factor(logit_softcap, "logit_softcap")
     _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(return_stats, "return_stats")
     _checks.check_backend(backend)
     rows, device = student_hidden.shape[:-1], student_hidden.device
     backend = AUTO if backend is None else backend

@@ -143,6 +143,8 @@ def topk_rkl(
     """
     _checks.check_logits(student_logits, "student_logits")
     _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(inplace_grad, "inplace_grad")
+    _checks.check_flag(return_stats, "return_stats")
     _checks.check_backend(backend)
     rows, device = student_logits.shape[:-1], student_logits.device
     backend = AUTO if backend is None else backend
@@ -335,5 +337,5 @@ def reduce_rows(
     if isinstance(normalizer, Tensor):
         return total / recordable(normalizer).to(total.dtype)
     if normalizer is not None:
-        return total / normalizer
+        return total / float(normalizer)  # an int may be beyond int64
     return total / (max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1))

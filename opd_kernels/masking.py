@@ -76,6 +76,8 @@ def response_mask(
         return mask.clone()
     if isinstance(eos_ids, Tensor):
         eos_ids = eos_ids.reshape(-1)
+    if isinstance(eos_ids, bool):
+        raise TypeError("eos_ids is a bool, expected an id or several")
     several = [int(eos_ids)] if isinstance(eos_ids, (int, Integral)) else eos_ids
     ends = mask & _among(tokens, _ids(several, tokens))
     return mask & (ends.cumsum(-1) == ends.int())
@@ -408,6 +410,12 @@ def _strings_by_id(
     """What each id is: its added token, or else its strings in order."""
     found: dict[int, list[str]] = {}
     for string, i in vocab.items():
+        if type(i) is not int:
+            _checks.check_int(i, f"get_vocab()[{string!r}]")
+        if not 0 <= i < _checks.MAX_VOCAB:
+            raise ValueError(
+                f"get_vocab()[{string!r}] is {i}, allowed are ids from 0 to below 2**31 - 1"
+            )
         found.setdefault(i, []).append(string)
     strings = {i: tuple(sorted(several)) for i, several in found.items()}
     # An added token is what the id is decoded to, whatever the vocabulary below it says.

@@ -10,8 +10,10 @@ Three primitives, the same in every backend: ``select``, ``divergence`` and ``sc
 also into memory that is there, over it or added to it; and for students that are hidden states and
 a head ``gather_dot`` with its gradients. Shapes: student (..., V), teacher (..., V_t) or (..., K),
 ids int32 (..., K), hidden (..., H), weight (V, H), everything per row (...).
-Arithmetic is float32, or float64 where an input is. Temporaries are as large as the logits: this
-module is for reading, for checking, for float64 and for K above what the kernels take.
+Arithmetic is float32, or float64 where an input is, and float64 for a row's K entries: late in
+training p is nearly q, and l is a small difference of large logarithms. Temporaries are as large as
+the logits: this module is for reading, for checking, for float64 and for K above what the kernels
+take.
 
 Source: arXiv 2603.25562, teacher top-K local support matching.
 """
@@ -86,18 +88,18 @@ def divergence(
         ids, values = _allowed_ids(teacher_ids, limit, banned, mask), teacher
     present = (ids >= 0) & (values != NEVER)
     ids = torch.where(present, ids, -1)
-    t = torch.where(present, values.to(dtype), NEVER)
-    z = student.gather(-1, ids.clamp(min=0).long()).to(dtype)
+    t = torch.where(present, _wide(values), NEVER)
+    z = _wide(student.gather(-1, ids.clamp(min=0).long()))
     z = torch.where(present, z, NEVER)
 
-    student_t = _per_row(temperature, dtype)
+    student_t = _per_row(temperature)
     log_p = _log_softmax(z, student_t)
-    log_ratio = log_p - _log_softmax(t, _per_row(teacher_temperature, dtype))
+    log_ratio = log_p - _log_softmax(t, _per_row(teacher_temperature))
     p = log_p.exp()
     # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
     loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
     grad = torch.where(p == 0, 0, p * (log_ratio - loss) / student_t)
-    grad = _finite(grad)
+    grad = _finite(grad, grad.dtype)
 
     empty = (z == NEVER).all(-1, keepdim=True)
     poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
@@ -105,7 +107,7 @@ def divergence(
     grad = grad.masked_fill(empty, 0).masked_fill(poisoned, torch.nan).masked_fill(~present, 0)
     if teacher_ids is not None:
         ids, grad = _merge_duplicates(ids, grad)
-    return loss.squeeze(-1), ids, grad
+    return loss.squeeze(-1).to(dtype), ids, _finite(grad, dtype)
 
 
 def scatter(
@@ -220,8 +222,13 @@ def _allowed_ids(ids: Tensor, limit: int, banned: Tensor | None, mask: Tensor | 
     return torch.where(allowed, ids, -1).to(torch.int32)
 
 
-def _per_row(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return temperature[..., None].to(dtype) if isinstance(temperature, Tensor) else temperature
+def _wide(x: Tensor) -> Tensor:
+    """As float64, or float32 on devices that lack it."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def _per_row(temperature: float | Tensor) -> float | Tensor:
+    return _wide(temperature[..., None]) if isinstance(temperature, Tensor) else temperature
 
 
 def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
@@ -234,10 +241,10 @@ def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
     return (scaled - scaled.exp().sum(-1, keepdim=True).log()).clamp(min=torch.finfo(x.dtype).min)
 
 
-def _finite(grad: Tensor) -> Tensor:
-    """Infinities as the largest numbers."""
-    largest = torch.finfo(grad.dtype).max
-    return grad.clamp(-largest, largest)
+def _finite(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype, infinities as its largest numbers."""
+    largest = torch.finfo(dtype).max
+    return grad.clamp(-largest, largest).to(dtype)
 
 
 def _merge_duplicates(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,10 +253,8 @@ def _merge_duplicates(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
     segment = first.long().cumsum(-1) - 1
-    # In float64, where no sum of float32 overflows on the way.
-    sums = torch.zeros_like(grad, dtype=torch.float64)
-    sums.scatter_add_(-1, segment, grad.gather(-1, order).double())
-    merged = torch.where(first, _finite(sums.gather(-1, segment).to(grad.dtype)), 0)
+    sums = torch.zeros_like(grad).scatter_add_(-1, segment, grad.gather(-1, order))
+    merged = torch.where(first, sums.gather(-1, segment), 0)
     kept = torch.where(first, ordered, -1)
     return torch.empty_like(ids).scatter_(-1, order, kept), torch.empty_like(grad).scatter_(
         -1, order, merged

@@ -58,6 +58,7 @@ def select_topk(
     device = logits.device
     _checks.check_k(k, vocab)
     _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(with_logsumexp, "with_logsumexp")
     _checks.check_backend(backend)
     limit = vocab if vocab_size is None else min(vocab, vocab_size)
     mask = bool_mask(mask, rows, device)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from opd_kernels.head import LinearLogits, as_autocast, head_logits, shaped
 from opd_kernels.reference import compute_dtype, unpack_bitmap
@@ -59,9 +60,9 @@ def measure(
     present = (support.ids >= 0) & (support.ids < limit) & (support.logits != -torch.inf)
     ids = torch.where(present, support.ids, 0).long()
     if banned is not None:
-        present &= ~unpack_bitmap(banned, limit)[ids]
+        present = present & ~unpack_bitmap(banned, limit)[ids]
     if mask is not None:
-        present &= mask[..., None]
+        present = present & mask[..., None]
     counted = present & ~repeats(torch.where(present, ids, -1))
 
     def held(logits: Tensor | LinearLogits, temperature: float | Tensor) -> Tensor:
@@ -103,7 +104,9 @@ def _mass(
     def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
         rows = rows if shape is None else shaped(rows, *shape)
         # The maximum is taken off before dividing: rows / T alone may overflow.
-        scaled = (rows - rows.amax(-1, keepdim=True)).div_(temperatures)
+        scaled = rows - rows.amax(-1, keepdim=True)
+        # vmap does not write what is mapped into what is not.
+        scaled = scaled / temperatures if _mapped() else scaled.div_(temperatures)
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
 
     return _reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
@@ -120,11 +123,14 @@ def _head_mass(
     """The same of a head's logits, of a few rows at a time."""
     rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
     weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    shape = (head.scale, head.softcap)
+    if _mapped():
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return _mass(logits, ids, counted, temperature, mask, shape)
     ids, counted = (entries.reshape(-1, entries.shape[-1]) for entries in (ids, counted))
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(rows).reshape(-1)
     out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
-    shape = (head.scale, head.softcap)
     for here, logits, kept in head_logits(hidden, weight, bias, mask):
         there = temperature[here] if isinstance(temperature, Tensor) else temperature
         out[here] = _mass(logits, ids[here], counted[here], there, kept, shape)
@@ -157,7 +163,11 @@ def _reduce_rows(
     """reduce(rows in the dtype of the arithmetic, *per_row of these rows), piece by piece.
 
     Masked rows are 0. On the CPU they are not read; elsewhere leaving them out would synchronise.
+    Under vmap all rows are one piece: what it maps is neither indexed by a mask nor written to.
     """
+    if _mapped():
+        found = reduce(logits.to(compute_dtype(logits)), *per_row)
+        return found if mask is None else found.masked_fill(~mask, 0)
     out = logits.new_zeros(logits.shape[:-1], dtype=compute_dtype(logits))
     kept: Any = ...
     for piece in _pieces(logits.shape):
@@ -166,6 +176,16 @@ def _reduce_rows(
         rows = logits[piece][kept].to(out.dtype)
         out[piece][kept] = reduce(rows, *(tensor[piece][kept] for tensor in per_row))
     return out if mask is None else out.masked_fill(~mask, 0)
+
+
+def _mapped() -> bool:
+    """Whether this runs under vmap."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    # A compiler knows that there are transforms, but not which.
+    return torch.compiler.is_compiling() or any(
+        level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()
+    )
 
 
 def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:

@@ -212,8 +212,9 @@ class TopK:
     def cat(parts: Iterable[TopK], dim: int = 0) -> TopK:
         """Concatenates along a leading dimension; logsumexp is kept where all parts have one."""
         parts = _one_width(parts, "cat")
-        row_dims = len(parts[0].shape)
-        return _joined(torch.cat, parts, _leading(dim, row_dims, parts[0], "cat"))
+        dim = _leading(dim, len(parts[0].shape), parts[0], "cat")
+        _check_same_size(parts, "cat", dim)
+        return _joined(torch.cat, parts, dim)
 
     @staticmethod
     def stack(parts: Iterable[TopK], dim: int = 0) -> TopK:
@@ -222,8 +223,9 @@ class TopK:
         ``torch.utils.data.default_collate`` does it with the supports of a batch.
         """
         parts = _one_width(parts, "stack")
-        row_dims = len(parts[0].shape)
-        return _joined(torch.stack, parts, _leading(dim, row_dims + 1, parts[0], "stack"))
+        dim = _leading(dim, len(parts[0].shape) + 1, parts[0], "stack")
+        _check_same_size(parts, "stack")
+        return _joined(torch.stack, parts, dim)
 
     @staticmethod
     def from_logprobs(
@@ -382,7 +384,12 @@ def _check_tensor(tensor: object, name: str) -> None:
 
 def _one_width(parts: Iterable[TopK], name: str) -> list[TopK]:
     """One or more supports of one width."""
-    parts = list(parts)
+    try:
+        each = iter(parts)
+    except TypeError as error:
+        given = type(parts).__name__
+        raise TypeError(f"TopK.{name} got a {given}, expected a sequence of TopK") from error
+    parts = list(each)
     if not parts:
         raise ValueError(f"TopK.{name} got no parts, expected one or more")
     for part in parts:
@@ -395,6 +402,20 @@ def _one_width(parts: Iterable[TopK], name: str) -> list[TopK]:
             f".pad(k={widths[-1]}) on the parts"
         )
     return parts
+
+
+def _check_same_size(parts: list[TopK], name: str, joined: int | None = None) -> None:
+    """Equal leading shapes, but for the dimension that is joined."""
+
+    def others(part: TopK) -> list[int]:
+        return [size for i, size in enumerate(part.shape) if i != joined]
+
+    for part in parts:
+        if len(part.shape) != len(parts[0].shape) or others(part) != others(parts[0]):
+            raise ValueError(
+                f"TopK.{name} got leading shapes {tuple(parts[0].shape)} and {tuple(part.shape)}, "
+                "which do not fit; call .pad(size) on the parts"
+            )
 
 
 def _leading(dim: int, row_dims: int, part: TopK, name: str) -> int:
@@ -486,7 +507,7 @@ def repeats(ids: Tensor) -> Tensor:
     ordered, order = torch.sort(ids, dim=-1, stable=True)
     repeat = torch.zeros_like(ordered, dtype=torch.bool)
     repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
-    return torch.empty_like(repeat).scatter_(-1, order, repeat)
+    return torch.empty_like(repeat).scatter(-1, order, repeat)
 
 
 def _normalised(ids: Tensor, values: Tensor) -> Tensor:

@@ -54,6 +54,28 @@ def test_nasty_teachers_of_real_width(backend: str, content: str, dtype: str, k:
     check(case, backend)
 
 
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.7, 0.5)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.1, 0.2, 0.3, 0.6, 3.0])
+def test_every_distance_of_the_student_from_the_teacher(
+    backend: str, size: float, temperatures: tuple[float, float]
+) -> None:
+    # Where p is nearly q, log p - log q is computed in another way than where it is not.
+    options = dict.fromkeys(("mask", "weight", "banned_ids", "vocab_size"))
+    options |= {"reduction": "none"}
+    options |= dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(40, 300, generator=generator)
+    noise = size * torch.randn(40, 300, generator=generator)
+    student = teacher * (temperatures[0] / temperatures[1]) + noise - 20
+    expected = oracle(Inputs(student, teacher, 64, False, options))
+    student.requires_grad_()
+    loss = topk_rkl(student, teacher, 64, backend=backend, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert (abs(loss.detach().numpy() - expected.loss) <= expected.loss_budget).all()
+    wanted, budget = expected.grads["student"]
+    assert (abs(grad.numpy() - wanted) <= budget).all()
+
+
 @pytest.mark.parametrize(
     "vocab", [*range(1, 70), 127, 128, 129, 1023, 1024, 1025, 2047, 2049, 4097]
 )

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from opd_kernels import TopK, TopKReverseKL, add_topk_grad_, backends, select_topk, topk_rkl
+from opd_kernels import (
+    LinearLogits,
+    TopK,
+    TopKReverseKL,
+    add_topk_grad_,
+    backends,
+    linear_topk_rkl,
+    sampled_token_loss,
+    select_topk,
+    topk_rkl,
+)
 from opd_kernels.backends import cpu, cuda
 
 S, T = torch.randn(4, 50), torch.randn(4, 50)
@@ -60,6 +70,37 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: topk_rkl(S, T, weight=torch.ones(4).int()),
         TypeError,
         ["int32", "mask"],
+    ),
+    "normalizer beyond a float": (
+        lambda: topk_rkl(S, T, normalizer=10**400),
+        ValueError,
+        ["normalizer", "1329 bits"],
+    ),
+    "clip beyond a float": (
+        lambda: sampled_token_loss(S, S, S, clip=10**400),
+        ValueError,
+        ["clip", "1329 bits"],
+    ),
+    "vocab_size beyond ids": (
+        lambda: topk_rkl(S, T, vocab_size=2**70),
+        ValueError,
+        [f"vocab_size is {2**70}", "to 2147483647"],
+    ),
+    "validate beyond ids": (lambda: SUPPORT.validate(2**31), ValueError, ["to 2147483647"]),
+    "banned ids sparse": (
+        lambda: topk_rkl(S, T, banned_ids=torch.tensor([1]).to_sparse()),
+        TypeError,
+        ["banned_ids is torch.sparse_coo", "to_dense()"],
+    ),
+    "int8 weight": (
+        lambda: linear_topk_rkl(S, T.to(torch.int8), T),
+        TypeError,
+        ["student_weight", "int8", "dequantise it with its scales"],
+    ),
+    "float8 weight": (
+        lambda: LinearLogits(S, T.to(torch.float8_e4m3fn)),
+        TypeError,
+        ["LinearLogits weight", "float8", "dequantise it with its scales"],
     ),
     "normalizer with sum": (
         lambda: topk_rkl(S, T, reduction="sum", normalizer=3.0),
@@ -152,7 +193,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "temperature beyond floats": (
         lambda: topk_rkl(S, T, temperature=10**400),
         ValueError,
-        ["finite numbers above 0"],
+        ["beyond what a float holds"],
     ),
     "normalizer complex": (
         lambda: topk_rkl(S, T, normalizer=torch.tensor(8j)),
@@ -318,10 +359,48 @@ def test_temperatures_that_cannot_be_checked_make_nan_in_their_rows(
     assert loss.isnan().tolist() == [False, True, False, False]
 
 
+FLAGS: dict[str, Callable[[Any], Any]] = {
+    "inplace_grad": lambda flag: topk_rkl(S * 1, T, 5, inplace_grad=flag),
+    "return_stats": lambda flag: topk_rkl(S, T, 5, return_stats=flag),
+    "return_stats of a head": lambda flag: linear_topk_rkl(S, T, T[:, :4], 3, return_stats=flag),
+    "with_logsumexp": lambda flag: select_topk(T, 5, with_logsumexp=flag),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("flag", [torch.tensor(True), torch.tensor([0]), 1, None, "no", [True]])
+def test_flags_are_true_or_false(name: str, flag: object) -> None:
+    with pytest.raises(TypeError, match=rf"{name.split()[0]} is a \w+, expected True or False"):
+        FLAGS[name](flag)
+    for allowed in (False, np.bool_(True)):
+        FLAGS[name](allowed)
+
+
 def test_numpy_numbers_are_numbers() -> None:
     expected = topk_rkl(S, T, 5, temperature=2.0, normalizer=3)
     given = topk_rkl(S, T, np.int64(5), temperature=np.float32(2), normalizer=np.float64(3))
     assert torch.equal(given, expected)
+
+
+def test_a_normalizer_may_be_beyond_int64() -> None:
+    losses = (
+        lambda n: topk_rkl(S, T, 5, normalizer=n),
+        lambda n: linear_topk_rkl(S, T, T[:, :4], 3, normalizer=n),
+        lambda n: sampled_token_loss(S, S, S, normalizer=n),
+    )
+    for loss in losses:
+        assert torch.equal(loss(2**70), loss(float(2**70)))
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"])
+def test_temperatures_and_weights_of_eight_bits_are_what_they_hold(backend: str, name: str) -> None:
+    narrow = torch.tensor([1.0, 2.0, 0.5, 4.0]).to(getattr(torch, f"float8_{name}"))
+    for option in ("temperature", "teacher_temperature", "weight"):
+        given, expected = (
+            topk_rkl(S, T, 5, reduction="none", backend=backend, **{option: tensor})
+            for tensor in (narrow, narrow.float())
+        )
+        assert torch.equal(given, expected)
 
 
 def test_k_of_one_warns_that_the_loss_is_zero() -> None:

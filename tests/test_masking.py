@@ -412,6 +412,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "tokens a list": (lambda: response_mask([1], 1), TypeError, ["tokens", "list"]),
     "tokens scalar": (lambda: response_mask(X[0, 0], 0), ValueError, ["scalar", "(..., T)"]),
     "length negative": (lambda: response_mask(X, -1), ValueError, ["prompt_length", "-1", "0"]),
+    "length beyond int64": (
+        lambda: response_mask(X, 2**70),
+        ValueError,
+        ["prompt_length", str(2**70), "to 9223372036854775807"],
+    ),
+    "eos a bool": (lambda: response_mask(X, 1, eos_ids=True), TypeError, ["eos_ids is a bool"]),
     "length floating": (lambda: response_mask(X, 1.0), TypeError, ["prompt_length", "float"]),
     "length of floats": (
         lambda: response_mask(X, torch.ones(2)),
@@ -577,3 +583,13 @@ def test_a_role_with_several_ids_is_an_error_that_says_so() -> None:
         compare_tokenizers(several, several)
     plain = of_vocab(("a", 0), ("b", 1), all_special_ids=None)
     assert compare_tokenizers(plain, plain).identical
+
+
+@pytest.mark.parametrize(("i", "error"), [(2**70, ValueError), (-1, ValueError), (1.5, TypeError)])
+def test_a_vocabulary_of_what_are_no_ids_is_refused(i: Any, error: type[Exception]) -> None:
+    class Broken:
+        def get_vocab(self) -> dict[str, Any]:
+            return {"a": 0, "b": i}
+
+    with pytest.raises(error, match=r"get_vocab\(\)\['b'\] is"):
+        compare_tokenizers(Broken(), STUDENT)

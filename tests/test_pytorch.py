@@ -221,6 +221,31 @@ def test_vmap_over_a_given_support() -> None:
     torch.testing.assert_close(mapped, expected)
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (1, 1, 2, 0), (0, None, None, None)])
+def test_vmap_over_added_gradients_adds_each(backend: str, in_dims: tuple[int | None, ...]) -> None:
+    maps = 3
+    ids = torch.stack([torch.randperm(V)[: N * 2].view(N, 2) for _ in range(maps)]).int()
+    whole = (logits(maps, N, V), ids, logits(maps, N, 2, seed=1), torch.rand(maps, N))
+    given = [
+        tensor[0] if dim is None else tensor.movedim(0, dim).clone()
+        for tensor, dim in zip(whole, in_dims, strict=True)
+    ]
+    add = functools.partial(add_topk_grad_, backend=backend)
+    mapped = vmap(add, in_dims=in_dims)(*given)
+    for i in range(maps):
+        rows = [t[0 if d is None else i].clone() for t, d in zip(whole, in_dims, strict=True)]
+        assert torch.equal(mapped[i], add(*rows))
+    assert torch.equal(given[0].movedim(in_dims[0], 0), mapped)  # in place
+
+
+def test_vmap_over_what_is_added_to_one_gradient_is_refused() -> None:
+    one = (logits(N, V), torch.zeros(2, N, 1, dtype=torch.int32), torch.ones(2, N, 1))
+    with pytest.raises(ValueError, match="map grad as well"):
+        vmap(add_topk_grad_, in_dims=(None, 0, 0))(*one)
+    with pytest.raises(ValueError, match="elements overlap"):
+        vmap(add_topk_grad_)(one[0].expand(2, N, V), *one[1:])
+
+
 def test_autocast_keeps_dtypes(backend: str) -> None:
     head, hidden, teacher = torch.nn.Linear(8, V), torch.randn(N, 8), logits(N, V)
     with torch.autocast("cpu", torch.bfloat16):

@@ -213,6 +213,32 @@ def test_equal_student_and_teacher_have_loss_and_gradient_zero(backend: str) -> 
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.7, 0.5)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_student_close_to_the_teacher_has_an_accurate_loss(
+    backend: str, offset: float, temperatures: tuple[float, float]
+) -> None:
+    temperature, teacher_temperature = temperatures
+    teacher = logits(24, 2000)
+    noise = 1e-3 * logits(24, 2000, seed=1) / 3
+    student = teacher * (temperature / teacher_temperature) + noise + offset
+    z = student.double().requires_grad_()
+    support = select_topk(teacher, 64, backend="reference").ids.long()
+    log_p = (z.gather(-1, support) / temperature).log_softmax(-1)
+    log_q = (teacher.double().gather(-1, support) / teacher_temperature).log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    exact.sum().backward()
+    loss, grad = loss_and_grad(
+        student, teacher, 64, temperature=temperature, teacher_temperature=teacher_temperature,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    # The loss is about 5e-7, its terms p l up to 1e-3, each rounded a few times.
+    assert ((loss.double() - exact) / exact).abs().median() < 1e-3
+    # log p - log q comes rounded once; of unequal temperatures each is rounded to float32.
+    error = (grad.double() - z.grad).abs().amax(-1) / z.grad.abs().amax(-1)
+    assert error.median() < (1e-6 if temperature == teacher_temperature else 1e-3)
+
+
 def test_temperature_divides_both_sides_without_a_factor(backend: str) -> None:
     student, teacher = logits(3, 60), logits(3, 60, seed=1)
     a, grad_a = loss_and_grad(student, teacher, 8, temperature=2.0, backend=backend)

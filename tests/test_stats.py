@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_kernels import Stats, TopK, select_topk, stats, topk_rkl
+from opd_kernels import (
+    LinearLogits,
+    Stats,
+    TopK,
+    linear_topk_rkl,
+    select_topk,
+    stats,
+    topk_rkl,
+)
 
 INF, NAN = float("inf"), float("nan")
 BACKENDS = ["cpu", "reference"]
@@ -402,6 +410,76 @@ def test_a_row_longer_than_a_piece_is_a_piece(monkeypatch: pytest.MonkeyPatch) -
     for rows in SHAPES:
         student, teacher = logits(*rows, 80), logits(*rows, 80, seed=1)
         check(student, teacher, select_topk(teacher, 8), stats_of(student, teacher, 8))
+
+
+# torch.func
+
+
+@pytest.mark.parametrize("form", ["logits", "hidden states"])
+@pytest.mark.parametrize(
+    "dims",
+    [
+        (0, 0, 0, 0),
+        (0, 1, 0, 1),
+        (0, None, None, None),
+        (None, 0, None, None),
+        (None, None, 0, None),
+        (None, None, None, 0),
+    ],
+)
+def test_under_vmap_each_has_its_own_stats(form: str, dims: tuple[int | None, ...]) -> None:
+    maps, rows, vocab = 3, 5, 30
+    sides = [logits(maps, rows, 8, seed=seed, dtype=torch.float64) for seed in (0, 1)]
+    heads = [logits(vocab, 8, seed=seed, dtype=torch.float64) for seed in (2, 3)]
+    mask = torch.arange(maps * rows).view(maps, rows) % 3 > 0
+    mask[:, 0] = False
+    sides[0][:, 0], sides[1][:, 0] = NAN, NAN  # masked rows
+
+    def measured(
+        hidden: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, temperature: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        options = {"mask": mask, "temperature": temperature, "return_stats": True}
+        if form == "logits":
+            pair = hidden @ heads[0].t(), teacher @ heads[1].t()
+            return topk_rkl(*pair, 4, **options)
+        bounded = LinearLogits(teacher, heads[1], softcap=5.0)
+        return linear_topk_rkl(hidden, heads[0], bounded, 4, logit_scale=0.5, **options)
+
+    temperature = torch.linspace(0.5, 2, maps * rows, dtype=torch.float64).view(maps, rows)
+    whole = (*sides, mask, temperature)
+    pairs = list(zip(whole, dims, strict=True))
+    given = [x[1] if dim is None else x.movedim(0, dim) for x, dim in pairs]
+    loss, mapped = torch.vmap(measured, in_dims=dims)(*given)
+    for i in range(maps):
+        expected_loss, expected = measured(*(x[1 if dim is None else i] for x, dim in pairs))
+        # float64, and products in another order: far below the default tolerance of 1e-7.
+        torch.testing.assert_close(loss[i], expected_loss)
+        for ours, wanted in zip(mapped, expected, strict=True):
+            torch.testing.assert_close(ours[i], wanted)
+
+
+def test_under_vmap_masks_are_mapped_beside_a_support_that_is_not() -> None:
+    student, masks = logits(4, 30), torch.arange(12).view(3, 4) % 3 > 0
+    support = select_topk(logits(4, 30, seed=1), 5, with_logsumexp=True)
+
+    def measured(mask: torch.Tensor) -> Stats:
+        return stats_of(student, support, mask=mask)
+
+    mapped = torch.vmap(measured)(masks)
+    for i, mask in enumerate(masks):
+        for ours, wanted in zip(mapped, measured(mask), strict=True):
+            torch.testing.assert_close(ours[i], wanted)
+
+
+def test_under_vmap_masked_rows_are_left_out_of_the_logsumexp() -> None:
+    teacher, mask = logits(3, 4, 30), torch.arange(12).view(3, 4) % 3 > 0
+    teacher[~mask] = NAN
+
+    def sums(teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return select_topk(teacher, 5, mask=mask, with_logsumexp=True).logsumexp
+
+    mapped = torch.vmap(sums)(teacher, mask)
+    assert torch.equal(mapped, torch.stack([sums(*row) for row in zip(teacher, mask, strict=True)]))
 
 
 # torch.compile

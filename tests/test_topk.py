@@ -278,6 +278,8 @@ def test_cat_of_an_iterator_and_of_its_rows_gives_the_whole() -> None:
         ([make(2, 3)], 2, r"dim 2, but the leading shape is \(2, 3\)"),
         ([make(2, 3)], -3, "dim -3"),
         ([make()], 0, r"dim 0, but the leading shape is \(\)"),
+        ([make(2, 3), make(2, 4)], 0, r"shapes \(2, 3\) and \(2, 4\), which do not fit.*\.pad"),
+        ([make(2, 3), make(2)], 1, r"shapes \(2, 3\) and \(2,\)"),
     ],
 )
 def test_cat_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -> None:
@@ -287,6 +289,8 @@ def test_cat_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -
 
 @pytest.mark.parametrize("join", [TopK.cat, TopK.stack])
 def test_what_is_no_support_is_not_joined(join: Callable[..., TopK]) -> None:
+    with pytest.raises(TypeError, match="got a NoneType, expected a sequence of TopK"):
+        join(None)
     with pytest.raises(TypeError, match="got a Tensor among its parts, not a TopK"):
         join([make(2), torch.zeros(2, 4)])
     with pytest.raises(TypeError, match="dim is a float, expected an int"):
@@ -312,6 +316,7 @@ def test_stack_joins_along_a_new_leading_dimension(dim: int) -> None:
         ([make(2, k=3), make(2, k=5)], 0, r"widths \[3, 5\], expected one.*pad\(k=5\)"),
         ([make(2, 3)], 3, r"dim 3, but the leading shape is \(2, 3\)"),
         ([make(2, 3)], -4, "dim -4"),
+        ([make(2), make(3)], 0, r"shapes \(2,\) and \(3,\), which do not fit.*\.pad"),
     ],
 )
 def test_stack_says_what_does_not_fit(parts: list[TopK], dim: int, message: str) -> None:

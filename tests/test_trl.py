@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import socket
@@ -295,12 +296,12 @@ def test_all_that_the_loss_gets_lies_where_the_students_head_does(
     )
     for name, function in moved.items():
         monkeypatch.setattr(adapter, name, function)
-    head = adapter.Head.of(student, "student")._replace(weight=torch.empty(V, 32, device="meta"))
-    of = adapter.Head.of
+    of = adapter.model_head
+    head = dataclasses.replace(of(student, "student"), weight=torch.empty(V, 32, device="meta"))
     args = config(tmp_path, use_hidden_states=hidden, stats_steps=0)
     trained = trainer(student, llama(1), args)
     monkeypatch.setattr(
-        adapter.Head, "of", lambda model, role: head if role == "student" else of(model, role)
+        adapter, "model_head", lambda model, role: head if role == "student" else of(model, role)
     )
     trained._heads_are_checked = True
     trained.train()
@@ -339,7 +340,9 @@ def test_a_head_that_is_not_what_the_config_says_is_refused(tmp_path: Path, role
     torch.manual_seed(2)
     special = DoublesItsLogits(LlamaConfig(**SMALL))
     pair = (special, llama(1)) if role == "student" else (llama(0), special)
-    with pytest.raises(ValueError, match=f"the {role}'s logits.*use_hidden_states=False"):
+    with pytest.raises(
+        ValueError, match=f"the {role}'s output head.*logits.*use_hidden_states=False"
+    ):
         trainer(*pair, config(tmp_path)).train()
     _, expected = hand_written_step(*pair)
     args = config(tmp_path, shuffle_dataset=False, use_hidden_states=False)

@@ -3,9 +3,17 @@
 //   p = softmax(z / T),  q = softmax(t / T'),  l = log p - log q      over the present entries
 //   L = sum p l,         dL/dz = p (l - L) / T
 //
+// Late in training p is nearly q, and l is the whole signal. It is therefore not the difference of
+// two rounded logarithms. With s = (z - max z) / T, u = (t - max t) / T' and d = s - u,
+//
+//   l = d - log(sum e^s / sum e^u)    and    sum e^s / sum e^u = 1 + sum e^u (e^d - 1) / sum e^u
+//
+// d comes from differences in double, e^d - 1 from a polynomial where d is small, and the logarithm
+// from log1p where the two sums are close. Equal models have loss and gradient 0.
+//
 // Traps handled here, once: differences are taken before dividing by T, so that a tiny T cannot make
-// inf - inf; logs and gradients are kept finite, so that an overflowing span never makes NaN, not
-// where repeated ids add up either; p = 0 gives exactly 0 whatever l is.
+// inf - inf; log ratios and gradients are kept finite, so that an overflowing span never makes NaN,
+// not where repeated ids add up either; p = 0 gives exactly 0 whatever l is.
 #pragma once
 
 #include <cfloat>
@@ -15,25 +23,65 @@
 
 namespace opd {
 
-// log p of an entry far below the maximum may overflow to -inf; NaN goes through.
-OPD_HD inline float finite_log(float log_p) { return log_p < -FLT_MAX ? -FLT_MAX : log_p; }
+// Infinities as the largest floats; NaN goes through.
+OPD_HD inline float finite(double value) {
+  const double above = value < -FLT_MAX ? -FLT_MAX : value;
+  return static_cast<float>(above > FLT_MAX ? FLT_MAX : above);
+}
 
 // NaN or +inf at an entry that takes part makes its row NaN.
 OPD_HD inline bool poisons(float student, float teacher) {
   return !(student < INFINITY) || !(teacher < INFINITY);
 }
 
-OPD_HD inline float entry_loss(float p, float log_ratio) { return p == 0 ? 0.0f : p * log_ratio; }
-
-// Of one entry, or of several that share an id.
-OPD_HD inline float finite_gradient(double value) {
-  return value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : static_cast<float>(value);
+// 1 / T to the last bits of a double: GPUs would call a subroutine for a division.
+OPD_HD inline double reciprocal(float temperature) {
+  double value = 1 / temperature;
+  for (int step = 0; step < 2; ++step) value += value * (1 - temperature * value);
+  return value;
 }
 
+// d of a row's entries.
+struct Difference {
+  float student_max, teacher_max;
+  double student_factor, teacher_factor;
+
+  OPD_HD Difference(float student_max, float teacher_max, float temperature,
+                    float teacher_temperature)
+      : student_max(student_max),
+        teacher_max(teacher_max),
+        student_factor(reciprocal(temperature)),
+        teacher_factor(reciprocal(teacher_temperature)) {}
+
+  OPD_HD float of(float student, float teacher) const {
+    return finite((static_cast<double>(student) - student_max) * student_factor -
+                  (static_cast<double>(teacher) - teacher_max) * teacher_factor);
+  }
+};
+
+// e^s - e^u = e^u (e^d - 1), without cancellation where d is small.
+OPD_HD inline float exp_change(float exp_student, float exp_teacher, float d) {
+  // (e^d - 1 - d) / d^2 for |d| <= 1/2, of which e^d - 1 is within 3e-9 of itself.
+  float rest = 1.9991810e-4f;
+  rest = rest * d + 1.39974931e-3f;
+  rest = rest * d + 8.33307672e-3f;
+  rest = rest * d + 4.16653156e-2f;
+  rest = rest * d + 1.66666687e-1f;
+  rest = rest * d + 5.00000060e-1f;
+  const float small = exp_teacher * (d + d * d * rest);
+  return fabsf(d) <= 0.5f ? small : exp_student - exp_teacher;
+}
+
+// log(student / teacher) of two sums; `change` is their difference, the sum of terms whose absolute
+// values sum to `size`.
+OPD_HD inline float log_of_ratio(float student, float teacher, float change, float size) {
+  return size < 0.25f * teacher ? log1pf(change / teacher) : logf(student) - logf(teacher);
+}
+
+OPD_HD inline float entry_loss(float p, float log_ratio) { return p == 0 ? 0.0f : p * log_ratio; }
+
 OPD_HD inline float entry_gradient(float p, float log_ratio, float loss, float temperature) {
-  if (p == 0) return 0.0f;
-  const float value = p * (log_ratio - loss) / temperature;
-  return value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value;
+  return p == 0 ? 0.0f : finite(p * (log_ratio - loss) / temperature);
 }
 
 }  // namespace opd

@@ -20,11 +20,10 @@ struct RowBuffers {
   float* teacher;
   float* student;
   float* log_ratio;
-  float* log_q;
   uint64_t* order;  // for duplicates
   void* select_scratch;
 
-  static size_t bytes(int k) { return k * (4 * sizeof(float) + sizeof(uint64_t)) + 64; }
+  static size_t bytes(int k) { return k * (3 * sizeof(float) + sizeof(uint64_t)) + 64; }
 
   RowBuffers(void* scratch, int k) {
     char* at = static_cast<char*>(scratch);
@@ -32,8 +31,7 @@ struct RowBuffers {
     teacher = reinterpret_cast<float*>(at + k * sizeof(uint64_t));
     student = teacher + k;
     log_ratio = student + k;
-    log_q = log_ratio + k;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(log_q + k);
+    const uintptr_t end = reinterpret_cast<uintptr_t>(log_ratio + k);
     select_scratch = reinterpret_cast<void*>((end + 63) & ~uintptr_t(63));
   }
 };
@@ -49,26 +47,19 @@ void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* 
   }
 }
 
-// Softmax of the present entries (absent ones are -inf): p in place of the values, and log p, kept
-// finite.
-void softmax(float* values, float* log_p, int k, float max, float temperature) {
+// In place of the values e^((value - max) / T), 0 where an entry is absent or -inf; returns the sum.
+double exponentials(float* values, int k, float max, float temperature) {
   double sum = 0;
   for (int i = 0; i < k; ++i) {
-    log_p[i] = (values[i] - max) / temperature;
-    values[i] = values[i] == -INFINITY ? 0.0f : expf(log_p[i]);
+    values[i] = values[i] == -INFINITY ? 0.0f : expf((values[i] - max) / temperature);
     sum += values[i];
   }
-  const float total = static_cast<float>(sum);
-  const float log_total = logf(total);
-  for (int i = 0; i < k; ++i) {
-    values[i] /= total;
-    log_p[i] = finite_log(log_p[i] - log_total);
-  }
+  return sum;
 }
 
 // The loss of one row; afterwards `student` holds p and `log_ratio` log p - log q.
 float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_temperature,
-                 float* teacher, float* student, float* log_ratio, float* log_q) {
+                 float* teacher, float* student, float* log_ratio) {
   float student_max = -INFINITY, teacher_max = -INFINITY;
   bool poisoned = false;
   for (int i = 0; i < k; ++i) {
@@ -82,11 +73,23 @@ float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_tem
     std::fill_n(student, k, 0.0f);
     return 0;
   }
-  softmax(student, log_ratio, k, student_max, temperature);
-  softmax(teacher, log_q, k, teacher_max, teacher_temperature);
+  const Difference difference(student_max, teacher_max, temperature, teacher_temperature);
+  for (int i = 0; i < k; ++i) log_ratio[i] = difference.of(student[i], teacher[i]);
+  const auto sum = static_cast<float>(exponentials(student, k, student_max, temperature));
+  const auto teacher_sum =
+      static_cast<float>(exponentials(teacher, k, teacher_max, teacher_temperature));
+  double change = 0, size = 0;
+  for (int i = 0; i < k; ++i) teacher[i] = exp_change(student[i], teacher[i], log_ratio[i]);
+  for (int i = 0; i < k; ++i) {
+    change += teacher[i];
+    size += std::fabs(teacher[i]);
+  }
+  const float log_sums = log_of_ratio(sum, teacher_sum, static_cast<float>(change),
+                                      static_cast<float>(size));
   double loss = 0;
   for (int i = 0; i < k; ++i) {
-    log_ratio[i] -= log_q[i];
+    student[i] /= sum;
+    log_ratio[i] -= log_sums;
     loss += entry_loss(student[i], log_ratio[i]);
   }
   return static_cast<float>(loss);
@@ -109,7 +112,7 @@ void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
       grad[repeat] = 0;
       ids[repeat] = -1;
     }
-    if (j > i + 1) grad[first] = finite_gradient(sum);
+    if (j > i + 1) grad[first] = finite(sum);
     i = j;
   }
 }
@@ -152,7 +155,7 @@ void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int t
     const float temperature = args.temperature.at(row);
     const float loss =
         reverse_kl(ids, k, temperature, args.teacher_temperature.at(row), buffers.teacher,
-                   buffers.student, buffers.log_ratio, buffers.log_q);
+                   buffers.student, buffers.log_ratio);
     args.loss[row] = loss;
     for (int i = 0; i < k; ++i)
       grad[i] = ids[i] < 0          ? 0.0f

@@ -17,7 +17,7 @@ constexpr int kEntryThreads = 128;
 
 class Block {
  public:
-  static constexpr int kWordsOfWarp = 3;  // what a warp can tell at once
+  static constexpr int kWordsOfWarp = 4;  // what a warp can tell at once
   static constexpr int kScratchBytes = 2 * kMaxWarps * kWordsOfWarp * sizeof(uint32_t);
 
   __device__ explicit Block(char* scratch)
@@ -56,7 +56,7 @@ class Block {
     total = __reduce_add_sync(kAllLanes, other);
   }
 
-  // Combines a struct of up to three 32-bit members over the first kEntryThreads threads, in an
+  // Combines a struct of up to four 32-bit members over the first kEntryThreads threads, in an
   // order that does not depend on the number of threads.
   template <class Value, class Combine>
   __device__ Value combine(Value value, Combine combine) {

@@ -24,8 +24,9 @@ struct Extremes {
   unsigned poisoned;
 };
 
+// Of e^s, of e^u, of their differences, and of these differences' absolute values.
 struct Sums {
-  float student, teacher;
+  float student, teacher, change, size;
 };
 
 // Calls body(entry) for the entries of this thread.
@@ -64,30 +65,36 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
 
   const float temperature = args.temperature.at(row);
   const float teacher_temperature = args.teacher_temperature.at(row);
-  Sums sums{0, 0};
+  const Difference difference(extremes.student, extremes.teacher, temperature,
+                              teacher_temperature);
+  Sums sums{0, 0, 0, 0};
   for_entries(block, k, [&](int i) {
     float& z = entries.student[i];
     float& t = entries.teacher[i];
     if (entries.ids[i] < 0) return;
-    // An entry of the student's that is -inf keeps it: p = 0 at any temperature.
-    if (z != -INFINITY) z = (z - extremes.student) / temperature, sums.student += expf(z);
-    t = (t - extremes.teacher) / teacher_temperature;
-    sums.teacher += expf(t);
+    // An entry of the student's that is -inf keeps p = 0 at any temperature.
+    const float exp_student =
+        z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
+    const float exp_teacher = expf((t - extremes.teacher) / teacher_temperature);
+    const float d = difference.of(z, t);
+    const float change = exp_change(exp_student, exp_teacher, d);
+    z = exp_student;
+    t = d;
+    sums = {sums.student + z, sums.teacher + exp_teacher, sums.change + change,
+            sums.size + fabsf(change)};
   });
   sums = block.combine(sums, [](const Sums& a, const Sums& b) {
-    return Sums{a.student + b.student, a.teacher + b.teacher};
+    return Sums{a.student + b.student, a.teacher + b.teacher, a.change + b.change,
+                a.size + b.size};
   });
 
-  const float log_student = logf(sums.student), log_teacher = logf(sums.teacher);
+  const float log_sums = log_of_ratio(sums.student, sums.teacher, sums.change, sums.size);
   float loss = 0;
   for_entries(block, k, [&](int i) {
     if (entries.ids[i] < 0) return;
-    float& z = entries.student[i];
-    float& t = entries.teacher[i];
-    const float ratio = finite_log(z - log_student) - finite_log(t - log_teacher);
-    z = z == -INFINITY ? 0.0f : expf(z) / sums.student;
-    t = ratio;
-    loss += entry_loss(z, ratio);
+    entries.student[i] /= sums.student;
+    entries.teacher[i] -= log_sums;
+    loss += entry_loss(entries.student[i], entries.teacher[i]);
   });
   loss = block.combine(loss, [](float a, float b) { return a + b; });
   for_entries(block, k, [&](int i) {
@@ -150,10 +157,13 @@ inline int support_bytes(int k) {
          3 * k * static_cast<int>(sizeof(float)) + Block::kScratchBytes;
 }
 
+// Blocks of a multiprocessor that registers have to suffice for: aiming at more, ptxas spills.
+constexpr int kSupportBlocks = 8;
+
 // Divergence on a support that is given, in any order; a block for each row. The gradients of a
 // repeated id go to the first of its entries, and the others become absent, so that scatter can
 // assign.
-__global__ void __launch_bounds__(kEntryThreads)
+__global__ void __launch_bounds__(kEntryThreads, kSupportBlocks)
     support_divergence_kernel(const __grid_constant__ DivergenceArgs args) {
   const int64_t row = blockIdx.x;
   const int k = args.k;
@@ -200,7 +210,7 @@ __global__ void __launch_bounds__(kEntryThreads)
       out_grad[repeat] = 0;
     }
     out_ids[first] = static_cast<int32_t>(id);
-    out_grad[first] = finite_gradient(sum);
+    out_grad[first] = finite(sum);
   }
 }
 

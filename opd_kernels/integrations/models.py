@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from opd_kernels.head import LinearLogits, shaped
+from opd_kernels.model_head import Head, head_of
 
-__all__ = ["Head", "Sequences", "hidden_states", "own_logits", "vocab_size_of"]
+__all__ = [
+    "Sequences",
+    "checked_logits",
+    "hidden_states",
+    "model_head",
+    "own_logits",
+    "vocab_size_of",
+]
 
-INSTEAD = "set use_hidden_states=False: both models' own logits are used then"
-# Half precision rounds a logit by less than 1 %; a scale or softcap that is missed changes more.
-TOLERANCE = 0.05
+INSTEAD = "With use_hidden_states=False both models' own logits are used instead"
 
 
 class Sequences(NamedTuple):
@@ -61,57 +66,28 @@ class Sequences(NamedTuple):
         return fields | self.multimodal
 
 
-class Head(NamedTuple):
-    """A model's output head, and what the model does to the logits afterwards."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, model: Any, role: str) -> Head:
-        """The head as module and configuration describe it; ``check`` tries it out."""
-        module, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight: Any = getattr(module, "weight", None)
-        # ZeRO-3 leaves an empty tensor in place of a weight that is elsewhere.
-        whole = isinstance(weight, Tensor) and weight.ndim == 2 and weight.numel() > 0
-        if not whole or isinstance(weight, DTensor):
-            raise ValueError(
-                f"the {role}'s output head ({type(module).__name__}) has no weight (V, H) that is "
-                f"whole on this rank; {INSTEAD}"
-            )
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(weight, getattr(module, "bias", None), _logit_scale(config), softcap)
-
-    def logits(self, hidden: Tensor) -> LinearLogits:
-        """The teacher's logits, to be selected from."""
-        hidden = hidden.to(self.weight.device)
-        return LinearLogits(hidden, self.weight, self.bias, self.softcap, self.scale)
-
-    def check(self, model: Any, role: str, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """The model's logits, which have to be those of this head."""
-        ours = F.linear(hidden.to(self.weight), self.weight, self.bias).float()
-        ours = shaped(ours, self.scale, self.softcap)
-        own = own_logits(model, sequences)[:, :-1].float().to(ours.device)
-        if ours.shape != own.shape or (ours - own).abs().max() > TOLERANCE * own.abs().max():
-            raise ValueError(
-                f"the {role}'s logits are not those of its last hidden state and output head with "
-                f"scale {self.scale} and softcap {self.softcap}, as its config has them; {INSTEAD}"
-            )
-        return own
+@contextmanager
+def usable_head(role: str) -> Iterator[None]:
+    """Says whose head it is that cannot be used, and what to do without it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the {role}'s output head cannot be used: {error}. {INSTEAD}") from error
 
 
-def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by, under the names that configurations have for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+def model_head(model: Any, role: str) -> Head:
+    """The head of the student or the teacher."""
+    with usable_head(role):
+        return head_of(model)
+
+
+def checked_logits(model: Any, role: str, sequences: Sequences) -> Tensor:
+    """The model's own logits, which have to be those of its hidden states and head."""
+    head, hidden = model_head(model, role), hidden_states(model, sequences)
+    own = own_logits(model, sequences)[:, :-1]
+    with usable_head(role):
+        head.check(hidden, own)
+    return own
 
 
 def hidden_states(model: Any, sequences: Sequences) -> Tensor:

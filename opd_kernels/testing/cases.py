@@ -134,7 +134,9 @@ def draw_case(
         student_dtype=one_of("student_dtype", *dtypes),
         teacher_dtype=one_of("teacher_dtype", *dtypes),
         student_content=(
-            draw(inputs.HIDDEN_CONTENTS) if linear else one_of("student_content", *inputs.CONTENTS)
+            draw(inputs.HIDDEN_CONTENTS)
+            if linear
+            else one_of("student_content", *inputs.STUDENT_CONTENTS)
         ),
         teacher_content=one_of("teacher_content", *inputs.CONTENTS),
         student_layout=one_of("student_layout", *inputs.LAYOUTS),

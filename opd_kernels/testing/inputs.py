@@ -27,6 +27,8 @@ CONTENTS = (
     "extreme",
     "offset",
 )
+# "close": nearly the teacher's logits, as late in training.
+STUDENT_CONTENTS = (*CONTENTS, "close")
 LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
 TEACHERS = ("logits", "topk_int32", "topk_int64")
 # Where the student is hidden states and a head, its contents are those of the hidden states. All
@@ -113,6 +115,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     teacher: Tensor | TopK = _logits(case, "teacher", generator)
     if case.teacher in ("topk_int32", "topk_int64"):
         teacher = _support(case, generator)
+    if case.student_content == "close" and not case.hidden:
+        _bring_close(student, teacher, generator)
     options: dict[str, Any] = {"reduction": case.reduction}
     options["mask"] = _mask(case, generator)
     options["temperature"] = _temperature(case, case.temperature, generator)
@@ -291,6 +295,22 @@ def _support(case: Case, generator: torch.Generator) -> TopK:
     content = case.teacher_content
     logits = _fill(content, shape, getattr(torch, case.teacher_dtype), generator)
     return TopK(ids, logits)
+
+
+def _bring_close(student: Tensor, teacher: Tensor | TopK, generator: torch.Generator) -> None:
+    """Makes the student the teacher with noise and an offset, unless rows share memory."""
+    if 0 in student.stride() or not student.numel():
+        return
+    noise = torch.randn(student.shape, generator=generator, dtype=torch.float64) * 1e-3 + 5
+    near = noise.clone()
+    if isinstance(teacher, TopK):
+        ids, values = teacher.ids.long(), teacher.logits.double()
+        here = (ids >= 0) & (ids < student.shape[-1])
+        near.scatter_add_(-1, ids.where(here, 0), values.where(here, 0.0))
+    else:
+        shared = min(student.shape[-1], teacher.shape[-1])
+        near[..., :shared] += teacher[..., :shared].double()
+    student.copy_(near.to(student.dtype))
 
 
 def _mask(case: Case, generator: torch.Generator) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -208,8 +208,8 @@ def _row_oracle(
 
     u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T
     carries 3 u |s| besides (difference, division, T's own rounding); exp and log add 2 u each; a
-    sum over K entries, pairwise or better, adds (log2 K + 1) u. From there the bounds follow the
-    formulas term by term.
+    sum over K entries, pairwise or better, adds (log2 K + 1) u. ``_log_ratio_errors`` says what
+    log p - log q carries. From there the bounds follow the formulas term by term.
     """
     nothing = np.zeros(len(z))
     if len(z) == 0:
@@ -234,20 +234,22 @@ def _finite_row_oracle(
 ) -> _RowNumbers:
     nothing = np.zeros(len(z))
     depth = math.ceil(math.log2(max(len(z), 2))) + 1
-    log_p, log_p_error, p_span = _log_softmax(z, z_error, student_t, unit, depth)
-    log_q, log_q_error, q_span = _log_softmax(t, nothing, teacher_t, unit, depth)
-    p = np.exp(log_p)
+    p_side = _softmax(z, z_error, student_t, unit, depth)
+    q_side = _softmax(t, nothing, teacher_t, unit, depth)
+    p = np.exp(p_side.log)
     live = z != -np.inf
     ratio = nothing.copy()
-    ratio[live] = log_p[live] - log_q[live]
+    ratio[live] = p_side.log[live] - q_side.log[live]
     loss = float((p * ratio)[live].sum())
     grad = np.where(live, p * (ratio - loss) / student_t, 0.0)
 
-    log_p_error = np.where(live, log_p_error, 0.0)
-    p_error = np.minimum(log_p_error + 2 * unit, 1.0)  # relative
-    ratio_error = log_p_error + log_q_error + unit * abs(ratio)
+    p_error = np.where(live, np.minimum(p_side.log_error + 2 * unit, 1.0), 0.0)  # relative
+    same_temperature = student_t == teacher_t
+    errors = _log_ratio_errors(p_side, q_side, same_temperature, unit, depth)
+    ratio_error = errors.entries + unit * abs(ratio)
     loss_budget = float(
-        (p * ((p_error + unit) * abs(ratio) + ratio_error)).sum()
+        (p * ((p_error + 2 * unit) * (abs(ratio) + errors.entries))).sum()
+        + errors.mean
         + depth * unit * (p * abs(ratio)).sum()
         + unit * abs(loss)
         + tiny * abs(ratio).sum()
@@ -257,7 +259,7 @@ def _finite_row_oracle(
         + tiny * (1 + abs(ratio - loss))
     ) / student_t
     grad_budget = np.where(live, grad_budget, 0.0)
-    if not max(p_span, q_span, abs(grad).max(), abs(loss)) < largest / 8:
+    if not max(p_side.span, q_side.span, abs(grad).max(), abs(loss)) < largest / 8:
         # The span overflows, in float64 perhaps here too: inf is allowed, NaN is not, and entries
         # of no weight stay 0.
         loss, loss_budget = float(np.nan_to_num(loss)), np.inf
@@ -265,19 +267,97 @@ def _finite_row_oracle(
     return _RowNumbers(loss, loss_budget, grad, grad_budget)
 
 
-def _log_softmax(
+@dataclass
+class _Softmax:
+    """A side of a row: s = (x - max) / T, log softmax, and bounds on the errors of both."""
+
+    scaled: np.ndarray
+    scaled_error: np.ndarray
+    input_error: np.ndarray  # what s has from x alone
+    log: np.ndarray
+    log_error: np.ndarray
+    log_sum: float
+    sum_error: float  # relative
+
+    @property
+    def span(self) -> float:
+        """The largest finite |s|."""
+        return float(abs(self.scaled[self.scaled != -np.inf]).max())
+
+
+def _softmax(
     x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float, depth: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """log softmax(x / T), a bound on its error, and the largest finite |s|."""
+) -> _Softmax:
     finite = x != -np.inf
     s = (x - x.max()) / temperature
     exp = np.exp(s)
     log_sum = math.log(exp.sum())
+    input_error = np.where(finite, (x_error + x_error[x.argmax()]) / temperature, 0.0)
     s_error = np.where(finite, 3 * unit * abs(s) + x_error / temperature, 0.0)
     sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum()) + depth * unit
     log_x = s - log_sum
     error = s_error + sum_error + 2 * unit * abs(log_sum) + unit * np.where(finite, abs(log_x), 0.0)
-    return log_x, error, float(abs(s[finite]).max())
+    return _Softmax(s, s_error, input_error, log_x, error, log_sum, sum_error)
+
+
+class _RatioErrors(NamedTuple):
+    """Bounds on what log p - log q is off by: each entry's, and their mean under p.
+
+    The mean is what the loss is off by. It is far less where errors of d cancel in it.
+    """
+
+    entries: np.ndarray
+    mean: float
+
+
+def _log_ratio_errors(
+    p_side: _Softmax, q_side: _Softmax, same_temperature: bool, unit: float, depth: int
+) -> _RatioErrors:
+    """log p - log q = d - log(sum e^s / sum e^u), with s and u the scaled logits and d = s - u.
+
+    In float64 it is the difference of two logarithms. In float32 d is a difference of float64,
+    rounded once; 1 / T's rounding is that of both sides where the temperatures are equal. The sum
+    of c = e^u (e^d - 1), each off by its factors' errors or, where |d| > 1/2, by those of e^s and
+    e^u, gives the logarithm where the sum of |c| is below a quarter of sum e^u; else it is the
+    difference of two.
+
+    There an error of d moves the logarithm by p of it, and so leaves the mean, up to second order.
+    """
+    p, q = np.exp(p_side.log), np.exp(q_side.log)
+    live = p_side.scaled != -np.inf
+    s, u = (np.where(live, side.scaled, 0.0) for side in (p_side, q_side))
+    wide_unit = float(np.finfo(np.float64).eps) / 2
+    if unit <= wide_unit:
+        both = np.where(live, p_side.log_error + q_side.log_error, 0.0)
+        return _RatioErrors(both, float((p * both).sum()))
+    d = s - u
+    d_error = p_side.input_error + 4 * wide_unit * (abs(s) + abs(u)) + 2 * unit * abs(d)
+    if not same_temperature:
+        d_error += unit * (abs(s) + abs(u))
+    d_error = np.where(live, d_error, 0.0)
+
+    # Everything in units of sum e^u.
+    change = np.where(live, q * np.expm1(d), -q)
+    q_error = 3 * unit * abs(q_side.scaled) + 2 * unit
+    e_s = q * np.exp(d)
+    direct = abs(d) > 0.499  # or may be
+    own_error = abs(change) * (q_error + 5 * unit)
+    direct_error = np.where(live, e_s * (p_side.scaled_error + 2 * unit), 0.0) + q * q_error
+    own_error = np.where(live & ~direct, own_error, own_error + direct_error)
+    size, total = abs(change).sum(), change.sum()
+    own = own_error.sum() + depth * unit * size + abs(total) * (q_side.sum_error + 2 * unit)
+    close = (
+        own / (1 + total) + 3 * unit * abs(np.log1p(total)),
+        float((p * (np.where(direct, d_error, 0.0) + d_error**2)).sum()),
+    )
+    logs = abs(p_side.log_sum) + abs(q_side.log_sum)
+    apart = (p_side.sum_error + q_side.sum_error + 3 * unit * logs, float((p * d_error).sum()))
+    doubt = size / 1000 + own + (e_s * d_error).sum()
+    possible = [close] * bool(size - doubt < 0.25) + [apart] * (not size + doubt < 0.25)
+    entries = d_error + max(log_error for log_error, _ in possible) + float((p * d_error).sum())
+    return _RatioErrors(
+        np.where(live, entries, 0.0), max(log_error + mean for log_error, mean in possible)
+    )
 
 
 def _row_support(

@@ -5,14 +5,19 @@
 
 A program per row. Where the teacher is logits it selects the support first, in the same kernel: the
 teacher's row is read once, then k of the student's values; nothing of the vocabulary's size is
-written. The traps are those of ``csrc/common/divergence.h``: differences before dividing by T, logs
-and gradients kept finite, p = 0 gives exactly 0.
+written. How l stays accurate where p is nearly q, and the traps, are told in
+``csrc/common/divergence.h``.
 """
 
 import triton
 import triton.language as tl
 
-from opd_kernels.backends.triton.mathematics import exp, log
+from opd_kernels.backends.triton.mathematics import (
+    exp,
+    expm1_near_zero,
+    log,
+    log1p_near_zero,
+)
 from opd_kernels.backends.triton.rows import is_banned, row_start
 from opd_kernels.backends.triton.select import keys_row, select_row, stream_maxima
 
@@ -35,19 +40,31 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
     both = tl.zeros_like(z) + temperature + teacher_temperature
     bad = bad | ((z > NEVER) & (both != both))
 
-    log_p = _log_softmax(z, temperature)
-    ratio = log_p - _log_softmax(t, teacher_temperature)
-    p = tl.where(z > NEVER, exp(log_p), 0.0)
+    student_max, teacher_max = tl.max(z), tl.max(t)
+    exp_student = tl.where(z > NEVER, exp(tl.div_rn(z - student_max, temperature)), 0.0)
+    exp_teacher = tl.where(present, exp(tl.div_rn(t - teacher_max, teacher_temperature)), 0.0)
+    d = _scaled(z, student_max, temperature) - _scaled(t, teacher_max, teacher_temperature)
+    d = tl.where(present, _finite(d.to(tl.float32)), 0.0)
+    change = tl.where(
+        tl.abs(d) <= 0.5, exp_teacher * expm1_near_zero(d), exp_student - exp_teacher
+    )
+    student_sum, teacher_sum = tl.sum(exp_student), tl.sum(exp_teacher)
+    log_sums = tl.where(
+        tl.sum(tl.abs(change)) < 0.25 * teacher_sum,
+        log1p_near_zero(tl.div_rn(tl.sum(change), teacher_sum)),
+        log(student_sum) - log(teacher_sum),
+    )
+    ratio = d - log_sums
+    p = tl.div_rn(exp_student, student_sum)
     loss = tl.sum(tl.where(p > 0, p * ratio, 0.0))
     grad = tl.where(p > 0, tl.div_rn(p * (ratio - loss), temperature), 0.0)
     return loss, _finite(grad), tl.max(bad.to(tl.int32)) > 0
 
 
 @triton.jit
-def _log_softmax(x, temperature):
-    """log softmax(x / T), kept finite: a span that overflows must not make inf - inf."""
-    scaled = tl.div_rn(x - tl.max(x), temperature)
-    return _finite(scaled - log(tl.sum(exp(scaled))))
+def _scaled(x, maximum, temperature):
+    """(x - max) / T in float64, so that the difference of two of them is exact to float32."""
+    return (x.to(tl.float64) - maximum) * (tl.full([1], 1.0, tl.float64) / temperature)
 
 
 @triton.jit

@@ -31,13 +31,35 @@ def _power_of_2(n):
 
 
 @triton.jit
+def expm1_near_zero(x):
+    """e to the x minus 1 for |x| <= 1/2, within 2 units in the last place."""
+    y = 1.9991810e-4 * x + 1.39974931e-3
+    y = y * x + 8.33307672e-3
+    y = y * x + 4.16653156e-2
+    y = y * x + 1.66666687e-1
+    y = y * x + 5.00000060e-1
+    return x + x * x * y
+
+
+@triton.jit
 def log(x):
-    """Natural logarithm of a normal x >= 1, within one unit in the last place."""
+    """Natural logarithm of a normal x > 0, within one unit in the last place."""
     bits = x.to(tl.int32, bitcast=True)
     # x = m 2^e with m in [sqrt(1/2), sqrt(2)).
     e = (bits - 0x3F3504F3) >> 23
-    m = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    e = e.to(tl.float32)
+    m = (bits - (e << 23)).to(tl.float32, bitcast=True)
+    return _log(m - 1.0, e.to(tl.float32))
+
+
+@triton.jit
+def log1p_near_zero(x):
+    """Natural logarithm of 1 + x for |x| <= 1/4, within one unit in the last place."""
+    return _log(x, 0.0)
+
+
+@triton.jit
+def _log(m, e):
+    """log((1 + m) 2^e) for 1 + m in [sqrt(1/2), sqrt(2))."""
     y = 7.0376836292e-2 * m - 1.1514610310e-1
     y = y * m + 1.1676998740e-1
     y = y * m - 1.2420140846e-1

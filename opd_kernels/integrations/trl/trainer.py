@@ -17,10 +17,12 @@ from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
+from opd_kernels.head import LinearLogits
 from opd_kernels.integrations.models import (
-    Head,
     Sequences,
+    checked_logits,
     hidden_states,
+    model_head,
     own_logits,
     vocab_size_of,
 )
@@ -82,9 +84,9 @@ class TopKDistillationTrainer(DistillationTrainer):
     ``eval_loss`` over several batches is the mean of their means, as in TRL.
 
     Heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2) are taken from the models'
-    configurations. Before the first loss both models are run on a few tokens: where their own
-    logits are not those of the head that was found, or a head is sharded, an error tells to set
-    ``use_hidden_states=False``.
+    configurations, by ``head_of``. Before the first loss both models are run on a few tokens: where
+    their own logits are not those of the head that was found, or ``head_of`` refuses a head (an
+    adapter, quantised, sharded), an error tells to set ``use_hidden_states=False``.
 
     Args:
         model: as in TRL; also with ``peft_config`` (tested with LoRA), whose adapters have to leave
@@ -223,18 +225,15 @@ class TopKDistillationTrainer(DistillationTrainer):
             "return_stats": measure,
         }
         if self.args.use_hidden_states:
-            head = Head.of(student, "student")
+            head = model_head(student, "student")
             device = head.weight.device
             result = linear_topk_rkl(
                 hidden_states(student, sequences).to(device),
-                head.weight,
-                support.to(device),
-                student_bias=head.bias,
+                teacher=support.to(device),
                 banned_ids=self._banned_ids.to(device),
-                logit_softcap=head.softcap,
-                logit_scale=head.scale,
                 mask=mask.to(device),
                 normalizer=normalizer.to(device),
+                **head.as_student,
                 **options,
             )
         else:
@@ -267,11 +266,12 @@ class TopKDistillationTrainer(DistillationTrainer):
         sequences = sequences.known_to(self._teacher_rows)
 
         def select() -> TopK:
-            logits = (
-                Head.of(teacher, "teacher").logits(hidden_states(teacher, sequences))
-                if self.args.use_hidden_states
-                else own_logits(teacher, sequences)[:, :-1]
-            )
+            logits: Tensor | LinearLogits
+            if self.args.use_hidden_states:
+                head = model_head(teacher, "teacher")
+                logits = head(hidden_states(teacher, sequences).to(head.weight.device))
+            else:
+                logits = own_logits(teacher, sequences)[:, :-1]
             return select_topk(
                 logits,
                 self.args.k,
@@ -294,11 +294,6 @@ class TopKDistillationTrainer(DistillationTrainer):
         tokens = torch.arange(PROBE, device=self.accelerator.device)[None]
         probe = Sequences(tokens, torch.ones_like(tokens), PROBE - 1, {})
 
-        def check(unwrapped: nn.Module, role: str) -> Tensor:
-            return Head.of(unwrapped, role).check(
-                unwrapped, role, hidden_states(unwrapped, probe), probe
-            )
-
         pairs = [(model, student, "student")]
         if self.teacher_model is not None:
             teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -306,7 +301,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         for wrapped, unwrapped, role in pairs:
             training = unwrapped.training
             unwrapped.eval()
-            self._inside(wrapped, unwrapped, partial(check, unwrapped, role))
+            self._inside(wrapped, unwrapped, partial(checked_logits, unwrapped, role, probe))
             unwrapped.train(training)
         self._heads_are_checked = True
 
