@@ -204,7 +204,7 @@ def draw_positions(path: Path, rows: Sequence[Row]) -> None:
         _curves(ax, of_task)
         ax.set_title(task, fontsize=11)
         ax.set_xlabel(f"position in the response, the first {POSITIONS}")
-        ax.set_ylabel("log q - log p of the said token")
+        ax.set_ylabel("log q - log p of the sampled token")
     labels = {}
     for ax in axes.flat:
         handles, names = ax.get_legend_handles_labels()
