@@ -11,7 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError as error:
+    raise SystemExit(f"{error}; the plot needs: pip install matplotlib") from None
 
 matplotlib.use("Agg")
 

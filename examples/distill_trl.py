@@ -38,12 +38,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, load_dataset, load_from_disk
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+try:
+    import torch
+    from datasets import Dataset, load_dataset, load_from_disk
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
+    from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
+except ImportError as error:
+    needs = "pip install 'trl>=1.16' 'transformers>=5.0' requests, on Python 3.11 or later"
+    raise SystemExit(f"{error}; this script needs: {needs}") from None
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

