@@ -21,21 +21,18 @@ AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## distils SmolLM2-135M on-policy on the CPU, in about ten minutes
+demo: $(VENV)/.demo ## distils SmolLM2-135M on-policy on the CPU, in under ten minutes
 	$(BIN)/python examples/distill_smollm2.py
 
-# The whole paths of the demo, the loop and the comparison in minutes, results not judged.
 smoke: $(VENV)/.demo ## the demo, the loop and the comparison in minutes, results not judged
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
 	$(BIN)/python examples/on_policy_loop.py 1
 	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
-# The paper's toy study: minutes on one core.
 toy: $(VENV)/.demo ## the paper's toy study, 3 minutes on one core
 	$(BIN)/python studies/toy_variance.py
 
-# Eight objectives, three tasks, three seeds: 2.5 hours on two cores and more for the models; resumes.
-comparison: $(VENV)/.demo ## eight objectives on three tasks, hours; resumes
+comparison: $(VENV)/.demo ## eight objectives on three tasks, 2.5 hours and the models before that; resumes
 	$(BIN)/python studies/compare_objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
@@ -77,8 +74,7 @@ test-gpu-host: $(HOST)/.built ## the suite on the software of the GPU machines, 
 	TRITON_INTERPRET=1 PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest \
 	  tests/test_semantics.py tests/test_memory.py tests/test_linear.py
 
-# Registers, resident blocks and instructions of the CUDA kernels, for GPUs that need not be here.
-cubins: $(VENV)/.test ## registers, resident blocks and instructions of the CUDA kernels
+cubins: $(VENV)/.test ## registers, resident blocks and instructions of the CUDA kernels, without a GPU
 	$(BIN)/python tests/cubins.py
 
 lint: $(VENV)/.test ## ruff and mypy

@@ -19,7 +19,7 @@ fell by at least 5 % and by at least 3 standard errors of the paired per-sequenc
 how much mass the student keeps on the support, so the progress bar shows that too: at a higher
 learning rate the loss falls faster, but so does that mass, and the full divergence stops falling.
 
-    python examples/distill_smollm2.py            # about seven minutes on two cores
+    python examples/distill_smollm2.py            # under ten minutes on two cores
     python examples/distill_smollm2.py --smoke    # the whole path in half a minute, not judged
 """
 
@@ -109,7 +109,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="bfloat16",
         help="of activations; weights stay fp32. bfloat16 needs a CPU that has it to be fast",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="result folder")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps; not judged")
     options = parser.parse_args(arguments)
