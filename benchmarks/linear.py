@@ -391,9 +391,11 @@ def describe(threads: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes; figures mean nothing")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the kernels")
     parser.add_argument("--only", default="", help="steps whose label contains this")
     parser.add_argument("--json", type=Path, help="append the result as one line to this file")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

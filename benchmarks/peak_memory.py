@@ -61,12 +61,19 @@ def peak_here(form: str, options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=256, help="tokens")
+    parser.add_argument("--vocab", type=int, default=151936, help="columns of the logits")
+    parser.add_argument("--k", type=int, default=64, help="size of the support")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the logits",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the kernels")
     parser.add_argument("--json", type=Path, help="append the result as one line to this file")
     parser.add_argument("--form", choices=FORMS, help="measure one form in this process")
     options = parser.parse_args()

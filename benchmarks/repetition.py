@@ -56,10 +56,12 @@ def answers(prompts: int, tokens: int, k: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=112)
-    parser.add_argument("--tokens", type=int, default=160)
-    parser.add_argument("--k", default="8,32,64")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=112, help="that the model answers")
+    parser.add_argument("--tokens", type=int, default=160, help="longest answer")
+    parser.add_argument("--k", default="8,32,64", help="sizes of the support, by commas")
     options = parser.parse_args()
     torch.manual_seed(0)
     widths = [int(k) for k in options.k.split(",")]

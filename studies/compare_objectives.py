@@ -102,7 +102,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Compare objectives of on-policy distillation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument(
+        "command",
+        choices=("run", "report"),
+        help="train, then report; or report from the CSV files",
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="models, checkpoints, logs")
     parser.add_argument(
         "--results",
@@ -110,8 +114,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"CSV files, table, plots; {RESULTS} for a whole run, else a folder in --output",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=TASKS, help="of the small models"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=SEEDS,
+        help="one student and one run of each arm each",
+    )
     parser.add_argument("--without-smollm2", action="store_true", help="the small models only")
     parser.add_argument(
         "--smoke", action="store_true", help=f"a step or two of everything, in {SMOKE_OUTPUT}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import re
@@ -86,6 +87,23 @@ def test_the_on_policy_loop_trains_on_the_rows_that_predict_responses(
     assert not mask[:, -1].any()
     assert not first.isnan().any()
     assert not second.isnan().any()
+
+
+def test_every_option_of_a_script_has_a_help() -> None:
+    root = EXAMPLES.parent
+    scripts = [
+        path
+        for folder in ("benchmarks", "examples", "studies")
+        for path in sorted((root / folder).glob("*.py"))
+    ]
+    scripts += [root / "benchmarks" / "gpu" / "__main__.py", root / "opd_kernels" / "fuzz.py"]
+    options = 0
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                options += 1
+                assert any(word.arg == "help" for word in node.keywords), ast.unparse(node)
+    assert options > 50
 
 
 @pytest.mark.parametrize(

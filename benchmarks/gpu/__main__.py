@@ -80,12 +80,12 @@ def run_part(options: argparse.Namespace) -> int:
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", type=int, choices=sorted(PARTS), default=1)
+    parser.add_argument("--part", type=int, choices=sorted(PARTS), default=1, help="default 1")
     parser.add_argument("--seconds", type=float, help="drops later steps; default 360, part 2 240")
     parser.add_argument("--only", default="", metavar="TEXT", help="steps whose name has this")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--commit", help="where there is no git")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", help="results")
     parser.add_argument("--modules", metavar="ARCH", help="build modules to bring along, and end")
     # What steps call.
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
