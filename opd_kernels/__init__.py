@@ -8,12 +8,14 @@ gradient to another loss's.
 
 Around the loss: ``response_mask``, ``special_token_mask`` and ``predicting`` say which positions
 take part, ``compare_tokenizers`` and ``token_ids`` which ids. ``sampled_token_loss``, with
-``sampled_token_advantages`` or ``returns_to_go``, is the sampled-token baseline.
+``sampled_token_advantages`` or ``returns_to_go``, is the sampled-token baseline. ``debug`` makes
+calls look at values and raise with the first bad row.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from opd_kernels._autograd import TopKReverseKL, anchor_of
+from opd_kernels.debugging import debug
 from opd_kernels.gradient import add_topk_grad_
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import linear_topk_rkl
@@ -47,6 +49,7 @@ __all__ = [
     "add_topk_grad_",
     "anchor_of",
     "compare_tokenizers",
+    "debug",
     "first_occurrences",
     "head_of",
     "linear_topk_rkl",

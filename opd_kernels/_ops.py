@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels import backends
+from opd_kernels import backends, debugging
 from opd_kernels._checks import (
     check_buffer,
     check_entries_dtype,
@@ -74,6 +74,8 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     _check_rows(mask, "mask", logits)
     _check_device(banned, "banned", logits)
+    if debugging.ON:
+        debugging.check_select(logits, limit, banned, mask)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
     return module.select(logits, k, limit, banned, mask)
 
@@ -106,18 +108,16 @@ def _divergence(
     _check_device(teacher, "teacher", student)
     _check_device(teacher_ids, "teacher_ids", student)
     _check_device(banned, "banned", student)
+    student_t = temperature if row_temperature is None else row_temperature
+    teacher_t = teacher_temperature if row_teacher_temperature is None else row_teacher_temperature
+    if debugging.ON:
+        debugging.check_divergence(
+            student, teacher, teacher_ids, limit, banned, mask, student_t, teacher_t
+        )
     vocab = limit if teacher_ids is None else 0
     module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
     return module.divergence(
-        student,
-        teacher,
-        teacher_ids,
-        k,
-        limit,
-        banned,
-        mask,
-        temperature if row_temperature is None else row_temperature,
-        teacher_temperature if row_teacher_temperature is None else row_teacher_temperature,
+        student, teacher, teacher_ids, k, limit, banned, mask, student_t, teacher_t
     )
 
 
@@ -158,6 +158,8 @@ def _scatter_add(
 ) -> None:
     module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
     _check_device(out, "out", ids)
+    if debugging.ON:
+        debugging.check_scatter_add(out, entry_grad, ids, upstream)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 
@@ -225,6 +227,8 @@ def _select_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``select`` on the logits of a head, of a few rows at a time; no others are computed."""
+    if debugging.ON:
+        debugging.check_head(hidden, weight, bias, limit, banned, mask)
     rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
     module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
     ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
@@ -237,6 +241,8 @@ def _select_linear(
         out_values[here] = shaped(picked, scale, softcap)
         if with_logsumexp:
             out_sums[here] = row_logsumexp(logits, limit, kept, (scale, softcap))
+    if debugging.ON:
+        debugging.check_selected(values, mask)
     return ids, values, logsumexp
 
 
@@ -269,6 +275,8 @@ def _gather_dot(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if debugging.ON:
+        debugging.check_gather(hidden, weight, bias, ids, limit, banned, mask)
     dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
     module = backends.resolve_linear(backend, hidden.device, dtypes, ids.shape[-1])
     return module.gather_dot(hidden, weight, bias, ids, limit, banned, mask)

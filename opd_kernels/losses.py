@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from opd_kernels import _checks, _ops
+from opd_kernels import _checks, _ops, debugging
 from opd_kernels import stats as _stats
 from opd_kernels._autograd import TopKReverseKL, anchor_of
 from opd_kernels.backends import AUTO
@@ -128,7 +128,8 @@ def topk_rkl(
 
     Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
     allowed, ``ValueError`` for DTensors. k = 1 warns: one renormalised entry has loss and gradient
-    0.
+    0. Values of tensors are not looked at, but for ``OPD_KERNELS_DEBUG=1`` or ``debug()``, which
+    raise with the first bad row.
 
     Example::
 
@@ -207,6 +208,8 @@ class Call:
         self._teacher_t = _temperature(teacher_temperature, rows, device, "teacher_temperature")
         self._k, self._mask, self._weight = k, mask, weight
         self._reduction, self._normalizer = reduction, normalizer
+        if debugging.on_outside_of_operators():
+            debugging.check_call(temperature, teacher_temperature, weight, normalizer, mask)
 
     def loss(
         self,

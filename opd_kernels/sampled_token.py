@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from opd_kernels import _checks
+from opd_kernels import _checks, debugging
 from opd_kernels.losses import reduce_rows
 
 __all__ = ["returns_to_go", "sampled_token_advantages", "sampled_token_loss"]
@@ -154,6 +154,8 @@ def sampled_token_loss(
     _checks.check_clip(clip)
     _checks.check_reduction(reduction, normalizer, logprobs.device)
     keep = _flags(mask, logprobs, "logprobs")
+    if debugging.on_outside_of_operators():
+        debugging.check_sampled(logprobs, old_logprobs, advantages, normalizer, keep)
     dtype = _arithmetic(logprobs, old_logprobs, advantages)
     cost = _selected(-advantages.detach(), keep, dtype)
     log_ratio = _selected(logprobs, keep, dtype) - _selected(old_logprobs.detach(), keep, dtype)

@@ -103,6 +103,25 @@ def test_many_rows_in_pieces_are_those_of_a_plain_loop(monkeypatch: pytest.Monke
         assert_rows(topk.reshape(-1), *expected_rows(*flat, -1e3, k or 9))
 
 
+@pytest.mark.parametrize("kind", ["none", "first piece", "last piece"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pieces_with_and_without_repeats_are_those_of_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    """Rows that list no id twice go another way; an absent id may stand there often."""
+    monkeypatch.setattr(support, "PIECE", 24)  # three rows
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(12, generator=generator)[:8] for _ in range(12)])
+    logprobs = torch.randn(12, 8, generator=generator).sub_(1 if kind == "none" else 5).to(dtype)
+    logprobs[:, 5:], ids[:, 5:] = -1e4, 0
+    if kind != "none":
+        row = 1 if kind == "first piece" else 10
+        ids[row, 1] = ids[row, 3]
+    for values in (logprobs, -logprobs.abs()):
+        topk = TopK.from_tensors(values, ids)
+        assert_rows(topk, *expected_rows(values, ids, None, -1e3, 8))
+
+
 def test_inputs_stay_and_strides_do_not_matter() -> None:
     logprobs = torch.tensor([[-0.0, -2000.0], [-1.0, NAN], [-3.0, -1.0]])
     ids = torch.tensor([[5, 5], [6, 7], [4, 4]])

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import emulated
 import pytest
@@ -36,31 +38,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def watched(without: str = "") -> subprocess.CompletedProcess[str]:
-    """All scenarios under ThreadSanitizer up to the first race; a barrier does nothing."""
-    build("races")
-    environment = os.environ | {
-        "OPD_KERNELS_EMULATED": "races",
-        "OPD_EMULATION_WITHOUT": without,
-        "OMP_NUM_THREADS": "1",  # torch's own threads are not seen
-        "LD_PRELOAD": library(),
-        "TSAN_OPTIONS": "halt_on_error=1 history_size=0 report_signal_unsafe=0",
-    }
-    # It wants memory where it expects it.
-    command = ["setarch", "--addr-no-randomize", sys.executable, __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    for reason in ("unexpected memory mapping", "failed to set personality"):
-        if reason in run.stderr:
-            pytest.skip(f"ThreadSanitizer cannot run here: {reason}")
-    return run
-
-
-def test_no_two_threads_touch_the_same_memory_without_a_barrier_between() -> None:
-    run = watched()
-    assert "data race" not in run.stderr, run.stderr[:4000]
-    assert run.returncode == 0, run.stderr[-4000:]
-
-
 # Before the first barrier of a cluster blocks have nothing in common but that they run.
 STARTS = "block is there"
 LINES = {path.name: path.read_text().splitlines() for path in SOURCES.glob("*.cuh")}
@@ -71,13 +48,73 @@ RACING = [
 ]
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit status and report of all scenarios up to the first race, by the barrier that is missing.
+
+    "" is no barrier. One process loads torch, which takes seconds under ThreadSanitizer, and forks.
+    """
+    build("races")
+    folder = tmp_path_factory.mktemp("races")
+    environment = os.environ | {
+        "OPD_KERNELS_EMULATED": "races",
+        "OMP_NUM_THREADS": "1",  # torch's own threads are not seen
+        "LD_PRELOAD": library(),
+        "TSAN_OPTIONS": "halt_on_error=1 history_size=0 report_signal_unsafe=0",
+    }
+    # It wants memory where it expects it.
+    command = ["setarch", "--addr-no-randomize", sys.executable, __file__, str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for reason in ("unexpected memory mapping", "failed to set personality"):
+        if reason in run.stderr:
+            pytest.skip(f"ThreadSanitizer cannot run here: {reason}")
+    assert run.returncode == 0, run.stderr[-4000:]
+    statuses = dict(zip(["", *RACING], map(int, run.stdout.split()), strict=True))
+    return {
+        name: (status, (folder / name_of(name)).read_text()) for name, status in statuses.items()
+    }
+
+
+def name_of(barrier: str) -> str:
+    """Of the file with the report."""
+    return barrier.replace(":", "-") or "all"
+
+
+def test_no_two_threads_touch_the_same_memory_without_a_barrier_between(
+    watched: dict[str, tuple[int, str]],
+) -> None:
+    status, report = watched[""]
+    assert "data race" not in report, report[:4000]
+    assert status == 0, report[-4000:]
+
+
 @pytest.mark.parametrize("barrier", RACING)
-def test_without_any_one_barrier_there_is_a_race(barrier: str) -> None:
-    assert "data race" in watched(barrier).stderr
+def test_without_any_one_barrier_there_is_a_race(
+    barrier: str, watched: dict[str, tuple[int, str]]
+) -> None:
+    assert "data race" in watched[barrier][1]
+
+
+def run_without(barrier: str, report: Path) -> int:
+    """The exit status of a child that runs all scenarios."""
+    child = os.fork()
+    if child == 0:
+        os.environ["OPD_EMULATION_WITHOUT"] = barrier
+        os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT), 2)
+        status = 1
+        try:
+            for _ in scenarios(cuda):
+                pass
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     emulated.install()
-    for _ in scenarios(cuda):
-        pass
+    for barrier in ["", *RACING]:
+        print(run_without(barrier, Path(sys.argv[1]) / name_of(barrier)), flush=True)

@@ -18,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "docs" / "recipes.md"
-PAGES = [RECIPES, ROOT / "docs" / "heads.md", ROOT / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = [RECIPES, DOCS / "heads.md", DOCS / "debugging.md", ROOT / "README.md"]
 FENCE = re.compile(r"^(`{3,})(.*)$")
 HEADING = re.compile(r"^#{1,6} +(.*)$")
 LINE_LENGTH = 100

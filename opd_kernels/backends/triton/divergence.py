@@ -45,9 +45,7 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
     exp_teacher = tl.where(present, exp(tl.div_rn(t - teacher_max, teacher_temperature)), 0.0)
     d = _scaled(z, student_max, temperature) - _scaled(t, teacher_max, teacher_temperature)
     d = tl.where(present, _finite(d.to(tl.float32)), 0.0)
-    change = tl.where(
-        tl.abs(d) <= 0.5, exp_teacher * expm1_near_zero(d), exp_student - exp_teacher
-    )
+    change = tl.where(tl.abs(d) <= 0.5, exp_teacher * expm1_near_zero(d), exp_student - exp_teacher)
     student_sum, teacher_sum = tl.sum(exp_student), tl.sum(exp_teacher)
     log_sums = tl.where(
         tl.sum(tl.abs(change)) < 0.25 * teacher_sum,

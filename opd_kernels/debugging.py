@@ -1,0 +1,431 @@
+"""``OPD_KERNELS_DEBUG=1`` and ``debug()``: every call reads values and raises at the first bad row.
+
+The checks of an operator's arguments run inside the operator, where every tensor has values: under
+``torch.compile``, ``vmap`` and ``torch.func.grad`` too. ``_ops`` calls them. The losses call those
+of arguments that no operator takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
+from opd_kernels.reference import unpack_bitmap
+from opd_kernels.support import repeats
+
+__all__ = ["debug"]
+
+VARIABLE = "OPD_KERNELS_DEBUG"
+# Elements that are looked at together; a check needs a few times as much memory.
+_PIECE_ELEMENTS = 1 << 22
+_LOGITS = "numbers and -inf"
+_TEMPERATURES = f"{LEAST_TEMPERATURE:.3g} to {LARGEST_TEMPERATURE:.3g}"
+P = ParamSpec("P")
+
+
+def _wanted(environment: Mapping[str, str]) -> bool:
+    """Whether the environment asks for checks."""
+    value = environment.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} is {value!r}, allowed are 1 (check values) and 0")
+    return value == "1"
+
+
+# Of the process. One attribute to read in each call; a context variable would cost more.
+ON = _wanted(os.environ)
+
+
+def on_outside_of_operators() -> bool:
+    """Whether a function that a compiler may trace checks values; traced, it never does.
+
+    A compiler that sees ``ON`` would compile anew when it changes.
+    """
+    return not torch.compiler.is_compiling() and ON
+
+
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Calls inside of the block look at values and raise with the first bad row.
+
+    ``OPD_KERNELS_DEBUG=1`` in the environment, read when ``opd_kernels`` is imported, does the same
+    for the whole process; ``debug(False)`` turns it off for a block.
+
+    What raises ``ValueError``, in unmasked rows only:
+
+    - a mask that leaves no row of one or more;
+    - temperatures that are not above 0 and finite, in tensors too;
+    - ids of a ``TopK`` that are neither -1 nor in the student's vocabulary, unless their logit is
+      -inf: the global ids of a vocabulary shard, for instance;
+    - NaN and +inf in logits of student and teacher, at all ids that may be selected: below
+      ``vocab_size`` and not banned;
+    - NaN and infinities in hidden states, in a teacher's head at these ids and in the student's
+      head at the ids of the support; a bias may be -inf;
+    - NaN and infinities in ``weight``, a ``normalizer`` that is not above 0 and finite;
+    - ``add_topk_grad_``: ids outside of [0, V) but for -1, repeated ids, NaN and infinities in
+      ``entry_grad`` and ``upstream``;
+    - ``sampled_token_loss``: NaN and infinities, but for ``logprobs`` of -inf.
+
+    The message names the argument, the row by its leading indices, what is there and what is
+    allowed. Masked rows are not read.
+
+    The checks synchronise with the device and read all logits: a call takes about ten times as
+    long. Results are the same bits. Under ``torch.compile`` and ``vmap`` only arguments of
+    operators are checked: not ``weight``, ``normalizer`` and ``sampled_token_loss``. There a mapped
+    dimension comes first in the row, and a temperature that is not allowed shows as NaN.
+    ``torch.func.grad`` checks all. Nothing is checked while a CUDA graph is captured, nor in
+    backward.
+
+    The switch is the process's: other threads see it as well, so turn it on in one of them.
+
+    Example::
+
+        with opd_kernels.debug():
+            loss = topk_rkl(student_logits, teacher, mask=mask)
+    """
+    global ON
+    before, ON = ON, bool(enabled)
+    try:
+        yield
+    finally:
+        ON = before
+
+
+def _readable(argument: object) -> bool:
+    """Whether a tensor has values that the host may read now."""
+    if not isinstance(argument, Tensor):
+        return True
+    return not (
+        argument.is_meta
+        or torch._C._functorch.is_batchedtensor(argument)
+        or torch._subclasses.fake_tensor.is_fake(argument)
+        or (argument.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _looks(check: Callable[P, None]) -> Callable[P, None]:
+    """A check that is left out where values cannot be read."""
+
+    @functools.wraps(check)
+    def looked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if all(map(_readable, args)):
+            with torch.no_grad():
+                check(*args, **kwargs)
+
+    return looked
+
+
+@_looks
+def check_select(logits: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None) -> None:
+    """Logits that a support is selected from."""
+    _check_mask(mask)
+    _check_logits(logits, limit, banned, _rows(logits, mask), "teacher logits")
+
+
+@_looks
+def check_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_ids: Tensor | None,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> None:
+    """What the fused loss gets."""
+    _check_mask(mask)
+    rows = _rows(student, mask)
+    for value, name in (
+        (temperature, "temperature"),
+        (teacher_temperature, "teacher_temperature"),
+    ):
+        if isinstance(value, Tensor):
+            _check_temperatures(value, rows, name)
+        else:
+            _check_temperature(value, name)
+    if teacher_ids is None:
+        _check_logits(teacher, limit, banned, rows, "teacher logits")
+    else:
+        _check_ids(teacher_ids, teacher, student.shape[-1], rows)
+        _check_entries(teacher, teacher_ids, limit, banned, rows)
+    _check_logits(student, limit, banned, rows, "student_logits")
+
+
+@_looks
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """A teacher's hidden states and head."""
+    _check_mask(mask)
+    _check_finite(hidden, _rows(hidden, mask), "LinearLogits hidden")
+    _check_head(weight, bias, _allowed(limit, banned, weight.device), "LinearLogits ")
+
+
+@_looks
+def check_selected(values: Tensor, mask: Tensor | None) -> None:
+    """The k best of a head's logits."""
+    name = "logits of LinearLogits, rounded to their dtype"
+    _check(values, _rows(values, mask), _nan_or_inf, name, _LOGITS, "use a wider dtype")
+
+
+@_looks
+def check_gather(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """A student's hidden states and head, and the ids of the support."""
+    _check_mask(mask)
+    rows = _rows(hidden, mask)
+    _check_ids(ids, None, weight.shape[0], rows)
+    _check_finite(hidden, rows, "student_hidden")
+    used = torch.zeros(limit + 1, dtype=torch.bool, device=ids.device)
+    for index in rows.pieces(ids.shape[-1]):
+        some = rows.of(ids, index).long()
+        used[torch.where((some >= 0) & (some < limit), some, limit)] = True
+    used = used[:limit] & _allowed(limit, banned, ids.device)
+    _check_head(weight, bias, used, "student_")
+
+
+@_looks
+def check_scatter_add(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """What is added to a dense gradient."""
+    rows, vocab = _rows(ids, None), out.shape[-1]
+    allowed = f"-1 and 0 to {vocab - 1} (grad has a vocabulary of {vocab})"
+    source = "pass what TopKReverseKL.apply returned for these rows"
+    _check(ids, rows, lambda some, _: (some < -1) | (some >= vocab), "ids", allowed, source)
+    _check(
+        ids,
+        rows,
+        lambda some, _: repeats(some) & (some >= 0),
+        "ids",
+        "each id once in a row",
+        source,
+    )
+
+    def bad(some: Tensor, index: Tensor) -> Tensor:
+        return (rows.of(ids, index) >= 0) & ~some.isfinite()
+
+    _check(entry_grad, rows, bad, "entry_grad", "finite numbers", "look at the loss they are of")
+    _check_factors(upstream, rows, "upstream")
+
+
+@_looks
+def check_call(
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """What a loss takes and no operator gets: temperatures as the caller wrote them, factors."""
+    _check_mask(mask)
+    for value, name in (
+        (temperature, "temperature"),
+        (teacher_temperature, "teacher_temperature"),
+    ):
+        if isinstance(value, Tensor) and value.ndim:
+            _check_temperatures(value, _Rows(value.shape, mask, value.device), name)
+        else:
+            _check_temperature(float(value), name)
+    if weight is not None:
+        _check_factors(weight, _Rows(weight.shape, mask, weight.device), "weight")
+    _check_normalizer(normalizer)
+
+
+@_looks
+def check_sampled(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    normalizer: float | Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """What the sampled-token loss gets."""
+    _check_mask(mask)
+    _check_normalizer(normalizer)
+    rows = _Rows(logprobs.shape, mask, logprobs.device)
+    remedy = "mask the token or clamp its log-prob"
+    named = {"old_logprobs": old_logprobs, "advantages": advantages}
+    _check(logprobs, rows, _nan_or_inf, "logprobs", _LOGITS, remedy)
+    for name, values in named.items():
+        _check(values, rows, _not_finite, name, "finite numbers", remedy)
+
+
+class _Rows:
+    """The unmasked rows of tensors with the leading shape ``shape``."""
+
+    def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device) -> None:
+        kept = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
+        self.shape = shape
+        self.single = not shape  # indexed as one of one
+        self.indices = (kept[None] if self.single else kept).nonzero()
+
+    def pieces(self, width: int) -> Iterator[Tensor]:
+        """Indices of rows, some at a time."""
+        return iter(self.indices.split(max(_PIECE_ELEMENTS // max(width, 1), 1)))
+
+    def of(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """These rows of a tensor (..., C), as (R, C)."""
+        return (tensor[None] if self.single else tensor)[index.unbind(-1)]
+
+
+def _rows(tensor: Tensor, mask: Tensor | None) -> _Rows:
+    """The unmasked rows of a tensor (..., C)."""
+    return _Rows(tensor.shape[:-1], mask, tensor.device)
+
+
+def _check(
+    values: Tensor,
+    rows: _Rows,
+    bad: Callable[[Tensor, Tensor], Tensor],
+    name: str,
+    allowed: str,
+    remedy: str,
+) -> None:
+    """Raises at the first element of unmasked rows, (..., C) or (...), that is bad."""
+    wide = values.ndim > len(rows.shape)
+    values = values if wide else values[..., None]
+    for index in rows.pieces(values.shape[-1]):
+        some = rows.of(values, index)
+        flags = bad(some, index)
+        if bool(flags.any()):
+            row, column = flags.nonzero()[0].tolist()
+            leading = () if rows.single else tuple(index[row].tolist())
+            where = f"at {[*leading, column]}, " if wide else ""
+            raise ValueError(
+                f"{name}: {some[row, column].item()} {where}in row {leading}, allowed are "
+                f"{allowed}; {remedy}"
+            )
+
+
+def _nan_or_inf(values: Tensor, _: Tensor) -> Tensor:
+    return ~(values < torch.inf)
+
+
+def _not_finite(values: Tensor, _: Tensor) -> Tensor:
+    return ~values.isfinite()
+
+
+def _allowed(limit: int, banned: Tensor | None, device: torch.device) -> Tensor:
+    """Bool (limit,): the ids that may be selected."""
+    if banned is None:
+        return torch.ones(limit, dtype=torch.bool, device=device)
+    return ~unpack_bitmap(banned, limit)
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    if mask is not None and mask.numel() and not bool(mask.any()):
+        raise ValueError(
+            f"mask leaves none of {mask.numel()} rows, so the loss is 0; is it True where a row "
+            "counts, and of the tokens that the logits predict?"
+        )
+
+
+def _check_logits(
+    logits: Tensor, limit: int, banned: Tensor | None, rows: _Rows, name: str
+) -> None:
+    """NaN and +inf at ids that may be selected."""
+    allowed = None if banned is None else _allowed(limit, banned, logits.device)
+
+    def bad(some: Tensor, _: Tensor) -> Tensor:
+        flags = ~(some < torch.inf)
+        return flags if allowed is None else flags & allowed
+
+    remedy = "look for overflow in the model, or mask the row"
+    _check(logits[..., :limit], rows, bad, name, _LOGITS, remedy)
+
+
+def _check_entries(
+    values: Tensor, ids: Tensor, limit: int, banned: Tensor | None, rows: _Rows
+) -> None:
+    """NaN and +inf at entries that are present."""
+    allowed = _allowed(limit, banned, ids.device)
+
+    def bad(some: Tensor, index: Tensor) -> Tensor:
+        those = rows.of(ids, index)
+        there = (those >= 0) & (those < limit)
+        return ~(some < torch.inf) & there & allowed[torch.where(there, those, 0).long()]
+
+    remedy = "write the id -1 where there is no entry"
+    _check(values, rows, bad, "teacher logits (TopK)", _LOGITS, remedy)
+
+
+def _check_ids(ids: Tensor, values: Tensor | None, vocab: int, rows: _Rows) -> None:
+    """Ids outside the student's vocabulary, at entries that are not absent by their value."""
+
+    def bad(some: Tensor, index: Tensor) -> Tensor:
+        outside = (some < -1) | (some >= vocab)
+        return outside if values is None else outside & (rows.of(values, index) != -torch.inf)
+
+    allowed = f"-1 and 0 to {vocab - 1} (the student has a vocabulary of {vocab})"
+    remedy = "of a vocabulary shard pass local ids, and -1 where an entry is absent"
+    _check(ids, rows, bad, "teacher ids (TopK)", allowed, remedy)
+
+
+def _check_temperature(temperature: float, name: str) -> None:
+    if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"{name} is {temperature}, allowed are {_TEMPERATURES}")
+
+
+def _check_temperatures(temperatures: Tensor, rows: _Rows, name: str) -> None:
+    """A temperature per row; the bounds are float32's."""
+
+    def bad(some: Tensor, _: Tensor) -> Tensor:
+        some = some if some.dtype == torch.float64 else some.float()
+        return ~((some >= LEAST_TEMPERATURE) & (some <= LARGEST_TEMPERATURE))
+
+    _check(temperatures, rows, bad, name, _TEMPERATURES, "mask the row, or look where it was made")
+
+
+def _check_factors(factors: Tensor, rows: _Rows, name: str) -> None:
+    _check(
+        factors,
+        rows,
+        _not_finite,
+        name,
+        "finite numbers",
+        "mask the row, or look where it was made",
+    )
+
+
+def _check_normalizer(normalizer: float | Tensor | None) -> None:
+    if normalizer is not None and not 0 < float(normalizer) < torch.inf:
+        raise ValueError(
+            f"normalizer is {float(normalizer)}, allowed are finite numbers above 0; clamp a count "
+            "that may be 0: .clamp(min=1)"
+        )
+
+
+def _check_finite(values: Tensor, rows: _Rows, name: str) -> None:
+    remedy = "look for overflow in the model, or mask the row"
+    _check(values, rows, _not_finite, name, "finite numbers", remedy)
+
+
+def _check_head(weight: Tensor, bias: Tensor | None, used: Tensor, prefix: str) -> None:
+    """A head's weight (V, H) and bias (V,) at the ids that are used, (limit,)."""
+    rows, remedy = (
+        _Rows(used.shape, used, used.device),
+        "look at the optimizer's steps, or ban the id",
+    )
+    weight = weight[: len(used)]
+    _check(weight, rows, _not_finite, f"{prefix}weight", "finite numbers", remedy)
+    if bias is not None:
+        bias = bias[: len(used)]
+        _check(bias, rows, _nan_or_inf, f"{prefix}bias", _LOGITS, remedy)
