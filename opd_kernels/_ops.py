@@ -1,8 +1,8 @@
 """Operators that PyTorch knows by name: schemas, shapes for tracing, dispatch to a backend.
 
-Registered with ``torch.library`` define/impl/fake; autograd lives outside, in ``_autograd``, so
-that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator runs,
-never while it is traced.
+They are registered with ``torch.library`` define/impl/fake. Autograd is outside, in ``_autograd``,
+so that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator
+runs, never while it is traced.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def _scatter_add(
 
 
 def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
-    """Raises unless it has an element for each row, on the logits' device.
+    """Raises unless ``tensor`` has one element per row, on the logits' device.
 
-    Kernels take addresses: what does not fit would be read beyond its end.
+    Kernels take addresses, so they would read beyond the end of a shorter one.
     """
     if tensor is not None:
         check_row_shape(tensor, logits.shape[:-1], name)
@@ -175,13 +175,13 @@ def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
 
 
 def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
-    """Raises unless it lies where another tensor lies."""
+    """Raises unless ``tensor`` is on the device of ``other``."""
     if tensor is not None and tensor.device != other.device:
         check_same_device(tensor, other.device, name, "the other tensors are")
 
 
 def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """Raises unless they are what the loss keeps: saved-tensor hooks may hand out anything."""
+    """Raises unless dtypes, shapes and devices are those the loss saved: hooks may change them."""
     check_entries_dtype(ids, "ids")
     check_entries_dtype(entry_grad, "entry_grad")
     check_same_entries(ids, entry_grad)
@@ -194,15 +194,15 @@ def _refuse_lost_graph(function: str) -> None:
     """Raises where ``create_graph=True`` would silently give a gradient without a graph.
 
     This happens before torch 2.13, in compiled functions that save no input with a gradient
-    (github.com/pytorch/pytorch/issues/181581). Only they run these operators in a backward pass
-    with gradients enabled: an autograd.Function disables them.
+    (github.com/pytorch/pytorch/issues/181581). Only such functions run these operators in a
+    backward pass with gradients enabled; an autograd.Function disables them.
     """
     if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
         raise RuntimeError(_LOST_GRAPH.format(function, torch.__version__))
 
 
 def _tell_autograd(out: Tensor) -> None:
-    """Kernels write through a pointer, which autograd does not see."""
+    """Bumps the version counter: autograd does not see a kernel write through a pointer."""
     torch.autograd.graph.increment_version(out)
 
 
@@ -226,7 +226,7 @@ def _select_linear(
     with_logsumexp: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``select`` on the logits of a head, of a few rows at a time; no others are computed."""
+    """``select`` on the logits of a head, which are computed a few rows at a time."""
     if debugging.ON:
         debugging.check_head(hidden, weight, bias, limit, banned, mask)
     rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
@@ -236,11 +236,11 @@ def _select_linear(
     logsumexp = hidden.new_zeros(rows if with_logsumexp else 0, dtype=dtype)
     out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
     weight, bias = weight[:limit], None if bias is None else bias[:limit]
-    for here, logits, kept in head_logits(hidden, weight, bias, mask):
-        out_ids[here], picked = module.select(logits, k, limit, banned, kept)
-        out_values[here] = shaped(picked, scale, softcap)
+    for piece, logits, piece_mask in head_logits(hidden, weight, bias, mask):
+        out_ids[piece], picked = module.select(logits, k, limit, banned, piece_mask)
+        out_values[piece] = shaped(picked, scale, softcap)
         if with_logsumexp:
-            out_sums[here] = row_logsumexp(logits, limit, kept, (scale, softcap))
+            out_sums[piece] = row_logsumexp(logits, limit, piece_mask, (scale, softcap))
     if debugging.ON:
         debugging.check_selected(values, mask)
     return ids, values, logsumexp
@@ -348,7 +348,7 @@ def _select_vmap(
 def _select_linear_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, *rest: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The same."""
+    """A mapped dimension is one more leading dimension; the head is not mapped."""
     *middle, mask, with_logsumexp, backend = rest
     if any(dim is not None for dim in (*in_dims[1:3], in_dims[7])):
         raise ValueError("a head and banned_ids cannot be mapped by vmap; pass one for all")
@@ -360,7 +360,7 @@ def _select_linear_vmap(
 def _scatter_add_vmap(
     info: Any, in_dims: tuple[int | None, ...], out: Tensor, *rest: Any
 ) -> tuple[None, None]:
-    """The same; what is written to has to be mapped itself, each copy with memory of its own."""
+    """A mapped dimension is one more leading dimension; ``out`` must be mapped, without overlap."""
     if in_dims[0] is None:
         raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
     *entries, backend = rest
