@@ -1,5 +1,5 @@
-// The bodies of what linear.h declares; as select_row.h, compiled once per instruction set, with
-// everything in an unnamed namespace.
+// The functions that linear.h declares. Like select_row.h it is compiled once per instruction set,
+// with everything in an unnamed namespace.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,8 @@ inline void store_halves(int16_t* at, Words words) {
   memcpy(at, &halves, sizeof halves);
 }
 
-// A vector of elements to and from floats. The arithmetic is that of formats.h, whose functions
-// other files share and so must not be called here.
+// Converts a vector of elements to and from floats, as formats.h does. Its functions must not be
+// called here, because other files share them.
 template <class Format>
 struct Elements;
 
@@ -78,7 +78,7 @@ struct Elements<Float16> {
 template <class Format>
 using BitsOf = typename Format::Bits;
 
-// The elements that are left after a row's whole blocks, in a block of their own.
+// A copy of the elements after a row's whole blocks, padded to a block.
 template <class Format>
 struct Tail {
   BitsOf<Format> elements[kBlock] = {};
@@ -121,7 +121,8 @@ inline float sum_of_lanes(const Floats (&parts)[kParts]) {
   return lanes[0];
 }
 
-// A few rows at once, as many sums that do not wait for each other. `next` are rows that come next.
+// Dot products of Count rows at once: their sums do not wait for each other. Prefetches `next`, the
+// rows that follow.
 template <class Format, int Count>
 inline void dot_rows(const float* vector, const void* const* rows, const void* const* next,
                      int64_t width, float* out) {
