@@ -1,8 +1,8 @@
-"""What must come out of a case, in float64, and how far from it a correct result may be.
+"""The expected results of a case in float64, and how far a correct result may be from them.
 
-Row by row and independent of the package's own code. Budgets are first-order forward error bounds
-of float32 (float64) arithmetic on the given, already rounded inputs, plus one rounding to the
-gradient's dtype; see ``_row_oracle``.
+It works row by row and shares no code with the package. Budgets are first-order forward error
+bounds of float32 (float64) arithmetic on the given, already rounded inputs, plus one rounding to
+the gradient's dtype; see ``_row_oracle``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from opd_kernels.testing.inputs import Head, Inputs
 
 @dataclass
 class Expected:
-    """What must come out, in float64, and how far from it a correct result may be."""
+    """The expected results in float64, and how far a correct result may be from them."""
 
-    loss: np.ndarray  # scalar or per row, as reduction says
+    loss: np.ndarray  # scalar or per row, as the reduction says
     loss_budget: np.ndarray
-    grads: dict[str, tuple[np.ndarray, np.ndarray]]  # and their budgets, of "student", or "hidden",
-    # "weight" and "bias" of its head, and of "row_weight"
+    # (gradient, budget) by name: "student", or "hidden", "weight" and "bias"; and "row_weight".
+    grads: dict[str, tuple[np.ndarray, np.ndarray]]
     support: np.ndarray  # ids in selection order, -1 where there are fewer
 
 
@@ -38,7 +38,7 @@ def oracle(inputs: Inputs) -> Expected:
     count = math.prod(rows)
     arithmetic = torch.finfo(torch.float64 if inputs.wide else torch.float32)
     unit, tiny, largest = arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max)
-    # A head is computed in float32 whatever the teacher is.
+    # A head is computed in float32, whatever the teacher's dtype is.
     head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
     head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
     head_unit, head_largest = head_arithmetic.eps / 2, float(head_arithmetic.max)
@@ -55,17 +55,17 @@ def oracle(inputs: Inputs) -> Expected:
     support = np.full((count, inputs.k), -1, dtype=np.int64)
     loss, loss_budget = np.zeros(count), np.zeros(count)
     grad, grad_budget = np.zeros((count, vocab)), np.zeros((count, vocab))
-    # Of the entries that an id has: how many, and the sum of their gradients' absolute values.
+    # For each id: how many entries it has, and the sum of their gradients' absolute values.
     repeats, size = np.zeros((count, vocab)), np.zeros((count, vocab))
     for row in range(count):
         if not mask[row]:
             continue
-        at = np.unravel_index(row, rows)
-        ids, values = _row_support(teacher, at, allowed, inputs.k)
+        index = np.unravel_index(row, rows)
+        ids, values = _row_support(teacher, index, allowed, inputs.k)
         support[row] = ids
         used = (ids >= 0) & (values != -np.inf)
         ids, t = ids[used], values[used]
-        z, z_error = student[at].double().numpy()[ids], student_error[row][ids]
+        z, z_error = student[index].double().numpy()[ids], student_error[row][ids]
         numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], unit, tiny, largest)
         loss[row], loss_budget[row] = numbers.loss, numbers.loss_budget
         scale = weight[row] * upstream[row] * factor
@@ -80,13 +80,13 @@ def oracle(inputs: Inputs) -> Expected:
             grad_budget += _rounding(grad, student.dtype)
             grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
         else:
-            # Logits that are not used may be NaN.
+            # Logits that take no part may be NaN.
             used = (grad != 0) | (grad_budget != 0)
             slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
             budget = grad_budget * slope + size * (slope_error + head_unit)
             budget += np.where(used, float(head_arithmetic.tiny), 0.0)
             grad, size = grad * slope, size * slope
-            # Where gradients overflow: infinite minus infinite, or infinite times zero.
+            # If gradients overflow, these are inf - inf or inf * 0.
             lost = np.isnan(grad + size + budget) & ~np.isnan(loss)[:, None]
             grad, size = np.where(lost, 0.0, grad), np.where(lost, 0.0, size)
             parts = (grad, np.where(lost, np.inf, budget), size, repeats)
@@ -112,11 +112,10 @@ def oracle(inputs: Inputs) -> Expected:
 
 
 def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
-    """Of each logit of a head (N, V): a bound on its error, its slope d z / d (W h + b), and a
-    bound on that one's.
+    """Each logit's error bound, slope d z / d (W h + b) and the slope's error bound, (N, V) each.
 
-    A sum of H products in whatever order is off by at most (H + 1) u times the sum of absolute
-    values; tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
+    In any order, a sum of H products is off by at most (H + 1) u times the sum of absolute values.
+    tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
     """
     head, shape = inputs.head, (math.prod(inputs.student.shape[:-1]), inputs.student.shape[-1])
     if head is None:
@@ -147,10 +146,10 @@ def _head_grads(
     tiny: float,
     largest: float,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Gradients of hidden states, weight and bias, and budgets, of those of the logits (N, V).
+    """(gradient, budget) of hidden states, weight and bias from those of the logits (N, V).
 
-    An id that a row lists ``repeats`` times is as many terms, of which ``size`` is the sum of
-    absolute values: they may cancel.
+    An id that a row lists ``repeats`` times has that many terms. They may cancel; ``size`` is the
+    sum of their absolute values.
     """
     hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
     weight = head.weight.detach().double().cpu().numpy()
@@ -163,7 +162,7 @@ def _head_grads(
         total, bound = np.zeros(shape), np.zeros(shape)
         terms_of = np.bincount(to, repeats[rows, ids], minlength=count)[:, None] + 3
         with np.errstate(all="ignore"):
-            products = np.where(factor == 0, 0.0, factor * terms)  # what has no weight is not read
+            products = np.where(factor == 0, 0.0, factor * terms)  # terms of factor 0 are not read
             np.add.at(total, to, products)
             sizes = np.where(magnitude == 0, 0.0, magnitude * abs(terms))
             np.add.at(bound, to, terms_of[to] * unit * sizes + error * abs(terms))
@@ -206,10 +205,10 @@ def _row_oracle(
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
-    u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T
-    carries 3 u |s| besides (difference, division, T's own rounding); exp and log add 2 u each; a
-    sum over K entries, pairwise or better, adds (log2 K + 1) u. ``_log_ratio_errors`` says what
-    log p - log q carries. From there the bounds follow the formulas term by term.
+    u is the unit roundoff and ``z_error`` the error of z. A scaled logit s = (z - max) / T adds
+    3 u |s| (difference, division, T's own rounding). exp and log add 2 u each. A sum over K
+    entries, pairwise or better, adds (log2 K + 1) u. ``_log_ratio_errors`` bounds the error of
+    log p - log q. From there the bounds follow the formulas term by term.
     """
     nothing = np.zeros(len(z))
     if len(z) == 0:
@@ -260,8 +259,8 @@ def _finite_row_oracle(
     ) / student_t
     grad_budget = np.where(live, grad_budget, 0.0)
     if not max(p_side.span, q_side.span, abs(grad).max(), abs(loss)) < largest / 8:
-        # The span overflows, in float64 perhaps here too: inf is allowed, NaN is not, and entries
-        # of no weight stay 0.
+        # The span overflows, for float64 perhaps in this oracle too. inf is allowed, NaN is not,
+        # and entries with p = 0 stay 0.
         loss, loss_budget = float(np.nan_to_num(loss)), np.inf
         grad, grad_budget = np.nan_to_num(grad), np.where(live, np.inf, 0.0)
     return _RowNumbers(loss, loss_budget, grad, grad_budget)
@@ -273,7 +272,7 @@ class _Softmax:
 
     scaled: np.ndarray
     scaled_error: np.ndarray
-    input_error: np.ndarray  # what s has from x alone
+    input_error: np.ndarray  # the part of it that comes from x
     log: np.ndarray
     log_error: np.ndarray
     log_sum: float
@@ -301,9 +300,9 @@ def _softmax(
 
 
 class _RatioErrors(NamedTuple):
-    """Bounds on what log p - log q is off by: each entry's, and their mean under p.
+    """Bounds on the error of log p - log q: of each entry, and of their mean under p.
 
-    The mean is what the loss is off by. It is far less where errors of d cancel in it.
+    The mean is the error of the loss. It is far smaller where errors of d cancel in it.
     """
 
     entries: np.ndarray
@@ -315,13 +314,14 @@ def _log_ratio_errors(
 ) -> _RatioErrors:
     """log p - log q = d - log(sum e^s / sum e^u), with s and u the scaled logits and d = s - u.
 
-    In float64 it is the difference of two logarithms. In float32 d is a difference of float64,
-    rounded once; 1 / T's rounding is that of both sides where the temperatures are equal. The sum
-    of c = e^u (e^d - 1), each off by its factors' errors or, where |d| > 1/2, by those of e^s and
-    e^u, gives the logarithm where the sum of |c| is below a quarter of sum e^u; else it is the
-    difference of two.
+    In float64 it is the difference of two logarithms. In float32 d is a difference in float64,
+    rounded once. If the temperatures are equal, both sides have the same rounding of 1 / T. A term
+    c = e^u (e^d - 1) is off by its factors' errors or, where |d| > 1/2, by those of e^s and e^u. If
+    the sum of |c| is below a quarter of sum e^u, the sum of c gives the logarithm; if not, the
+    logarithm is the difference of two.
 
-    There an error of d moves the logarithm by p of it, and so leaves the mean, up to second order.
+    In the first case an error of d moves the logarithm by p times itself. So it leaves the mean, up
+    to second order.
     """
     p, q = np.exp(p_side.log), np.exp(q_side.log)
     live = p_side.scaled != -np.inf
@@ -361,16 +361,16 @@ def _log_ratio_errors(
 
 
 def _row_support(
-    teacher: Tensor | TopK, at: tuple[Any, ...], allowed: np.ndarray, k: int
+    teacher: Tensor | TopK, index: tuple[Any, ...], allowed: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, values) of a row, -1 and -inf where there are fewer than k."""
     if isinstance(teacher, TopK):
-        ids = teacher.ids.cpu()[at].long().numpy()
-        values = teacher.logits.detach().cpu()[at].double().numpy()
+        ids = teacher.ids.cpu()[index].long().numpy()
+        values = teacher.logits.detach().cpu()[index].double().numpy()
         inside = (ids >= 0) & (ids < len(allowed))
         keep = inside & allowed[np.where(inside, ids, 0)]
         return np.where(keep, ids, -1), values
-    row = teacher.detach().cpu()[at].double().numpy()
+    row = teacher.detach().cpu()[index].double().numpy()
     candidates = np.flatnonzero(allowed)
     values = row[candidates]
     is_nan = np.isnan(values)
@@ -395,7 +395,7 @@ def _allowed_ids(inputs: Inputs) -> np.ndarray:
 
 
 def _row_factors(inputs: Inputs, mask: np.ndarray) -> float:
-    """What the reduction divides a row's loss by, as a factor."""
+    """The factor of a row's loss in the reduction: 1 / what it divides by."""
     if inputs.options["reduction"] != "mean":
         return 1.0
     normalizer = inputs.options.get("normalizer")
