@@ -359,9 +359,9 @@ def _check_entries(
     allowed = _allowed(limit, banned, ids.device)
 
     def bad(some: Tensor, index: Tensor) -> Tensor:
-        those = rows.of(ids, index)
-        there = (those >= 0) & (those < limit)
-        return ~(some < torch.inf) & there & allowed[torch.where(there, those, 0).long()]
+        row_ids = rows.of(ids, index)
+        inside = (row_ids >= 0) & (row_ids < limit)
+        return ~(some < torch.inf) & inside & allowed[torch.where(inside, row_ids, 0).long()]
 
     remedy = "write the id -1 where there is no entry"
     _check(values, rows, bad, "teacher logits (TopK)", _LOGITS, remedy)

@@ -31,8 +31,8 @@ inline ScatterMode scatter_mode(const std::string& name) {
   throw std::invalid_argument("scatter has no mode '" + name + "'");
 }
 
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
 }
 
 inline bool is_floating(const Rows& rows) {

@@ -13,10 +13,10 @@
 
 namespace opd::cuda {
 
-inline void check(cudaError_t error, const char* what) {
+inline void check(cudaError_t error, const char* action) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears the error, so that nobody else finds it
-  throw std::runtime_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorName(error) +
+  throw std::runtime_error(std::string("CUDA cannot ") + action + ": " + cudaGetErrorName(error) +
                            ", " + cudaGetErrorString(error));
 }
 
