@@ -128,8 +128,7 @@ void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int t
       RowBuffers::bytes(k) +
       (given ? 0 : 64 + select_scratch_bytes(limit, k, element_size(args.teacher.dtype)));
 
-  const int64_t elements = given ? k : limit;
-  for_each_row(args.student.count, elements, threads, bytes, [&](int64_t row, void* scratch) {
+  for_each_row(args.student.count, given ? k : limit, threads, bytes, [&](int64_t row, void* raw) {
     int32_t* ids = args.out_ids + row * k;
     float* grad = args.entry_grad + row * k;
     if (!args.allowed.row(row)) {
@@ -138,7 +137,7 @@ void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int t
       std::fill_n(grad, k, 0.0f);
       return;
     }
-    const RowBuffers buffers(scratch, k);
+    const RowBuffers buffers(raw, k);
     const char* student = args.student.row(row);
     if (given) {
       read_support(args, row, ids, buffers.teacher);
