@@ -1,4 +1,4 @@
-# One command each; every target works on a fresh clone.
+# One command each; every target works on a fresh clone. `make` lists them.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 # The Triton that this torch comes with on a GPU machine, and the oldest that is supported.
@@ -15,29 +15,34 @@ SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
-.PHONY: demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize bench clean
 
-demo: $(VENV)/.demo
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## distils SmolLM2-135M on-policy on the CPU, in about ten minutes
 	$(BIN)/python examples/distill_smollm2.py
 
-# The whole paths of the demo and the comparison in minutes, results not judged.
-smoke: $(VENV)/.demo
+# The whole paths of the demo, the loop and the comparison in minutes, results not judged.
+smoke: $(VENV)/.demo ## the demo, the loop and the comparison in minutes, results not judged
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
-	$(BIN)/python examples/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
+	$(BIN)/python examples/on_policy_loop.py 1
+	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
 # The paper's toy study: minutes on one core.
-toy: $(VENV)/.demo
-	$(BIN)/python examples/toy_variance.py
+toy: $(VENV)/.demo ## the paper's toy study, 3 minutes on one core
+	$(BIN)/python studies/toy_variance.py
 
 # Eight objectives, three tasks, three seeds: 2.5 hours on two cores and more for the models; resumes.
-comparison: $(VENV)/.demo
-	$(BIN)/python examples/compare_objectives.py run
+comparison: $(VENV)/.demo ## eight objectives on three tasks, hours; resumes
+	$(BIN)/python studies/compare_objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
-test: $(VENV)/.test $(OLDEST)/.installed
+test: $(VENV)/.test $(OLDEST)/.installed ## all tests: the suite, Triton in its interpreter, sanitizers, fuzzers
 	OMP_WAIT_POLICY=passive $(MAKE) -j2 --output-sync=target suite test-triton sanitize fuzz-briefly
 
-suite: $(VENV)/.test
+suite: $(VENV)/.test ## the suite alone
 	$(BIN)/pytest
 
 fuzz-briefly: $(VENV)/.test
@@ -46,51 +51,51 @@ fuzz-briefly: $(VENV)/.test
 
 # The suite on the Triton kernels, in the interpreter; part of it, and some kernels compiled, on the
 # oldest Triton as well.
-test-triton: $(VENV)/.test $(OLDEST)/.installed
+test-triton: $(VENV)/.test $(OLDEST)/.installed ## the suite in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest
 	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_semantics.py
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_aot.py -k "headline or barriers"
 
 # Every configuration of the Triton kernels compiled for GPUs that need not be here: half an hour on
 # two cores with `make -j2 test-aot`; Triton keeps what it has compiled by its source.
-test-aot: $(AOT)
+test-aot: $(AOT) ## compiles every Triton kernel for four GPUs, half an hour
 $(AOT): test-aot-%: $(VENV)/.test
 	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/test_aot.py
 
 # On a machine with a GPU, in the environment that is there: needs torch, triton, pytest, hypothesis,
 # pybind11 and ninja, and no network. Part 1 takes six minutes, part 2 four; `make gpu ARGS=--help`.
 PART := 1
-gpu:
+gpu: ## on a GPU machine: checks, then measures; PART=2 for the rest
 	$(PYTHON) benchmarks/gpu --part $(PART) $(ARGS)
 
 # The suite on the software of the GPU machines, without a GPU: Python 3.12, torch 2.11 for CUDA 13,
 # no packages for trainers. Not in `make test`: 2.6 GB to download and half an hour on two cores.
 # `make test-gpu-host PYTHON312=/path/to/python3.12` where no Python 3.12 is found.
-test-gpu-host: $(HOST)/.built
+test-gpu-host: $(HOST)/.built ## the suite on the software of the GPU machines, without a GPU
 	$(HOST)/bin/python -m pytest --ignore=tests/test_benchmark.py --ignore=tests/test_gpu_run.py
 	PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest tests/test_benchmark.py tests/test_gpu_run.py
 	TRITON_INTERPRET=1 PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest \
 	  tests/test_semantics.py tests/test_memory.py tests/test_linear.py
 
 # Registers, resident blocks and instructions of the CUDA kernels, for GPUs that need not be here.
-cubins: $(VENV)/.test
+cubins: $(VENV)/.test ## registers, resident blocks and instructions of the CUDA kernels
 	$(BIN)/python tests/cubins.py
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fuzz: $(VENV)/.test
+fuzz: $(VENV)/.test ## fuzzes the CPU backend for ten minutes
 	$(BIN)/python -m opd_kernels.fuzz --backend cpu --minutes 10
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test ## benchmarks on the CPU
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/linear.py
 
 # The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
 # folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels.
-sanitize: $(VENV)/.test
+sanitize: $(VENV)/.test ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	OPD_KERNELS_SANITIZE=1 OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -101,8 +106,8 @@ sanitize: $(VENV)/.test
 	  tests/test_memory.py tests/test_linear.py tests/test_linear_memory.py \
 	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
 
-clean:
-	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so opd_kernels/_cuda*.so
+clean: ## removes what was built and installed here
+	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so opd_kernels/_cuda*.so opd_kernels/_build.*.json
 
 # --- environments: torch first and pinned, so that nothing else chooses another; what builds the
 # kernels beside it, so that only what has changed is compiled again. setup.py lists the variables

@@ -4,6 +4,10 @@ Two modules, ``opd_kernels._C`` for CPUs and ``opd_kernels._cuda`` for NVIDIA GP
 source, each with its own flags, linked once. Neither torch nor a GPU is needed to build. A module
 that cannot be built is left out: the package still installs and runs on its other backends.
 
+What was left out, and why, goes to standard error and to a file beside the modules,
+``_build.<Python>.json``. pip hides the output of a build that succeeds; ``python -m opd_kernels``
+and the first slow call read the file.
+
 Environment:
 
 - ``CXX``: the C++ compiler, nvcc's host compiler as well; default ``c++``.
@@ -21,6 +25,7 @@ Environment:
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -29,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +77,21 @@ ARCHITECTURES = ("80", "90", "90a", "100", "120")
 SANITIZED = os.environ.get("OPD_KERNELS_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
 
+# What a compiler has to build: C++17, then with -fopenmp.
+PROBE = """
+#include <string_view>
+int probe(std::string_view text) {
+  int sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+  for (int i = 0; i < 100; ++i) sum += text[i % text.size()];
+  return sum;
+}
+"""
+
+
+class NotBuiltError(OSError):
+    """Why a module cannot be built and what would help, in sentences for the user."""
+
 
 @dataclass
 class Module:
@@ -80,18 +101,32 @@ class Module:
     compile: list[str]
     link: list[str]
     nvcc: list[str] = field(default_factory=list)  # the command for .cu files
+    without_openmp: str | None = None  # why, and what would help
 
 
 def cpu_module() -> Module:
+    require_compiler()
     # No contraction: every instruction set then computes the same bits.
     # Nobody asks for floating-point exceptions, which would keep loops with choices scalar.
-    flags = ["-fopenmp", "-ffp-contract=off", "-fno-trapping-math", *SANITIZERS]
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    return Module(CPU_SOURCES, flags, ["-fopenmp", *SANITIZERS, *undefined])
+    flags = ["-ffp-contract=off", "-fno-trapping-math", *SANITIZERS]
+    link = list(SANITIZERS)
+    error = compile_error("-fopenmp")
+    if error is None:
+        flags, link = ["-fopenmp", *flags], ["-fopenmp", *link]
+    else:
+        flags += ["-Wno-unknown-pragmas", "-Wno-unused-variable"]
+        error = (
+            f"{compiler()} does not build with -fopenmp ({error}). Install g++ with libgomp, or "
+            "libomp for clang, and reinstall."
+        )
+    if sys.platform == "darwin":
+        link += ["-undefined", "dynamic_lookup"]
+    return Module(CPU_SOURCES, flags, link, without_openmp=error)
 
 
 def cuda_module() -> Module:
     nvcc = find_nvcc()
+    require_compiler()
     archs = architectures(nvcc)
     command = [nvcc, "-ccbin", host_compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo"]
     # As on the CPU: what a kernel computes does not depend on what is contracted.
@@ -110,15 +145,15 @@ def cuda_module() -> Module:
 MODULES = {
     "opd_kernels._C": (
         cpu_module,
-        "native CPU kernels",
+        "CPU kernels",
         "OPD_KERNELS_REQUIRE_NATIVE",
-        "CPUs run the reference backend, slowly. Install a C++17 compiler and reinstall.",
+        "CPUs run the reference backend, slowly.",
     ),
     "opd_kernels._cuda": (
         cuda_module,
         "CUDA kernels",
         "OPD_KERNELS_BUILD_CUDA",
-        "GPUs run the Triton backend. Install CUDA 12 or later with its nvcc and reinstall.",
+        "GPUs run the Triton backend.",
     ),
 }
 
@@ -132,6 +167,54 @@ def host_compiler() -> str:
     return [word for word in shlex.split(compiler()) if not word.startswith("-")][-1]
 
 
+def compile_error(*flags: str) -> str | None:
+    """What the compiler says of a small library with these flags; None if it builds it."""
+    words = shlex.split(compiler())
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        command = [*words, "-std=c++17", "-fPIC", "-shared", *flags, str(source)]
+        try:
+            run = subprocess.run(
+                [*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True
+            )
+        except OSError:
+            return f"{words[0]} is not found"
+    return first_error(run.stderr) if run.returncode else None
+
+
+def first_error(output: str) -> str:
+    """The line of a tool's output that says most about its failure."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search("error:|fatal|cannot find", line)]
+    return (errors or lines[-1:] or ["no message"])[0][:300]
+
+
+def require_compiler() -> None:
+    """Raises without a compiler that makes C++17, and without Python's headers."""
+    error = compile_error()
+    if error is not None:
+        raise NotBuiltError(
+            f"no C++17 compiler ({error}). Install g++ or clang, or name one in CXX, and reinstall."
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise NotBuiltError(
+            f"no Python headers ({header} is not found). Install them (Debian and Ubuntu: "
+            "apt install python3-dev) and reinstall."
+        )
+
+
+def compiler_version() -> str:
+    """The first line that the compiler prints about itself."""
+    command = [*shlex.split(compiler()), "--version"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        said = ""
+    return next(iter(said.splitlines()), compiler())
+
+
 def find_nvcc() -> str:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     folders = [f"{home}/bin" for home in homes if home]
@@ -142,14 +225,17 @@ def find_nvcc() -> str:
     folders += [f"{package}/nvidia/cu13/bin" for package in packages]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
-        raise FileNotFoundError("no nvcc: set CUDA_HOME if there is one")
+        raise NotBuiltError(
+            "no nvcc. Install CUDA 12 or later with its nvcc, or set CUDA_HOME to where it is, and "
+            "reinstall."
+        )
     return nvcc
 
 
 def dry_run(nvcc: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """What nvcc says it would do, without doing it."""
-    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "none.o", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [nvcc, "-ccbin", host_compiler(), "--dryrun", "-x", "cu", "-c", os.devnull]
+    return subprocess.run([*command, "-o", "none.o", *flags], capture_output=True, text=True)
 
 
 def library_folders(nvcc: str) -> list[str]:
@@ -190,8 +276,11 @@ def architectures(nvcc: str) -> list[str]:
         unknown = [arch for arch in ARCHITECTURES if arch not in archs]
         last = max((at for at, arch in enumerate(archs) if arch.isdigit()), default=None)
         if last is None:
-            said = dry_run(nvcc, *gencode(["90"])).stderr.strip()
-            raise OSError(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}: {said}")
+            said = first_error(dry_run(nvcc, *gencode(["90"])).stderr)
+            raise NotBuiltError(
+                f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)} ({said}). Install CUDA 12 "
+                "or later and reinstall."
+            )
         archs[last] += "+PTX"
         if unknown:
             say(f"{nvcc} knows no {', '.join(unknown)}; compiling for {', '.join(archs)}")
@@ -200,7 +289,10 @@ def architectures(nvcc: str) -> list[str]:
 
 def ninja_file(module: Module, output: str) -> str:
     """The build as ninja text: compile every source, link once."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError as error:
+        raise NotBuiltError(f"{error}. pip install pybind11 and reinstall.") from error
 
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     flags += ["-Wno-ignored-attributes", *(["-O1", "-g"] if SANITIZED else ["-O3", "-DNDEBUG"])]
@@ -245,40 +337,87 @@ class NinjaBuild(build_ext):
         if cuda not in {"auto", "0", "1"}:
             raise SetupError(f"OPD_KERNELS_BUILD_CUDA is {cuda!r}, allowed are 0 and 1")
         self.left_out = []
+        self.missing: dict[str, str] = {}
         for ext in list(self.extensions):
             # None of an earlier build where this one fails; a new file where it does not, as a
             # process may be running the old one.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            name = ext.name.rpartition(".")[2]
             _, kernels, required, instead = MODULES[ext.name]
             try:
-                if ext.name != "opd_kernels._cuda" or (cuda != "0" and not SANITIZED):
+                if name == "_cuda" and (cuda == "0" or SANITIZED):
+                    variable = "OPD_KERNELS_SANITIZE" if SANITIZED else "OPD_KERNELS_BUILD_CUDA"
+                    self.missing[name] = f"{variable} left them out. Reinstall without it."
+                else:
                     self.build_extension(ext)
                     continue
-            except (OSError, ImportError, subprocess.CalledProcessError) as error:
+            except OSError as error:
                 if os.environ.get(required) == "1":
                     raise
-                say(f"the {kernels} were not built ({error}). {instead}")
+                self.missing[name] = str(error)
+                say(f"the {kernels} were not built: {error} {instead}")
             # setuptools would look for its file.
             self.extensions.remove(ext)
             self.left_out.append(ext)
+        self.record().parent.mkdir(parents=True, exist_ok=True)
+        content = {"compiler": compiler_version(), "missing": self.missing}
+        self.record().write_text(json.dumps(content, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
-        module, *_ = MODULES[ext.name]
+        make, *_ = MODULES[ext.name]
+        module = make()
+        if module.without_openmp is not None:
+            self.missing["openmp"] = module.without_openmp
+            say(f"the CPU kernels run on one thread: {module.without_openmp}")
         # pip's folder for editable installations does not live until the next one.
         base = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
         folder = base.resolve() / ext.name
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        (folder / "build.ninja").write_text(ninja_file(module(), "module.so"))
-        subprocess.run([*ninja_command(), *jobs], cwd=folder, check=True)
+        (folder / "build.ninja").write_text(ninja_file(module, "module.so"))
+        run_ninja(folder)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / "module.so", target)
 
+    def record(self) -> Path:
+        """The file that says what was left out; ``opd_kernels/backends/_build.py`` reads it."""
+        name = self.get_ext_filename("opd_kernels._build")
+        return Path(self.build_lib, name).with_suffix(".json")
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.record())]
+
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
+        shutil.copy2(self.record(), ROOT / "opd_kernels")
         for ext in self.left_out:
             (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+
+
+def run_ninja(folder: Path) -> None:
+    """Builds, showing ninja's output as it comes."""
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+    try:
+        ninja = subprocess.Popen(
+            [*ninja_command(), *jobs],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except FileNotFoundError as error:
+        raise NotBuiltError("no ninja. pip install ninja and reinstall.") from error
+    output = []
+    with ninja:
+        for line in ninja.stdout:
+            sys.stdout.write(line)
+            output.append(line)
+    if ninja.returncode:
+        # Ninja's own "FAILED" and the command come before what the compiler says.
+        said = "".join(line for line in output if not line.startswith(("[", "FAILED", "ninja:")))
+        raise NotBuiltError(
+            f"their compilation failed ({first_error(said)}). `pip install -v .` shows all of it."
+        )
 
 
 def ninja_command() -> list[str]:

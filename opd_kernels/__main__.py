@@ -1,8 +1,8 @@
 """``python -m opd_kernels``: what is installed, and whether it computes right here.
 
-Prints versions, devices and backends, then checks every available backend on every device against
-float64 for some ten seconds. Exit status: 0 all right, 1 a check failed, 2 nothing could be
-checked or wrong arguments.
+Prints versions, devices and backends, and what the build left out and why. Then checks every
+available backend on every device against float64, for some ten seconds or longer on a slow machine.
+Exit status: 0 all right, 1 a check failed, 2 nothing could be checked or wrong arguments.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ import torch
 
 import opd_kernels
 from opd_kernels import backends, testing
-from opd_kernels.backends import cpu
+from opd_kernels.backends import _build, cpu
 from opd_kernels.testing import Case
 from opd_kernels.testing.cases import REAL_WIDTHS, draw_case, snippet
 
 FLOAT32 = (torch.float32,)
+# The fewest cases that a backend has to pass, however slow the machine. Triton compiles kernels,
+# in seconds, for nearly each.
+LEAST_CASES = 30
+LEAST_COMPILED_CASES = len(REAL_WIDTHS)
 
 
 def devices() -> list[torch.device]:
@@ -51,16 +55,27 @@ def versions() -> Iterator[str]:
         triton = f"missing ({error})"
     cuda = torch.version.cuda or "none"
     yield f"torch {torch.__version__} for CUDA {cuda}, triton {triton}"
+    yield cpu_kernels()
     try:
         module = importlib.import_module("opd_kernels._cuda")
-    except ImportError as error:
-        yield f"CUDA kernels missing ({error})"
+    except ImportError:
+        yield "CUDA kernels missing, for a reason given below"
         return
     runtime, driver = module.runtime_version, module.driver_version()
     yield (
         f"CUDA kernels for {module.architectures}, runtime {_cuda_version(runtime)}, "
         f"driver {_cuda_version(driver) if driver else 'missing'}"
     )
+
+
+def cpu_kernels() -> str:
+    """A line on the compiled module for CPUs."""
+    if cpu.unavailable() is not None:
+        return "CPU kernels missing, for a reason given below"
+    reason = cpu.single_threaded()
+    threads = "OpenMP" if reason is None else f"one thread: {reason}"
+    compiler = _build.record().get("compiler", "an unknown compiler")
+    return f"CPU kernels built with {compiler}, {threads}"
 
 
 def _cuda_version(number: int) -> str:
@@ -73,8 +88,9 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         sets = ", ".join(cpu.instruction_sets()) or "none"
         use = cpu.INSTRUCTION_SET or "no kernels"
-        threads = torch.get_num_threads()
-        return f"cpu: {_cpu_name()}, {threads} threads, uses {use} of {sets}"
+        count = torch.get_num_threads() if cpu.single_threaded() is None else 1
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        return f"cpu: {_cpu_name()}, {threads}, uses {use} of {sets}"
     properties = getattr(torch, device.type).get_device_properties(device)
     line = f"{device}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     if device.type == "cuda":
@@ -136,10 +152,11 @@ class Outcome:
 
 
 def check(name: str, device: torch.device, seconds: float) -> Outcome:
-    """Checks cases until one fails or time is up; the one that has begun is always finished."""
+    """Checks cases until one fails, or time is up and there were enough of them."""
     end, drawn, outcome = time.monotonic() + seconds, random.Random(0), Outcome(name, device)
+    least = LEAST_COMPILED_CASES if name == "triton" else LEAST_CASES
     endless = (draw_case(drawn, float64=name == "reference") for _ in itertools.count())
-    for case in itertools.chain(REAL_WIDTHS, endless):
+    for number, case in enumerate(itertools.chain(REAL_WIDTHS, endless)):
         if testing.serves(case, name, device):
             try:
                 testing.check(case, name, device)
@@ -147,7 +164,8 @@ def check(name: str, device: torch.device, seconds: float) -> Outcome:
                 outcome.failure = case, error
                 break
             outcome.cases += 1
-        if time.monotonic() > end:
+        # A backend may refuse every case.
+        if time.monotonic() > end and (outcome.cases >= least or number >= 100 * least):
             break
     return outcome
 
@@ -191,12 +209,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m opd_kernels", description=__doc__)
     parser.add_argument("--no-check", action="store_true", help="print, check nothing")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of checks (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of checks, at least (default: 10)"
+    )
     options = parser.parse_args(arguments)
     if not (options.seconds > 0 and math.isfinite(options.seconds)):
         parser.error(f"--seconds is {options.seconds}, allowed are finite numbers above 0")
 
-    warnings.filterwarnings("ignore", message="k=1: a support of one entry")
+    for said in ("k=1: a support of one entry", "opd_kernels runs on one thread"):
+        warnings.filterwarnings("ignore", message=said)
     found = devices()
     for line in versions():
         print(line)
@@ -207,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {name:10} {availability(name, found)}")
     for device in found:
         print(f"  {defaults(device)}")
+    if _build.record().get("missing"):
+        print("  to reinstall: pip install --force-reinstall --no-deps --no-cache-dir SOURCE")
     if options.no_check:
         return 0
     print("\nchecks against float64", flush=True)

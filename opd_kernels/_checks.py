@@ -33,9 +33,9 @@ DTENSOR_BUFFER = (
 )
 DTENSOR_PARAMETER = (
     "of which this rank holds a part; under FSDP2 compute the loss in the forward of the module "
-    "that fully_shard wraps, where its parameters are whole (docs/recipes.md, 'Sharded "
-    "parameters'). Pass .full_tensor() of a frozen one only: a trained one's gradient would lack "
-    "the other ranks' share"
+    "that fully_shard wraps, where its parameters are whole (docs/recipes/sharded-parameters.md). "
+    "Pass .full_tensor() of a frozen one only: a trained one's gradient would lack the other "
+    "ranks' share"
 )
 
 

@@ -2,8 +2,8 @@
 
 Draws cases from the same generators as the test suite, checks ids, values, losses and gradients
 against the oracle of ``opd_kernels.testing``, shrinks a failure to a small case and writes a
-snippet that reproduces it. Exit status: 0 nothing found, 1 a failure, 2 wrong arguments or no such
-backend.
+snippet that reproduces it. Exit status: 0 nothing found, 1 a failure, 2 wrong arguments, no such
+backend or no hypothesis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ try:
     import hypothesis
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError("the fuzzer needs hypothesis: pip install 'opd_kernels[fuzz]'") from error
+    _MISSING = f"the fuzzer needs hypothesis ({error}): pip install 'hypothesis>=6.100'"
+    if __name__ == "__main__":
+        print(_MISSING, file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(_MISSING) from error
 
 _BATCH = 200
 # How long a failing case is shrunk; where each attempt compiles, hypothesis would take minutes.

@@ -49,7 +49,7 @@ def available() -> bool:
     """Whether there is an nvcc."""
     try:
         build_commands()["find_nvcc"]()
-    except FileNotFoundError:
+    except OSError:
         return False
     return True
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,23 @@ print([str(w.message) for w in caught])
 """
 
 
-# setup.py where there is no nvcc, wherever it may be.
+# setup.py where there is no nvcc, wherever it may be, and without some modules of Python.
 HIDE_NVCC = """
-import runpy, shutil
+import os, runpy, shutil, sys
 which = shutil.which
 shutil.which = lambda name, *rest, **named: None if name == "nvcc" else which(name, *rest, **named)
+sys.modules.update(dict.fromkeys(os.environ.get("HIDDEN_MODULES", "").split()))
 runpy.run_path("setup.py", run_name="__main__")
+"""
+# A compiler that makes empty files of all that it is given.
+FAKE_COMPILER = """#!/bin/sh
+case "$*" in
+  *--version*) echo "fake 1.0"; exit 0;;
+{refusal}
+esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+: > "$2.d"
 """
 IMPORT_CUDA = """
 import importlib.util, sys
@@ -64,6 +77,19 @@ def build(
 def modules(folder: Path) -> dict[str, Path]:
     """The compiled modules of a build."""
     return {path.name.split(".")[0]: path for path in folder.glob("lib/opd_kernels/*.so")}
+
+
+def left_out(folder: Path) -> dict[str, str]:
+    """What the record of a build says is missing, by part."""
+    (record,) = folder.glob("lib/opd_kernels/_build.*.json")
+    return dict(json.loads(record.read_text())["missing"])
+
+
+def fake_compiler(folder: Path, refusal: str = "") -> str:
+    path = folder / "fake-c++"
+    path.write_text(FAKE_COMPILER.format(refusal=refusal))
+    path.chmod(0o755)
+    return str(path)
 
 
 def printed(*command: object) -> str:
@@ -113,6 +139,89 @@ def test_without_a_compiler_the_package_installs_works_and_says_why_it_is_slow(
     assert "compiler" in warned
 
 
+@pytest.mark.parametrize(
+    ("lacking", "reason", "remedy"),
+    [
+        ({"CXX": "no-such-compiler"}, "no-such-compiler is not found", "Install g++ or clang"),
+        ({"CXX": "{old}"}, "error: unrecognized option -std=c++17", "Install g++ or clang"),
+        ({"CXX": "{broken}"}, "select.cpp:7:1: error: no", "pip install -v ."),
+        ({"CXX": "{fake}", "HIDDEN_MODULES": "ninja", "PATH": ""}, "no ninja", "install ninja"),
+        ({"CXX": "{fake}", "HIDDEN_MODULES": "pybind11"}, "pybind11", "install pybind11"),
+    ],
+    ids=["compiler", "C++17", "compilation", "ninja", "pybind11"],
+)
+def test_what_a_build_lacks_has_a_line_of_its_own_with_its_remedy(
+    tmp_path: Path, lacking: dict[str, str], reason: str, remedy: str
+) -> None:
+    refusals = {
+        "{fake}": "",
+        "{old}": '*-std=c++17*) echo "error: unrecognized option -std=c++17" >&2; exit 1;;',
+        "{broken}": '*/select.cpp*) echo "select.cpp:7:1: error: no" >&2; exit 1;;',
+    }
+    cxx = lacking["CXX"]
+    if cxx in refusals:
+        cxx = fake_compiler(tmp_path, refusals[cxx])
+    run = build(tmp_path, hide_nvcc=True, **lacking | {"CXX": cxx})
+    assert run.returncode == 0, run.stderr
+    cpu, cuda = [line for line in run.stderr.splitlines() if line.startswith("opd_kernels: ")]
+    assert "CPU kernels were not built" in cpu
+    assert reason in cpu
+    assert remedy in cpu
+    assert "CUDA kernels were not built: no nvcc. Install CUDA 12" in cuda
+    noted = left_out(tmp_path)
+    assert sorted(noted) == ["_C", "_cuda"]
+    assert noted["_C"] in cpu
+    assert noted["_cuda"] in cuda
+
+
+def test_a_compiler_without_openmp_builds_for_one_thread_and_says_what_to_install(
+    tmp_path: Path,
+) -> None:
+    refusal = "*-fopenmp*) echo \"clang: error: unsupported option '-fopenmp'\" >&2; exit 1;;"
+    run = build(tmp_path, hide_nvcc=True, CXX=fake_compiler(tmp_path, refusal))
+    assert run.returncode == 0, run.stderr
+    assert set(modules(tmp_path)) == {"_C"}
+    line, _ = [line for line in run.stderr.splitlines() if line.startswith("opd_kernels: ")]
+    assert "one thread" in line
+    assert "unsupported option '-fopenmp'" in line
+    assert "libgomp" in line
+    assert left_out(tmp_path)["openmp"] in line
+    assert "fopenmp" not in (tmp_path / "temp/opd_kernels._C/build.ninja").read_text()
+
+
+def test_a_build_in_place_puts_the_record_beside_the_modules(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "opd_kernels").mkdir()
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    command = [sys.executable, "-c", HIDE_NVCC, "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"CXX": fake_compiler(tmp_path)}
+    for expected in ({"_C", "_build"}, {"_build"}):
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        held = {path.name.split(".")[0] for path in (tmp_path / "opd_kernels").iterdir()}
+        assert held == expected
+        environment["CXX"] = "no-such-compiler"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_the_source_distribution_has_every_file_but_the_hidden(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run([*command, "sdist", "-d", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    tracked = printed("git", "-C", ROOT, "ls-files").splitlines()
+    wanted = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
+    assert wanted - held == set()
+    assert not [name for name in held if name.endswith((".so", ".pyc", ".json"))]
+
+
+def test_make_alone_lists_the_targets() -> None:
+    listed = printed("make", "-s", "-C", ROOT)
+    for target in ("demo", "lint", "test"):
+        assert re.search(rf"make {target} +\w", listed)
+
+
 def test_a_required_native_build_that_fails_is_an_error(tmp_path: Path) -> None:
     assert build(tmp_path, CXX="no-such-compiler", OPD_KERNELS_REQUIRE_NATIVE="1").returncode != 0
 
@@ -133,7 +242,8 @@ def test_without_nvcc_the_cpu_module_is_built_alone_and_one_line_says_so(
 ) -> None:
     folder, said = built
     (line,) = [line for line in said.splitlines() if line.startswith("opd_kernels: ")]
-    assert "CUDA kernels were not built (no nvcc" in line
+    assert "CUDA kernels were not built: no nvcc" in line
+    assert left_out(folder).keys() == {"_cuda"}
     run = build(folder, hide_nvcc=True)
     assert run.returncode == 0
     assert set(modules(folder)) == {"_C"}
@@ -159,7 +269,7 @@ def test_a_required_cuda_build_without_nvcc_is_an_error(tmp_path: Path) -> None:
 def test_a_setting_that_is_wrong_is_an_error_that_names_it(
     tmp_path: Path, old_nvcc: str, name: str, value: str
 ) -> None:
-    run = build(tmp_path, CXX="no-such-compiler", CUDA_HOME=old_nvcc, **{name: value})
+    run = build(tmp_path, CXX=fake_compiler(tmp_path), CUDA_HOME=old_nvcc, **{name: value})
     assert run.returncode != 0
     last = run.stderr.splitlines()[-1]
     assert name in last
@@ -178,6 +288,8 @@ def test_an_nvcc_that_fails_leaves_the_cpu_module_and_no_older_cuda_module(
         assert run.returncode == 0, run.stderr
         assert set(modules(folder)) == {"_C"}
         assert ("CUDA kernels were not built" in run.stderr) == (not settings)
+        reason = "OPD_KERNELS_BUILD_CUDA" if settings else "compilation failed (no licence)"
+        assert reason in left_out(folder)["_cuda"]
     required = build(folder, CUDA_HOME=old_nvcc, OPD_KERNELS_BUILD_CUDA="1")
     assert required.returncode != 0
 
@@ -202,7 +314,7 @@ def built_for_one_gpu(built: tuple[Path, str]) -> tuple[Path, Path]:
     """The folder of a build for compute capability 9.0 alone and a copy of its module."""
     folder, _ = built
     run = build(folder, OPD_KERNELS_CUDA_ARCHS="9.0a+PTX")
-    if "(no nvcc" in run.stderr:
+    if ": no nvcc" in run.stderr:
         pytest.skip("needs nvcc")
     assert run.returncode == 0, run.stderr
     assert "_cuda" in modules(folder), run.stderr
@@ -251,3 +363,9 @@ def test_a_changed_device_header_is_compiled_again(built_for_one_gpu: tuple[Path
     known = printed(f"{ninja.BIN_DIR}/ninja", "-C", temp, "-t", "deps")
     for header in ROOT.glob("csrc/cuda/*.cuh"):
         assert str(header) in known
+
+
+def test_an_nvcc_without_a_host_compiler_is_not_blamed(tmp_path: Path, old_nvcc: str) -> None:
+    run = build(tmp_path, CXX="no-such-compiler", CUDA_HOME=old_nvcc)
+    assert run.returncode == 0, run.stderr
+    assert left_out(tmp_path)["_cuda"].startswith("no C++17 compiler (no-such-compiler is not")

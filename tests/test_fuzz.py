@@ -119,3 +119,12 @@ def test_command_line_runs() -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "no failure" in run.stdout
     assert subprocess.run([*command, "--minutes", "-1"], capture_output=True).returncode == 2
+
+
+def test_without_hypothesis_the_command_says_what_to_install() -> None:
+    code = "import runpy, sys; sys.modules['hypothesis'] = None; "
+    code += "runpy.run_module('opd_kernels.fuzz', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.endswith("pip install 'hypothesis>=6.100'")

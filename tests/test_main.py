@@ -6,14 +6,15 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opd_kernels import __main__ as program
-from opd_kernels import backends
-from opd_kernels.backends import cpu, cuda, triton
+from opd_kernels import backends, select_topk
+from opd_kernels.backends import _build, cpu, cuda, triton
 from opd_kernels.testing import Case
 
 CPU = torch.device("cpu")
@@ -89,6 +90,41 @@ def test_what_hidden_states_take_is_said_where_it_is_another_backend(
     assert program.defaults(torch.device("cuda", 0)) == wanted
 
 
+def test_what_the_build_left_out_is_said_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = {"_C": "no C++17 compiler. Install g++.", "_cuda": "no nvcc. Install CUDA."}
+    monkeypatch.setattr(_build, "record", lambda: {"missing": missing})
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cuda, "_C", None)
+    assert program.main(["--no-check"]) == 0
+    report = capsys.readouterr().out
+    assert (
+        "cpu        not on cpu: the CPU kernels were not built: no C++17 compiler. Inst" in report
+    )
+    assert "cuda       not available: the CUDA kernels were not built: no nvcc. Install C" in report
+
+
+def test_a_build_without_openmp_is_said_here_and_by_the_first_call(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    cpu._warn_if_single_threaded.cache_clear()
+    record = {"compiler": "clang 99", "missing": {"openmp": "no -fopenmp. Install g++."}}
+    monkeypatch.setattr(_build, "record", lambda: record)
+    assert "CPU kernels built with clang 99, one thread: no -fopenmp. In" in program.cpu_kernels()
+    assert ", 1 thread, " in program.describe(CPU)
+    logits = torch.zeros(1, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what asks for one thread gets it
+        torch.set_num_threads(1)
+        select_topk(logits, 2, backend="cpu")
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match=r"one thread: no -fopenmp. Install g\+\+") as said:
+        [select_topk(logits, 2, backend="cpu") for _ in range(2)]
+    assert len(said) == 1
+    cpu._warn_if_single_threaded.cache_clear()
+
+
 def test_nothing_is_checked_where_nothing_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,9 +156,13 @@ def test_cases_that_a_backend_refuses_are_left_out(monkeypatch: pytest.MonkeyPat
     assert max(case.teacher_vocab for case in checked) <= 140_000
 
 
-def test_checks_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program.testing, "check", lambda *_: time.sleep(0.2))
-    assert 1 <= program.check("cpu", CPU, 0.5).cases <= 3
+def test_checks_end_in_time_after_a_least_number_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.testing, "check", lambda *_: time.sleep(0.02))
+    assert program.check("cpu", CPU, 0.01).cases == program.LEAST_CASES == 30
+    assert program.check("cpu", CPU, 1.0).cases in range(31, 52)
+    # Each of Triton's cases may compile kernels for seconds.
+    monkeypatch.setattr(triton, "refusal", lambda *_: None)
+    assert program.check("triton", CPU, 0.01).cases == program.LEAST_COMPILED_CASES == 6
     monkeypatch.setattr(cpu, "refusal", lambda *_: "always")
     assert program.check("cpu", CPU, 0.1).cases == 0
 

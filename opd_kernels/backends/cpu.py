@@ -6,15 +6,17 @@ Instruction sets are chosen when the module is loaded; ``OPD_KERNELS_CPU_ISA`` n
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import mmap
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import _native
+from opd_kernels.backends import _build, _native
 
 _C: Any = None
 try:
@@ -38,10 +40,18 @@ def unavailable() -> str | None:
     """Why the compiled module cannot be used, and what would bring it; None if it can."""
     if _C is not None:
         return None
+    reason = _build.missing("_C")
+    if reason is not None:
+        return f"the CPU kernels were not built: {reason}"
     return (
         f"the compiled module is missing ({_IMPORT_ERROR}); install a C++17 compiler (g++ or "
         "clang) and reinstall opd_kernels"
     )
+
+
+def single_threaded() -> str | None:
+    """Why the compiled module runs on one thread and what would help; None if it uses OpenMP."""
+    return None if _C is None else _build.missing("openmp")
 
 
 def refusal(
@@ -152,7 +162,18 @@ def _launch(name: str, _: torch.device, **arguments: Any) -> None:
     """Calls the module on torch's number of threads."""
     if name != "scatter":
         arguments["isa"] = INSTRUCTION_SET
-    getattr(_C, name)(threads=torch.get_num_threads(), **arguments)
+    threads = torch.get_num_threads()
+    if threads > 1:
+        _warn_if_single_threaded()
+    getattr(_C, name)(threads=threads, **arguments)
+
+
+@functools.cache
+def _warn_if_single_threaded() -> None:
+    """Once: why the kernels are slower than they could be."""
+    reason = single_threaded()
+    if reason is not None:
+        warnings.warn(f"opd_kernels runs on one thread: {reason}", stacklevel=2)
 
 
 def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import _native
+from opd_kernels.backends import _build, _native
 
 _C: Any = None
 try:
@@ -28,6 +28,9 @@ def unavailable() -> str | None:
     """Why the compiled module cannot be used, and what would bring it; None if it can."""
     if _C is not None:
         return None
+    reason = _build.missing("_cuda")
+    if reason is not None:
+        return f"the CUDA kernels were not built: {reason}"
     return (
         f"the compiled CUDA module is missing ({_IMPORT_ERROR}); install the CUDA toolkit (nvcc) "
         "and reinstall opd_kernels"

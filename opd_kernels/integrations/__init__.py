@@ -1,4 +1,5 @@
 """Adapters to what surrounds the loss: TRL's trainer (``trl``), a teacher's server (``server``).
 
-Neither is imported with the package. ``pip install "opd_kernels[trl]"`` installs what both need.
+Neither is imported with the package. ``trl`` needs TRL, and so Python 3.11 or later; ``server``
+needs requests. ``pip install ".[trl]"`` in a checkout installs both.
 """

@@ -28,7 +28,7 @@ try:
     from urllib3.util import Retry
 except ImportError as error:
     raise ImportError(
-        'a teacher behind a server needs requests: pip install "opd_kernels[trl]"'
+        f"a teacher behind a server needs requests ({error}): pip install requests"
     ) from error
 
 __all__ = ["Scored", "TeacherServer", "TeacherServerError", "TeacherUnavailableError"]

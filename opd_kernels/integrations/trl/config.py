@@ -8,8 +8,8 @@ try:
     from trl import DistillationConfig
 except ImportError as error:
     raise ImportError(
-        f"{error}: TopKDistillationTrainer needs TRL's DistillationTrainer (checked with 1.16.0); "
-        'pip install "opd_kernels[trl]"'
+        f"{error}: TopKDistillationTrainer needs TRL's DistillationTrainer (checked with 1.16.0), "
+        "and that Python 3.11 or later; pip install 'trl>=1.16' 'transformers>=5.0' requests"
     ) from error
 
 from opd_kernels._payload import integer
