@@ -24,18 +24,19 @@ help: ## this list
 demo: $(VENV)/.demo ## distils SmolLM2-135M on-policy on the CPU, in about ten minutes
 	$(BIN)/python examples/distill_smollm2.py
 
-# The whole paths of the demo and the comparison in minutes, results not judged.
-smoke: $(VENV)/.demo ## the demo and the comparison in minutes, results not judged
+# The whole paths of the demo, the loop and the comparison in minutes, results not judged.
+smoke: $(VENV)/.demo ## the demo, the loop and the comparison in minutes, results not judged
 	$(BIN)/python examples/distill_smollm2.py --smoke --output build/smoke
-	$(BIN)/python examples/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
+	$(BIN)/python examples/on_policy_loop.py 1
+	$(BIN)/python studies/compare_objectives.py run --smoke --tasks arithmetic --seeds 0 --without-smollm2
 
 # The paper's toy study: minutes on one core.
 toy: $(VENV)/.demo ## the paper's toy study, 3 minutes on one core
-	$(BIN)/python examples/toy_variance.py
+	$(BIN)/python studies/toy_variance.py
 
 # Eight objectives, three tasks, three seeds: 2.5 hours on two cores and more for the models; resumes.
 comparison: $(VENV)/.demo ## eight objectives on three tasks, hours; resumes
-	$(BIN)/python examples/compare_objectives.py run
+	$(BIN)/python studies/compare_objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
 test: $(VENV)/.test $(OLDEST)/.installed ## all tests: the suite, Triton in its interpreter, sanitizers, fuzzers

@@ -33,9 +33,9 @@ DTENSOR_BUFFER = (
 )
 DTENSOR_PARAMETER = (
     "of which this rank holds a part; under FSDP2 compute the loss in the forward of the module "
-    "that fully_shard wraps, where its parameters are whole (docs/recipes.md, 'Sharded "
-    "parameters'). Pass .full_tensor() of a frozen one only: a trained one's gradient would lack "
-    "the other ranks' share"
+    "that fully_shard wraps, where its parameters are whole (docs/recipes/sharded-parameters.md). "
+    "Pass .full_tensor() of a frozen one only: a trained one's gradient would lack the other "
+    "ranks' share"
 )
 
 
@@ -178,6 +178,30 @@ def check_same_device(
     """The tensor is on ``device``."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {others} on {device}; move one of them")
+
+
+def check_bitmap(banned: Tensor, limit: int) -> None:
+    """Banned ids as kernels read them: bits in whole words of 64, up to the limit."""
+    words = banned.dtype == torch.uint8 and banned.ndim == 1 and banned.is_contiguous()
+    if not words or banned.numel() % 8 or banned.storage_offset() % 8 or banned.numel() * 8 < limit:
+        raise ValueError(
+            f"the bitmap of banned ids is {banned.dtype} {tuple(banned.shape)}, expected uint8 in "
+            f"whole words of 64 bits, one bit for each of {limit} ids"
+        )
+
+
+def check_bias(bias: Tensor, weight: Tensor) -> None:
+    """A bias has an element for each row of the weight."""
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, expected one per id: {tuple(weight.shape[:1])}"
+        )
+
+
+def check_upstream_dtype(upstream: Tensor) -> None:
+    """Gradients of a student head's logits, in the dtypes that the losses make them in."""
+    if upstream.dtype not in ENTRY_DTYPES["entry_grad"]:
+        raise TypeError(f"upstream has dtype {upstream.dtype}, allowed are float32 and float64")
 
 
 def autocasts(device_type: str) -> bool:

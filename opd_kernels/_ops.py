@@ -7,6 +7,9 @@ runs, never while it is traced.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +17,14 @@ from torch import Tensor
 
 from opd_kernels import backends, debugging
 from opd_kernels._checks import (
+    check_bias,
+    check_bitmap,
     check_buffer,
     check_entries_dtype,
     check_row_shape,
     check_same_device,
     check_same_entries,
+    check_upstream_dtype,
 )
 from opd_kernels.head import head_logits, shaped
 from opd_kernels.reference import compute_dtype
@@ -73,7 +79,7 @@ def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     _check_rows(mask, "mask", logits)
-    _check_device(banned, "banned", logits)
+    _check_banned(banned, limit, logits)
     if debugging.ON:
         debugging.check_select(logits, limit, banned, mask)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
@@ -107,7 +113,7 @@ def _divergence(
     _check_rows(row_teacher_temperature, "row_teacher_temperature", student)
     _check_device(teacher, "teacher", student)
     _check_device(teacher_ids, "teacher_ids", student)
-    _check_device(banned, "banned", student)
+    _check_banned(banned, limit, student)
     student_t = temperature if row_temperature is None else row_temperature
     teacher_t = teacher_temperature if row_teacher_temperature is None else row_teacher_temperature
     if debugging.ON:
@@ -180,6 +186,30 @@ def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
         check_same_device(tensor, other.device, name, "the other tensors are")
 
 
+def _check_banned(banned: Tensor | None, limit: int, other: Tensor) -> None:
+    """Raises unless it is a bitmap up to the limit, on another tensor's device."""
+    if banned is not None:
+        check_bitmap(banned, limit)
+        check_same_device(banned, other.device, "banned")
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raises unless a head's parts and what belongs to its rows fit together."""
+    _check_device(weight, "weight", hidden)
+    if bias is not None:
+        check_bias(bias, weight)
+        _check_device(bias, "bias", hidden)
+    _check_rows(mask, "mask", hidden)
+    _check_banned(banned, limit, hidden)
+
+
 def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """Raises unless dtypes, shapes and devices are those the loss saved: hooks may change them."""
     check_entries_dtype(ids, "ids")
@@ -227,6 +257,7 @@ def _select_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``select`` on the logits of a head, which are computed a few rows at a time."""
+    _check_head(hidden, weight, bias, limit, banned, mask)
     if debugging.ON:
         debugging.check_head(hidden, weight, bias, limit, banned, mask)
     rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
@@ -275,6 +306,8 @@ def _gather_dot(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_head(hidden, weight, bias, limit, banned, mask)
+    _check_device(ids, "ids", hidden)
     if debugging.ON:
         debugging.check_gather(hidden, weight, bias, ids, limit, banned, mask)
     dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -292,6 +325,9 @@ def _gather_dot_fake(
 def _gather_dot_hidden(
     upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    check_upstream_dtype(upstream)
+    _check_device(upstream, "upstream", ids)
+    _check_device(weight, "weight", ids)
     dtypes = (upstream.dtype, weight.dtype, dtype)
     _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
@@ -307,6 +343,9 @@ def _gather_dot_hidden_fake(
 def _gather_dot_weight(
     upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    check_upstream_dtype(upstream)
+    _check_device(upstream, "upstream", ids)
+    _check_device(hidden, "hidden", ids)
     dtypes = (upstream.dtype, hidden.dtype, dtype)
     _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
@@ -317,6 +356,25 @@ def _gather_dot_weight_fake(
     upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return hidden.new_empty((vocab, hidden.shape[-1]), dtype=dtype)
+
+
+def _on_one_device(fake: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """Shapes for tracing, of tensors that lie on one device.
+
+    One meta tensor is enough for the dispatcher to trace a call, whose results would then be
+    memory that nobody has written.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {name: arg for name, arg in named.items() if isinstance(arg, Tensor)}
+        first = next(iter(tensors.values()))
+        for name, tensor in tensors.items():
+            _check_device(tensor, name, first)
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 for _name, _impl, _fake in (
@@ -331,7 +389,8 @@ for _name, _impl, _fake in (
     ("gather_dot_weight", _gather_dot_weight, _gather_dot_weight_fake),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opd_kernels::{_name}", _fake, lib=_LIBRARY)
+    _traced = _on_one_device(_fake, tuple(inspect.signature(_impl).parameters))
+    torch.library.register_fake(f"opd_kernels::{_name}", _traced, lib=_LIBRARY)
 
 
 def _select_vmap(

@@ -16,7 +16,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
+from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, check_flag
 from opd_kernels.reference import unpack_bitmap
 from opd_kernels.support import repeats
 
@@ -90,6 +90,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
             loss = topk_rkl(student_logits, teacher, mask=mask)
     """
     global ON
+    check_flag(enabled, "enabled")
     before, ON = ON, bool(enabled)
     try:
         yield

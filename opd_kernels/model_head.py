@@ -126,7 +126,8 @@ def head_of(model: Any) -> Head:
 
     ``model`` is a causal model as transformers makes them, also of PEFT: it has
     ``get_output_embeddings()`` and a ``config``. Adapters elsewhere in the model are in its hidden
-    states. Of a head in PEFT's ``modules_to_save`` this is the active copy.
+    states; prompt and prefix tuning are in those of PEFT's model alone, not of its
+    ``get_base_model()``. Of a head in PEFT's ``modules_to_save`` this is the active copy.
 
     Nothing is copied or run, and it takes less than a millisecond. Call it again after
     ``model.to``, a change of the active adapter or a resized vocabulary: these replace parameters.

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 for package in ("matplotlib", "tensorboard", "tqdm", "transformers"):
     pytest.importorskip(package, reason="the comparison needs it")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import compare_objectives as command  # noqa: E402
 from comparison import arms, models, pairs, results, rollouts, tasks, training  # noqa: E402
@@ -372,7 +372,7 @@ def test_the_report_prints_again_from_its_csv_files_alone(tmp_path: Path) -> Non
         logged = results._read(steps / f"mixed-{row['arm'].replace(' + ', '-')}-0.csv")
         mean = sum(float(line["grad_norm"]) for line in logged) / 2
         assert float(row["grad_norm"]) == pytest.approx(mean, rel=1e-4)
-    for name in ("steps.png", "positions.png", "table.md"):
+    for name in ("success.png", "positions.png", "table.md"):
         assert (kept / name).stat().st_size > 0
 
 

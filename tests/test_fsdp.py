@@ -1,4 +1,4 @@
-"""FSDP2: what the recipe "Sharded parameters" says holds, on two processes beside a single one.
+"""FSDP2: what docs/recipes/sharded-parameters.md says holds, on two processes beside a single one.
 
 The recipe's own modules run here. One pair of processes measures everything once, under the names
 of ``MEASUREMENTS``, and the tests judge the numbers.
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_recipes import RECIPES, ROOT, snippets
+from test_recipes import DOCS, ROOT, snippets
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -41,8 +41,9 @@ EPSILON = torch.finfo(torch.float32).eps
 ROUNDINGS = 128
 
 recipe: dict[str, Any] = {"__name__": "recipe"}
-[source] = [s.source for s in snippets(RECIPES) if s.title == "Sharded parameters"]
-exec(compile(source, str(RECIPES), "exec"), recipe)
+RECIPE = DOCS / "recipes" / "sharded-parameters.md"
+[snippet] = snippets(RECIPE)
+exec(compile(snippet.source, str(RECIPE), "exec"), recipe)
 Teacher = Tensor | TopK | LinearLogits
 
 
@@ -382,9 +383,8 @@ def test_a_weight_that_is_not_whole_is_refused(found: list[dict[str, Any]], wher
     for rank in found:
         message = rank["outside"][where]
         assert message.startswith(f"{names.get(where, 'student_weight')} is a DTensor")
-        assert "Sharded parameters" in message
+        assert str(RECIPE.relative_to(ROOT)) in message
         assert "full_tensor() of a frozen one" in message
-    assert "## Sharded parameters" in RECIPES.read_text(encoding="utf-8")
 
 
 def test_what_the_message_about_dtensors_says_to_pass_is_right(

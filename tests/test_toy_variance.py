@@ -16,12 +16,12 @@ from torch import Tensor
 
 from opd_kernels import sampled_token_advantages, sampled_token_loss
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
 HORIZON, WIDTH = 4, 5
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(STUDIES))
     return importlib.import_module(name)
 
 
@@ -235,7 +235,7 @@ def test_the_checker_rejects_one_seed_with_a_wrong_ordering(
 def test_the_results_in_the_repository_are_of_the_full_size_and_give_their_table(
     reports: ModuleType,
 ) -> None:
-    folder = EXAMPLES / "results" / "toy"
+    folder = STUDIES / "results" / "toy"
     results = reports.read_study(folder)
     assert results.gammas == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert results.seeds == [42, 43, 2026]
@@ -295,8 +295,8 @@ def test_a_report_without_results_names_the_missing_files(
 def test_without_matplotlib_the_script_says_what_to_install() -> None:
     program = (
         "import runpy, sys; sys.modules['matplotlib'] = None; "
-        f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path("
-        f"{str(EXAMPLES / 'toy_variance.py')!r}, run_name='__main__')"
+        f"sys.path.insert(0, {str(STUDIES)!r}); runpy.run_path("
+        f"{str(STUDIES / 'toy_variance.py')!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 2

@@ -18,6 +18,9 @@ from torch import Tensor
 from opd_kernels.support import TopK
 from opd_kernels.testing.inputs import Head, Inputs
 
+# The unit roundoff of float64, which is what is computed in here.
+_WIDE_UNIT = float(np.finfo(np.float64).eps) / 2
+
 
 @dataclass
 class Expected:
@@ -77,7 +80,7 @@ def oracle(inputs: Inputs) -> Expected:
             np.add.at(grad_budget[row], ids, np.nan_to_num(budget + tiny, posinf=np.inf))
     with np.errstate(all="ignore"):
         if inputs.head is None:
-            grad_budget += _rounding(grad, student.dtype)
+            grad_budget = _rounded(grad, grad_budget, student.dtype)
             grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
         else:
             # Logits that take no part may be NaN.
@@ -93,7 +96,7 @@ def oracle(inputs: Inputs) -> Expected:
             grads = _head_grads(inputs.head, *parts, head_unit, tiny, head_largest)
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
-        weight_budget += _rounding(weight_grad, torch.float32)
+        weight_budget = _rounded(weight_grad, weight_budget, torch.float32)
         weight_budget = np.where(np.isinf(loss_budget), np.inf, weight_budget)
         weighted, weighted_budget = (
             loss * weight,
@@ -170,7 +173,7 @@ def _head_grads(
             bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
             poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
             total = np.where(np.isnan(total) & ~poisoned & np.isinf(bound), 0.0, total)
-            return total, bound + _rounding(total, dtype)
+            return total, _rounded(total, bound, dtype)
 
     dtype = head.weight.dtype
     hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
@@ -232,19 +235,49 @@ def _finite_row_oracle(
     largest: float,
 ) -> _RowNumbers:
     nothing = np.zeros(len(z))
-    depth = math.ceil(math.log2(max(len(z), 2))) + 1
-    p_side = _softmax(z, z_error, student_t, unit, depth)
-    q_side = _softmax(t, nothing, teacher_t, unit, depth)
+    p_side = _softmax(z, z_error, student_t, unit)
+    q_side = _softmax(t, nothing, teacher_t, unit)
     p = np.exp(p_side.log)
     live = z != -np.inf
     ratio = nothing.copy()
     ratio[live] = p_side.log[live] - q_side.log[live]
     loss = float((p * ratio)[live].sum())
     grad = np.where(live, p * (ratio - loss) / student_t, 0.0)
+    numbers = _RowNumbers(loss, 0.0, grad, nothing)
 
+    sides = _softmax(z, nothing, student_t, _WIDE_UNIT), _softmax(t, nothing, teacher_t, _WIDE_UNIT)
+    # The result's budget, and what float64 loses here: more, where the loss is next to nothing.
+    budgets = [
+        _row_budgets(numbers, ratio, p_side, q_side, student_t, teacher_t, unit, tiny),
+        _row_budgets(numbers, ratio, *sides, student_t, teacher_t, _WIDE_UNIT, 0.0),
+    ]
+    loss_budget = sum(loss_error for loss_error, _ in budgets)
+    grad_budget = np.where(live, sum(grad_error for _, grad_error in budgets), 0.0)
+    # A span that overflows float64 makes NaN, which max() would pass over.
+    if not np.max([p_side.span, q_side.span, abs(grad).max(), abs(loss)]) < largest / 8:
+        # The span overflows, in float64 perhaps here too: inf is allowed, NaN is not, and entries
+        # of no weight stay 0.
+        loss, loss_budget = float(np.nan_to_num(loss)), np.inf
+        grad, grad_budget = np.nan_to_num(grad), np.where(live, np.inf, 0.0)
+    return _RowNumbers(loss, loss_budget, grad, grad_budget)
+
+
+def _row_budgets(
+    numbers: _RowNumbers,
+    ratio: np.ndarray,
+    p_side: _Softmax,
+    q_side: _Softmax,
+    student_t: float,
+    teacher_t: float,
+    unit: float,
+    tiny: float,
+) -> tuple[float, np.ndarray]:
+    """Bounds on the errors of a row's loss and gradient in arithmetic of that unit."""
+    p, loss = np.exp(p_side.log), numbers.loss
+    depth = _sum_depth(len(p))
+    live = p_side.live
     p_error = np.where(live, np.minimum(p_side.log_error + 2 * unit, 1.0), 0.0)  # relative
-    same_temperature = student_t == teacher_t
-    errors = _log_ratio_errors(p_side, q_side, same_temperature, unit, depth)
+    errors = _log_ratio_errors(p_side, q_side, student_t == teacher_t, unit)
     ratio_error = errors.entries + unit * abs(ratio)
     loss_budget = float(
         (p * ((p_error + 2 * unit) * (abs(ratio) + errors.entries))).sum()
@@ -257,19 +290,14 @@ def _finite_row_oracle(
         p * ((p_error + 4 * unit) * abs(ratio - loss) + ratio_error + loss_budget)
         + tiny * (1 + abs(ratio - loss))
     ) / student_t
-    grad_budget = np.where(live, grad_budget, 0.0)
-    if not max(p_side.span, q_side.span, abs(grad).max(), abs(loss)) < largest / 8:
-        # The span overflows, for float64 perhaps in this oracle too. inf is allowed, NaN is not,
-        # and entries with p = 0 stay 0.
-        loss, loss_budget = float(np.nan_to_num(loss)), np.inf
-        grad, grad_budget = np.nan_to_num(grad), np.where(live, np.inf, 0.0)
-    return _RowNumbers(loss, loss_budget, grad, grad_budget)
+    return loss_budget, grad_budget
 
 
 @dataclass
 class _Softmax:
     """A side of a row: s = (x - max) / T, log softmax, and bounds on the errors of both."""
 
+    live: np.ndarray  # where x is not -inf
     scaled: np.ndarray
     scaled_error: np.ndarray
     input_error: np.ndarray  # the part of it that comes from x
@@ -280,23 +308,27 @@ class _Softmax:
 
     @property
     def span(self) -> float:
-        """The largest finite |s|."""
-        return float(abs(self.scaled[self.scaled != -np.inf]).max())
+        """The largest |s| of finite x, which may be inf."""
+        return float(abs(self.scaled[self.live]).max())
 
 
-def _softmax(
-    x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float, depth: int
-) -> _Softmax:
+def _softmax(x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float) -> _Softmax:
     finite = x != -np.inf
     s = (x - x.max()) / temperature
     exp = np.exp(s)
     log_sum = math.log(exp.sum())
     input_error = np.where(finite, (x_error + x_error[x.argmax()]) / temperature, 0.0)
     s_error = np.where(finite, 3 * unit * abs(s) + x_error / temperature, 0.0)
-    sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum()) + depth * unit
+    sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum())
+    sum_error += _sum_depth(len(x)) * unit
     log_x = s - log_sum
     error = s_error + sum_error + 2 * unit * abs(log_sum) + unit * np.where(finite, abs(log_x), 0.0)
-    return _Softmax(s, s_error, input_error, log_x, error, log_sum, sum_error)
+    return _Softmax(finite, s, s_error, input_error, log_x, error, log_sum, sum_error)
+
+
+def _sum_depth(terms: int) -> int:
+    """By how many roundings of its size a sum of so many terms is off."""
+    return math.ceil(math.log2(max(terms, 2))) + 1
 
 
 class _RatioErrors(NamedTuple):
@@ -310,7 +342,7 @@ class _RatioErrors(NamedTuple):
 
 
 def _log_ratio_errors(
-    p_side: _Softmax, q_side: _Softmax, same_temperature: bool, unit: float, depth: int
+    p_side: _Softmax, q_side: _Softmax, same_temperature: bool, unit: float
 ) -> _RatioErrors:
     """log p - log q = d - log(sum e^s / sum e^u), with s and u the scaled logits and d = s - u.
 
@@ -324,14 +356,13 @@ def _log_ratio_errors(
     to second order.
     """
     p, q = np.exp(p_side.log), np.exp(q_side.log)
-    live = p_side.scaled != -np.inf
+    depth, live = _sum_depth(len(p)), p_side.live
     s, u = (np.where(live, side.scaled, 0.0) for side in (p_side, q_side))
-    wide_unit = float(np.finfo(np.float64).eps) / 2
-    if unit <= wide_unit:
+    if unit <= _WIDE_UNIT:
         both = np.where(live, p_side.log_error + q_side.log_error, 0.0)
         return _RatioErrors(both, float((p * both).sum()))
     d = s - u
-    d_error = p_side.input_error + 4 * wide_unit * (abs(s) + abs(u)) + 2 * unit * abs(d)
+    d_error = p_side.input_error + 4 * _WIDE_UNIT * (abs(s) + abs(u)) + 2 * unit * abs(d)
     if not same_temperature:
         d_error += unit * (abs(s) + abs(u))
     d_error = np.where(live, d_error, 0.0)
@@ -411,9 +442,10 @@ def _flat(value: Any, count: int, default: float) -> np.ndarray:
     return np.broadcast_to(np.asarray(value, dtype=np.float64).reshape(-1), (count,))
 
 
-def _rounding(grad: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Half a unit in the last place of a gradient's dtype; nothing where the gradient is 0."""
+def _rounded(grad: np.ndarray, budget: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The budget after rounding to a gradient's dtype: half a unit in the last place more, nothing
+    where the gradient is 0, and inf where the dtype may overflow."""
     info = torch.finfo(dtype)
     rounding = abs(grad) * info.eps / 2 + info.smallest_normal * info.eps / 2
-    rounding = np.where(abs(grad) > info.max * 0.99, np.inf, rounding)
-    return np.where(grad == 0, 0.0, rounding)
+    rounding = np.where(abs(grad) + budget > info.max * 0.99, np.inf, rounding)
+    return budget + np.where((grad == 0) & (budget == 0), 0.0, rounding)

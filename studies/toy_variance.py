@@ -36,9 +36,9 @@ same students, as the paper reports it; and the bias falls, which the paper argu
 measure (at gamma = 1 it is 0 by definition). The exit code is 0 if so, 1 if not, 2 if a package or
 a file is missing or an option is wrong.
 
-    python examples/toy_variance.py             # minutes on one core
-    python examples/toy_variance.py --smoke     # the whole path in seconds, not judged
-    python examples/toy_variance.py --report    # table, plot and verdict from the CSV files
+    python studies/toy_variance.py             # minutes on one core
+    python studies/toy_variance.py --smoke     # the whole path in seconds, not judged
+    python studies/toy_variance.py --report    # table, plot and verdict from the CSV files
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def report(study: Study) -> tuple[str, bool]:
         "",
         f"{len(study.gammas)} gammas, seeds {', '.join(map(str, study.seeds))}, {last} iterations. "
         "Variance and bias are of the gradient on the output layer; reverse KL in nats per "
-        "trajectory. Made by `python examples/toy_variance.py`, which says what each number is.",
+        "trajectory. Made by `python studies/toy_variance.py`, which says what each number is.",
         "",
         *summary_table(study, checked),
         "",

@@ -7,14 +7,16 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from comparison.arms import ARMS, BEFORE, TEACHER
+from comparison.arms import ARMS, BEFORE, SAMPLED_TOKEN, TEACHER
 from comparison.training import CLIP_NORM, MICRO_BATCHES, POSITIONS
 from matplotlib.axes import Axes
 
@@ -28,6 +30,9 @@ COLORS = dict(
 )
 # It collapses: panels are scaled to the others, which it leaves.
 OFF_SCALE = "no renormalisation + top-p"
+# Two ways to sample the held-out answers, and the 97.5 % points of Student's t by number of values.
+SUCCESS = {"success": "whole distribution", "success_top_p": "nucleus of 0.9"}
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 # Columns that are means over a run's steps.
 OF_STEPS = ("grad_norm", "grad_variance", "seconds")
 COLUMNS = {
@@ -104,7 +109,7 @@ def report(results: Path) -> str:
     text = "\n\n".join(_table(task, rows) for task, rows in _grouped(runs, "task").items())
     text = f"{text}\n\n{LEGEND}"
     (results / "table.md").write_text(text)
-    draw_steps(results / "steps.png", _read(results / "steps.csv"))
+    draw_success(results / "success.png", runs)
     draw_positions(results / "positions.png", _read(results / "positions.csv"))
     return text
 
@@ -137,29 +142,52 @@ def _cell(fields: Sequence[str | None]) -> str:
     return text if len(values) == len(fields) else f"{text} ({len(values)} of {len(fields)})"
 
 
-STEP_PANELS = {
-    "success": "success of the rollouts as the arm samples them",
-    "reverse_kl": "reverse KL on the rollouts",
-    "grad_norm": "gradient norm",
-    "grad_variance": "gradient variance",
-    "student_mass": "student mass on the support",
-    "gap": "log-prob gap, teacher - student",
-}
+def draw_success(path: Path, runs: Sequence[Row]) -> None:
+    """Success of each arm, and its difference to the sampled token's, over tasks and seeds.
 
-
-def draw_steps(path: Path, rows: Sequence[Row]) -> None:
-    """Curves by step, mean over seeds: a row for each task, a column for each quantity."""
-    tasks = _grouped(rows, "task")
+    A dot is a pair of task and seed; the line is the 95 % interval of the mean by Student's t, of
+    the paired differences on the right.
+    """
+    success = {
+        (row["arm"], row["task"], row["seed"]): [float(row[name]) for name in SUCCESS]
+        for row in runs
+        if all(row.get(name) for name in SUCCESS)
+    }
+    names = [arm for arm in ORDER if arm != TEACHER.name and any(key[0] == arm for key in success)]
     figure, axes = plt.subplots(
-        len(tasks), len(STEP_PANELS), figsize=(22, 3.2 * len(tasks)), squeeze=False
+        1, 2, figsize=(11, 0.9 + 0.52 * len(names)), sharey=True, layout="constrained"
     )
-    for line, (task, of_task) in zip(axes, tasks.items(), strict=True):
-        for ax, (name, title) in zip(line, STEP_PANELS.items(), strict=True):
-            if name.startswith("grad"):
-                ax.set_yscale("log")
-            _curves(ax, of_task, "step", name)
-            ax.set_title(f"{task}: {title}", fontsize=9)
-    _save(figure, axes, path)
+    for column, label in enumerate(SUCCESS.values()):
+        for place, arm in enumerate(names):
+            pairs = {key[1:]: value[column] for key, value in success.items() if key[0] == arm}
+            sampled = {pair: success.get((SAMPLED_TOKEN.name, *pair)) for pair in pairs}
+            differences = [pairs[pair] - base[column] for pair, base in sampled.items() if base]
+            y, style = len(names) - place + 0.17 - 0.34 * column, {"color": f"C{column}"}
+            _interval(axes[0], list(pairs.values()), y, label if place == 0 else None, **style)
+            if arm != SAMPLED_TOKEN.name:
+                _interval(axes[1], differences, y, None, **style)
+    axes[0].set_yticks(range(len(names), 0, -1), names)
+    axes[0].set(xlabel="share of held-out problems solved", xlim=(-0.02, None))
+    axes[1].set(xlabel="difference to the sampled token, same task and seed")
+    axes[1].axvline(0, color="black", linewidth=1)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncol=2, fontsize=10)
+    for ax in axes:
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _interval(ax: Axes, values: Sequence[float], y: float, label: str | None, **style: Any) -> None:
+    ax.plot(values, [y] * len(values), "o", markersize=4, alpha=0.3, markeredgewidth=0, **style)
+    if not values:
+        return
+    error = None
+    if len(values) in T_95:
+        error = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    ax.errorbar(mean, y, xerr=error, fmt="D", markersize=6, capsize=3, label=label, **style)
 
 
 def draw_positions(path: Path, rows: Sequence[Row]) -> None:
@@ -168,45 +196,44 @@ def draw_positions(path: Path, rows: Sequence[Row]) -> None:
     Only where an arm's runs have ``FEWEST_TOKENS`` or more.
     """
     tasks = _grouped(rows, "task")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
-    for ax, (task, of_task) in zip(axes[0], tasks.items(), strict=True):
-        _curves(ax, of_task, "position", "gap", weight="tokens")
-        ax.set_title(f"{task}: log q - log p of the said token", fontsize=9)
+    rows_of_panels = -(-len(tasks) // 2)
+    figure, axes = plt.subplots(
+        rows_of_panels, 2, figsize=(11, 3.6 * rows_of_panels), squeeze=False, layout="constrained"
+    )
+    for ax, (task, of_task) in zip_longest(axes.flat, tasks.items(), fillvalue=("", [])):
+        _curves(ax, of_task)
+        ax.set_title(task, fontsize=11)
         ax.set_xlabel(f"position in the response, the first {POSITIONS}")
-    _save(figure, axes, path)
+        ax.set_ylabel("log q - log p of the said token")
+    labels = {}
+    for ax in axes.flat:
+        handles, names = ax.get_legend_handles_labels()
+        labels.update(zip(names, handles, strict=True))
+    figure.legend(labels.values(), labels, loc="outside lower center", ncol=3, fontsize=10)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
-def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, weight: str = "") -> None:
-    """A curve for each arm: means over seeds, weighted by a column if one is named."""
-    by_arm = _grouped([row for row in rows if row.get(y)], "arm")
+def _curves(ax: Axes, rows: Sequence[Row]) -> None:
+    """The gap by position of each arm: means over seeds, weighted by their tokens."""
+    by_arm = _grouped([row for row in rows if row.get("gap")], "arm")
     limits = None
     for arm in sorted(by_arm, key=lambda arm: (arm == OFF_SCALE, ORDER.index(arm))):
         points = []
-        for at, here in _grouped(by_arm[arm], x).items():
-            weights = [float(row[weight]) for row in here] if weight else [1.0] * len(here)
-            total = sum(weights)
-            if not weight or total >= FEWEST_TOKENS:
-                values = (float(row[y]) * w for row, w in zip(here, weights, strict=True))
-                points.append((int(at), sum(values) / total))
+        for position, group in _grouped(by_arm[arm], "position").items():
+            counts = [float(row["tokens"]) for row in group]
+            if sum(counts) >= FEWEST_TOKENS:
+                gaps = (float(row["gap"]) * n for row, n in zip(group, counts, strict=True))
+                points.append((int(position), sum(gaps) / sum(counts)))
         points.sort()
-        xs, ys = [at for at, _ in points], [value for _, value in points]
-        ax.plot(xs, ys, label=arm, color=COLORS[arm], linewidth=1.2)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        label = f"{arm} (off the scale)" if arm == OFF_SCALE else arm
+        ax.plot(xs, ys, label=label, color=COLORS[arm], linewidth=1.4)
         if arm != OFF_SCALE:
             limits = ax.get_ylim()
     if limits is not None:
         ax.set_ylim(limits)
     ax.set_visible(bool(by_arm))
-
-
-def _save(figure: plt.Figure, axes: Sequence[Sequence[Axes]], path: Path) -> None:
-    labels = {}
-    for ax in (ax for line in axes for ax in line):
-        handles, names = ax.get_legend_handles_labels()
-        labels.update(zip(names, handles, strict=True))
-    figure.legend(labels.values(), labels, loc="lower center", ncol=5, fontsize=9)
-    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def _grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
