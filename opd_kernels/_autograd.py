@@ -1,8 +1,8 @@
 """Autograd around the operators: gradients are computed in forward and scattered in backward.
 
-What is kept between them: ids and entry gradients, 8 bytes * N * K (12 in float64), and with
-``inplace`` the student logits, whose memory the gradient takes. Of hidden states and a head the
-few logits are gathered first, by a Function of its own.
+Kept for backward: ids and entry gradients, 8 bytes * N * K (12 in float64). With ``inplace`` also
+the student logits, because the gradient takes their memory. For hidden states and a head,
+``GatherDot`` computes the K logits of a row first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TWICE = (
 
 
 class _Complete(inspect.BoundArguments):
-    """All parameters by position: there is nothing to look up."""
+    """Bound arguments that were all given by position, so that no default is missing."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012
@@ -47,7 +47,7 @@ class _Signature(inspect.Signature):
 
 
 def _signed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Spares ``Function.apply`` to inspect and bind the signature anew at every call: 30 µs."""
+    """Caches the signature: ``Function.apply`` would inspect and bind it at every call, 30 µs."""
     parameters = inspect.signature(forward).parameters.values()
     forward.__signature__ = _Signature(list(parameters))  # type: ignore[attr-defined]
     return forward
@@ -57,8 +57,8 @@ class TopKReverseKL(torch.autograd.Function):
     """Per-row renormalised reverse KL over the teacher's top-K support.
 
     ``apply`` returns ``(loss, ids, entry_grad)``: loss (...) with a gradient for ``student``, and
-    the constant support ids and gradient entries (..., K). ``anchor`` is an empty tensor that
-    depends on the student, see ``anchor_of``; it ties a second differentiation to the refusal.
+    the constant support ids and gradient entries (..., K). ``anchor`` is ``anchor_of(student)``:
+    through it a second differentiation reaches the Function that refuses it.
     """
 
     @staticmethod
@@ -168,9 +168,9 @@ class GatherDot(torch.autograd.Function):
     """A head's logits at a few ids of each row: z_k = W[id_k] . h + b[id_k].
 
     ``apply`` returns ``(logits, slots)``, (..., K) each: logits with gradients for ``hidden``,
-    ``weight`` and ``bias``, each computed only if it is asked for, and the constant slots, k or -1
-    where id k takes no part. Kept for backward: the ids, and of hidden and weight what the other's
-    gradient is made of; nothing is copied.
+    ``weight`` and ``bias``, each computed only if it is needed. Slot k is k, or -1 where id k takes
+    no part; slots are constant. Kept for backward, without a copy: the ids, ``hidden`` if the
+    weight needs a gradient, ``weight`` if the hidden states do.
     """
 
     @staticmethod
@@ -201,7 +201,7 @@ class GatherDot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Gradients for hidden, weight and bias, as far as they are asked for."""
+        """Gradients for hidden, weight and bias; None where none is needed."""
         grads: list[Tensor | None] = [None] * 8
         if upstream is None:
             return tuple(grads)
@@ -213,7 +213,7 @@ class GatherDot(torch.autograd.Function):
             grads[1] = _WeightGradient.apply(
                 upstream, ids, hidden, ctx.vocab, ctx.dtypes[1], ctx.backend
             )
-        if for_bias:  # the weight of an input that is 1
+        if for_bias:  # the bias is the weight of an input that is 1
             ones = upstream.new_ones((*ids.shape[:-1], 1))
             bias_grad = _WeightGradient.apply(
                 upstream, ids, ones, ctx.vocab, ctx.dtypes[2], ctx.backend
@@ -234,7 +234,7 @@ class GatherDot(torch.autograd.Function):
 
 
 class _HiddenGradient(torch.autograd.Function):
-    """dL/dh in the backward of ``GatherDot``, a Function so that differentiating it raises."""
+    """dL/dh in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
 
     @staticmethod
     @_signed
@@ -258,7 +258,7 @@ class _HiddenGradient(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """dL/dW there, a Function for the same reason."""
+    """dL/dW in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
 
     @staticmethod
     @_signed
@@ -278,14 +278,14 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         rows = [leading(arg, dim, info) for arg, dim in zip(args[:3], in_dims[:3], strict=True)]
-        each = zip(*(row.unbind(0) for row in rows), strict=True)
-        return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in each]), 0
+        examples = zip(*(row.unbind(0) for row in rows), strict=True)
+        return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in examples]), 0
 
 
 def _anchors_gradient(anchor: Tensor) -> Tensor | None:
-    """None, or zeros where compiled autograd runs an eager graph: it adds up no None.
+    """None; zeros where compiled autograd runs an eager graph, which cannot add None.
 
-    Zeros cost a pass over the student's gradient, so that nobody else gets them.
+    Zeros cost a pass over the student's gradient, so only that case gets them.
     """
     compiled = sys.modules.get("torch._dynamo.compiled_autograd")
     if compiled is None or not compiled.in_compiled_autograd_region:
@@ -296,7 +296,7 @@ def _anchors_gradient(anchor: Tensor) -> Tensor | None:
 def anchor_of(student: Tensor) -> Tensor:
     """An empty tensor that depends on the student in the graph but does not share its memory.
 
-    A second differentiation has to reach ``_ScatterGradient`` through the student; a slice saved
-    for backward would do that too, but would keep the logits alive.
+    A second differentiation has to reach ``_ScatterGradient`` through the student. A slice saved
+    for backward would do that too, but it would keep the logits alive.
     """
     return student[..., :0].clone()

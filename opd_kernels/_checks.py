@@ -1,4 +1,4 @@
-"""What users can get wrong, one helper per error: what was given, what is allowed, what to do."""
+"""Checks of what users pass. A message says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ DTENSOR_PARAMETER = (
 )
 
 
-def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
+def check_logits(logits: object, name: str, content: str = "logits") -> Tensor:
     """A tensor of logits, or gradients of logits, (..., V) that kernels use without a copy."""
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"{name} is a {type(logits).__name__}, expected a tensor of {what} (..., V)"
+            f"{name} is a {type(logits).__name__}, expected a tensor of {content} (..., V)"
         )
     check_local(logits, name)
     check_dense(logits, name)
@@ -53,7 +53,7 @@ def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
             "convert it with .float()"
         )
     if logits.ndim == 0:
-        raise ValueError(f"{name} is a scalar, expected {what} (..., V)")
+        raise ValueError(f"{name} is a scalar, expected {content} (..., V)")
     if logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of 1 or more"
@@ -62,13 +62,13 @@ def check_logits(logits: object, name: str, what: str = "logits") -> Tensor:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
-            f"call .contiguous() once where the {what} are made"
+            f"call .contiguous() once where the {content} are made"
         )
     return logits
 
 
 def check_vocab(vocab: int, name: str) -> None:
-    """Ids that int32 holds."""
+    """The ids of the vocabulary fit into int32."""
     if vocab > MAX_VOCAB:
         raise ValueError(
             f"{name} has a vocabulary of {vocab}, allowed is at most {MAX_VOCAB}: ids are int32; "
@@ -77,11 +77,11 @@ def check_vocab(vocab: int, name: str) -> None:
 
 
 def check_buffer(grad: object) -> Tensor:
-    """A tensor of gradients that may be added to: outside any graph, no two elements share it."""
+    """A tensor of gradients that may be added to in place: no graph needs it, nothing overlaps."""
     check_local(grad, "grad", DTENSOR_BUFFER)
     grad = check_logits(grad, "grad", "gradients")
     check_constant(grad, "grad")
-    # A compiler cannot order strides that it only knows by name, and refuses overlaps by itself.
+    # torch.compile cannot order symbolic strides, and it refuses overlaps by itself.
     if not torch.compiler.is_compiling() and _overlaps(grad):
         raise ValueError(
             f"grad's elements overlap (shape {tuple(grad.shape)}, strides {grad.stride()}: "
@@ -92,7 +92,7 @@ def check_buffer(grad: object) -> Tensor:
 
 
 def check_constant(tensor: Tensor, name: str) -> None:
-    """Nothing that a graph expects a gradient for."""
+    """The tensor does not require grad."""
     if tensor.requires_grad:
         raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
 
@@ -118,7 +118,7 @@ def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
 
 
 def check_entries_dtype(entries: Tensor, name: str) -> None:
-    """What the loss keeps for backward, "ids" or "entry_grad", in the dtypes it keeps it in."""
+    """``ids`` or ``entry_grad`` have the dtype that the loss saved them in."""
     if entries.dtype not in ENTRY_DTYPES[name]:
         allowed = " and ".join(str(dtype).removeprefix("torch.") for dtype in ENTRY_DTYPES[name])
         raise TypeError(
@@ -157,14 +157,14 @@ def check_upstream(upstream: object, grad: Tensor) -> Tensor:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Memory with strides."""
+    """The tensor is dense: strided, neither sparse nor nested."""
     if tensor.is_nested or tensor.layout != torch.strided:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} is {layout}, expected a dense tensor; call .to_dense() or pad it")
 
 
 def check_same_rows(rows: torch.Size, teacher_rows: torch.Size) -> None:
-    """Student and teacher have one row per token each."""
+    """Student and teacher have the same leading shape."""
     if rows != teacher_rows:
         raise ValueError(
             f"teacher has leading shape {tuple(teacher_rows)}, the student {tuple(rows)}; they "
@@ -175,17 +175,41 @@ def check_same_rows(rows: torch.Size, teacher_rows: torch.Size) -> None:
 def check_same_device(
     tensor: Tensor, device: torch.device, name: str, others: str = "the logits are"
 ) -> None:
-    """Everything lies on the student's device."""
+    """The tensor is on ``device``."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {others} on {device}; move one of them")
 
 
+def check_bitmap(banned: Tensor, limit: int) -> None:
+    """Banned ids as kernels read them: bits in whole words of 64, up to the limit."""
+    words = banned.dtype == torch.uint8 and banned.ndim == 1 and banned.is_contiguous()
+    if not words or banned.numel() % 8 or banned.storage_offset() % 8 or banned.numel() * 8 < limit:
+        raise ValueError(
+            f"the bitmap of banned ids is {banned.dtype} {tuple(banned.shape)}, expected uint8 in "
+            f"whole words of 64 bits, one bit for each of {limit} ids"
+        )
+
+
+def check_bias(bias: Tensor, weight: Tensor) -> None:
+    """A bias has an element for each row of the weight."""
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, expected one per id: {tuple(weight.shape[:1])}"
+        )
+
+
+def check_upstream_dtype(upstream: Tensor) -> None:
+    """Gradients of a student head's logits, in the dtypes that the losses make them in."""
+    if upstream.dtype not in ENTRY_DTYPES["entry_grad"]:
+        raise TypeError(f"upstream has dtype {upstream.dtype}, allowed are float32 and float64")
+
+
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for tensors of the kind of device."""
+    """Whether autocast is on for tensors on this type of device."""
     try:
         # Not torch.amp.is_autocast_available: torch.compile cannot trace it with torch 2.11.
         return device_type != "meta" and torch.is_autocast_enabled(device_type)
-    except RuntimeError:  # another kind that has no autocast
+    except RuntimeError:  # another device type without autocast
         return False
 
 
@@ -229,10 +253,10 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str) -> Non
     _check_same_kind(bias, hidden, f"{prefix}bias", f"{prefix}hidden")
 
 
-def _check_part(tensor: object, name: str, what: str) -> Tensor:
-    """A dense tensor of a dtype that kernels read, all of it here."""
+def _check_part(tensor: object, name: str, expected: str) -> Tensor:
+    """A dense, unsharded tensor of a dtype that kernels read."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected {what}")
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected {expected}")
     check_local(tensor, name, DTENSOR_PARAMETER)
     check_dense(tensor, name)
     if tensor.dtype not in LOGIT_DTYPES:
@@ -244,7 +268,7 @@ def _check_part(tensor: object, name: str, what: str) -> Tensor:
 
 
 def _check_same_kind(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
-    """One device, and one dtype where autocast does not take others."""
+    """Both tensors are on one device and, unless autocast converts them, of one dtype."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}; move one")
     wide = torch.float64 in (tensor.dtype, other.dtype)
@@ -256,7 +280,7 @@ def _check_same_kind(tensor: Tensor, other: Tensor, name: str, other_name: str) 
 
 
 def check_factor(value: object, name: str) -> None:
-    """A number above 0 that float32 holds."""
+    """A number above 0 that float32 can hold."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a Tensor, expected a number; pass .item()")
     check_number(value, name)
@@ -268,13 +292,13 @@ def check_factor(value: object, name: str) -> None:
 
 
 def check_flag(value: object, name: str) -> None:
-    """True or False, not what Python takes for one: a tensor's value would have to be read."""
+    """True or False, and no tensor, whose value would have to be read."""
     if not isinstance(value, (bool, np.bool_, torch.SymBool)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected True or False")
 
 
 def check_int(value: object, name: str) -> None:
-    """An int; a bool is none, whatever Python says."""
+    """An int, and not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, np.integer)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
 
@@ -348,7 +372,7 @@ def check_token_values(values: object, name: str) -> Tensor:
 
 
 def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
-    """One element for each of another tensor, on its device."""
+    """``tensor`` has the shape and the device of ``other``."""
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, {other_name} {tuple(other.shape)}; they "
@@ -358,7 +382,7 @@ def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> Non
 
 
 def check_gamma(gamma: object) -> None:
-    """A discount."""
+    """A discount: a number from 0 to 1."""
     if isinstance(gamma, Tensor):
         raise TypeError("gamma is a Tensor, expected a number from 0 to 1; pass .item()")
     check_number(gamma, "gamma", "a number from 0 to 1")
@@ -369,7 +393,7 @@ def check_gamma(gamma: object) -> None:
 
 
 def check_clip(clip: object) -> None:
-    """How far a ratio may be from 1, or None."""
+    """How far a ratio may be from 1: a finite number from 0 on, or None."""
     if clip is None:
         return
     if isinstance(clip, Tensor):
@@ -380,7 +404,7 @@ def check_clip(clip: object) -> None:
 
 
 def check_prompt_length(length: object, tokens: Tensor) -> None:
-    """An int from 0, or one per sequence."""
+    """An int from 0 on, or an int tensor with one per sequence."""
     if not isinstance(length, Tensor):
         check_int(length, "prompt_length")
         if not 0 <= length <= MAX_LENGTH:  # type: ignore[operator]
@@ -432,7 +456,7 @@ def check_temperature_tensor(
 
 
 def check_number(value: object, name: str, expected: str = "a number or a tensor") -> None:
-    """A real number, before its value is looked at (a compiler may only know its type)."""
+    """A real number that a float can hold. A compiler may know only its type."""
     numbers = (int, float, torch.SymFloat, torch.SymInt, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise TypeError(f"{name} is a {type(value).__name__}, expected {expected}")
@@ -452,7 +476,7 @@ def check_temperature_value(temperature: float, name: str) -> None:
 
 
 def check_reduction(reduction: str, normalizer: object, device: torch.device) -> None:
-    """A known reduction; a normalizer only where something is divided."""
+    """A known reduction; a normalizer only for the mean."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
     if normalizer is None:
@@ -474,18 +498,18 @@ def check_reduction(reduction: str, normalizer: object, device: torch.device) ->
 
 
 def check_backend(backend: str | None) -> None:
-    """A name or None."""
+    """A name or None; whether there is such a backend, ``backends.resolve`` checks."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend is a {type(backend).__name__}, expected a name or None")
 
 
 def check_inplace(student: Tensor) -> None:
-    """Memory that backward may overwrite: of no leaf, and no two elements share it."""
+    """Backward may overwrite the student's memory: it is no leaf's, and no elements overlap."""
     base = student if student._base is None else student._base
     if base.requires_grad and base.is_leaf:
-        what = "is" if base is student else "is a view of"
+        kind = "is" if base is student else "is a view of"
         raise ValueError(
-            f"inplace_grad=True would overwrite student_logits, which {what} a leaf of the graph; "
+            f"inplace_grad=True would overwrite student_logits, which {kind} a leaf of the graph; "
             "pass the output of a layer, or inplace_grad=False"
         )
     if _overlaps(student):

@@ -1,12 +1,15 @@
 """Operators that PyTorch knows by name: schemas, shapes for tracing, dispatch to a backend.
 
-Registered with ``torch.library`` define/impl/fake; autograd lives outside, in ``_autograd``, so
-that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator runs,
-never while it is traced.
+They are registered with ``torch.library`` define/impl/fake. Autograd is outside, in ``_autograd``,
+so that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator
+runs, never while it is traced.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +17,14 @@ from torch import Tensor
 
 from opd_kernels import backends, debugging
 from opd_kernels._checks import (
+    check_bias,
+    check_bitmap,
     check_buffer,
     check_entries_dtype,
     check_row_shape,
     check_same_device,
     check_same_entries,
+    check_upstream_dtype,
 )
 from opd_kernels.head import head_logits, shaped
 from opd_kernels.reference import compute_dtype
@@ -73,7 +79,7 @@ def _select(
     logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     _check_rows(mask, "mask", logits)
-    _check_device(banned, "banned", logits)
+    _check_banned(banned, limit, logits)
     if debugging.ON:
         debugging.check_select(logits, limit, banned, mask)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
@@ -107,7 +113,7 @@ def _divergence(
     _check_rows(row_teacher_temperature, "row_teacher_temperature", student)
     _check_device(teacher, "teacher", student)
     _check_device(teacher_ids, "teacher_ids", student)
-    _check_device(banned, "banned", student)
+    _check_banned(banned, limit, student)
     student_t = temperature if row_temperature is None else row_temperature
     teacher_t = teacher_temperature if row_teacher_temperature is None else row_teacher_temperature
     if debugging.ON:
@@ -165,9 +171,9 @@ def _scatter_add(
 
 
 def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
-    """Raises unless it has an element for each row, on the logits' device.
+    """Raises unless ``tensor`` has one element per row, on the logits' device.
 
-    Kernels take addresses: what does not fit would be read beyond its end.
+    Kernels take addresses, so they would read beyond the end of a shorter one.
     """
     if tensor is not None:
         check_row_shape(tensor, logits.shape[:-1], name)
@@ -175,13 +181,37 @@ def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
 
 
 def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
-    """Raises unless it lies where another tensor lies."""
+    """Raises unless ``tensor`` is on the device of ``other``."""
     if tensor is not None and tensor.device != other.device:
         check_same_device(tensor, other.device, name, "the other tensors are")
 
 
+def _check_banned(banned: Tensor | None, limit: int, other: Tensor) -> None:
+    """Raises unless it is a bitmap up to the limit, on another tensor's device."""
+    if banned is not None:
+        check_bitmap(banned, limit)
+        check_same_device(banned, other.device, "banned")
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    limit: int,
+    banned: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raises unless a head's parts and what belongs to its rows fit together."""
+    _check_device(weight, "weight", hidden)
+    if bias is not None:
+        check_bias(bias, weight)
+        _check_device(bias, "bias", hidden)
+    _check_rows(mask, "mask", hidden)
+    _check_banned(banned, limit, hidden)
+
+
 def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """Raises unless they are what the loss keeps: saved-tensor hooks may hand out anything."""
+    """Raises unless dtypes, shapes and devices are those the loss saved: hooks may change them."""
     check_entries_dtype(ids, "ids")
     check_entries_dtype(entry_grad, "entry_grad")
     check_same_entries(ids, entry_grad)
@@ -194,15 +224,15 @@ def _refuse_lost_graph(function: str) -> None:
     """Raises where ``create_graph=True`` would silently give a gradient without a graph.
 
     This happens before torch 2.13, in compiled functions that save no input with a gradient
-    (github.com/pytorch/pytorch/issues/181581). Only they run these operators in a backward pass
-    with gradients enabled: an autograd.Function disables them.
+    (github.com/pytorch/pytorch/issues/181581). Only such functions run these operators in a
+    backward pass with gradients enabled; an autograd.Function disables them.
     """
     if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
         raise RuntimeError(_LOST_GRAPH.format(function, torch.__version__))
 
 
 def _tell_autograd(out: Tensor) -> None:
-    """Kernels write through a pointer, which autograd does not see."""
+    """Bumps the version counter: autograd does not see a kernel write through a pointer."""
     torch.autograd.graph.increment_version(out)
 
 
@@ -226,7 +256,8 @@ def _select_linear(
     with_logsumexp: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``select`` on the logits of a head, of a few rows at a time; no others are computed."""
+    """``select`` on the logits of a head, which are computed a few rows at a time."""
+    _check_head(hidden, weight, bias, limit, banned, mask)
     if debugging.ON:
         debugging.check_head(hidden, weight, bias, limit, banned, mask)
     rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
@@ -236,11 +267,11 @@ def _select_linear(
     logsumexp = hidden.new_zeros(rows if with_logsumexp else 0, dtype=dtype)
     out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
     weight, bias = weight[:limit], None if bias is None else bias[:limit]
-    for here, logits, kept in head_logits(hidden, weight, bias, mask):
-        out_ids[here], picked = module.select(logits, k, limit, banned, kept)
-        out_values[here] = shaped(picked, scale, softcap)
+    for piece, logits, piece_mask in head_logits(hidden, weight, bias, mask):
+        out_ids[piece], picked = module.select(logits, k, limit, banned, piece_mask)
+        out_values[piece] = shaped(picked, scale, softcap)
         if with_logsumexp:
-            out_sums[here] = row_logsumexp(logits, limit, kept, (scale, softcap))
+            out_sums[piece] = row_logsumexp(logits, limit, piece_mask, (scale, softcap))
     if debugging.ON:
         debugging.check_selected(values, mask)
     return ids, values, logsumexp
@@ -275,6 +306,8 @@ def _gather_dot(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_head(hidden, weight, bias, limit, banned, mask)
+    _check_device(ids, "ids", hidden)
     if debugging.ON:
         debugging.check_gather(hidden, weight, bias, ids, limit, banned, mask)
     dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -292,6 +325,9 @@ def _gather_dot_fake(
 def _gather_dot_hidden(
     upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    check_upstream_dtype(upstream)
+    _check_device(upstream, "upstream", ids)
+    _check_device(weight, "weight", ids)
     dtypes = (upstream.dtype, weight.dtype, dtype)
     _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
@@ -307,6 +343,9 @@ def _gather_dot_hidden_fake(
 def _gather_dot_weight(
     upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    check_upstream_dtype(upstream)
+    _check_device(upstream, "upstream", ids)
+    _check_device(hidden, "hidden", ids)
     dtypes = (upstream.dtype, hidden.dtype, dtype)
     _refuse_lost_graph("linear_topk_rkl")
     module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
@@ -317,6 +356,25 @@ def _gather_dot_weight_fake(
     upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return hidden.new_empty((vocab, hidden.shape[-1]), dtype=dtype)
+
+
+def _on_one_device(fake: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """Shapes for tracing, of tensors that lie on one device.
+
+    One meta tensor is enough for the dispatcher to trace a call, whose results would then be
+    memory that nobody has written.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {name: arg for name, arg in named.items() if isinstance(arg, Tensor)}
+        first = next(iter(tensors.values()))
+        for name, tensor in tensors.items():
+            _check_device(tensor, name, first)
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 for _name, _impl, _fake in (
@@ -331,7 +389,8 @@ for _name, _impl, _fake in (
     ("gather_dot_weight", _gather_dot_weight, _gather_dot_weight_fake),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opd_kernels::{_name}", _fake, lib=_LIBRARY)
+    _traced = _on_one_device(_fake, tuple(inspect.signature(_impl).parameters))
+    torch.library.register_fake(f"opd_kernels::{_name}", _traced, lib=_LIBRARY)
 
 
 def _select_vmap(
@@ -348,7 +407,7 @@ def _select_vmap(
 def _select_linear_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, *rest: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The same."""
+    """A mapped dimension is one more leading dimension; the head is not mapped."""
     *middle, mask, with_logsumexp, backend = rest
     if any(dim is not None for dim in (*in_dims[1:3], in_dims[7])):
         raise ValueError("a head and banned_ids cannot be mapped by vmap; pass one for all")
@@ -360,7 +419,7 @@ def _select_linear_vmap(
 def _scatter_add_vmap(
     info: Any, in_dims: tuple[int | None, ...], out: Tensor, *rest: Any
 ) -> tuple[None, None]:
-    """The same; what is written to has to be mapped itself, each copy with memory of its own."""
+    """A mapped dimension is one more leading dimension; ``out`` must be mapped, without overlap."""
     if in_dims[0] is None:
         raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
     *entries, backend = rest

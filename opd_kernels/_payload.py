@@ -22,13 +22,13 @@ _NUMBER_TEXT = re.compile(
     r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|[+-]?inf(inity)?",
     re.ASCII | re.IGNORECASE,
 )
-# The names that servers have for an entry's id, the most reliable first (TGI and llama.cpp; Dynamo;
-# vLLM's chat completions).
+# Servers' names of an entry's id, the most reliable first (TGI and llama.cpp; Dynamo; vLLM's chat
+# completions).
 _ID_NAMES = ("id", "token_id", "token")
 _TOP = "top_logprobs"
 _SHOWN = 80
 
-# What brings ids in place of text.
+# Advice on how to get ids in place of text.
 ASK_FOR_IDS = (
     'ask the server for token ids (vLLM: "return_tokens_as_token_ids", SGLang: /generate, '
     "llama.cpp: /completion)"
@@ -36,7 +36,7 @@ ASK_FOR_IDS = (
 
 
 def from_positions(node: Any, where: str = "") -> Entries:
-    """Nested lists whose elements are positions; ``where`` the node lies in the payload."""
+    """Entries of nested lists of positions; ``where`` is the node's path in the payload."""
     if _is_list(node):
         if not all(map(_is_entry, node)):
             return _stack([from_positions(child, f"{where}[{i}]") for i, child in enumerate(node)])
@@ -51,7 +51,7 @@ def from_positions(node: Any, where: str = "") -> Entries:
     except (TypeError, ValueError) as error:
         numbers = isinstance(node, (int, float, Tensor, np.ndarray, np.generic))
         advice = "; pass parallel arrays as from_logprobs(logprobs, ids)" if numbers else ""
-        raise type(error)(f"{error}{advice}{_at(where)}") from None
+        raise type(error)(f"{error}{advice}{_place(where)}") from None
 
 
 def read_position(node: Any, ask_for_ids: str = ASK_FOR_IDS) -> Entries:
@@ -85,7 +85,7 @@ def _in_position(node: Any) -> list[tuple[Any, Any]]:
     else:
         others = node[_TOP] or ()
         if _is_list(others) and all(map(_is_entry, others)):
-            # The entry itself is one of its position, as the sampled token is in vLLM's.
+            # The entry itself belongs to the position, as the sampled token does in vLLM's.
             return [_pair(item) for item in (node, *others)]
     raise TypeError(
         f"a position of the payload is {shown(node)}, a {type(node).__name__}, expected None, a "
@@ -114,7 +114,7 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"ids and logprobs differ in {'shape' if dense else 'length'} ({sizes[0]} and "
-            f"{sizes[1]}); expected one log-prob per id{_at(where)}"
+            f"{sizes[1]}); expected one log-prob per id{_place(where)}"
         )
     nested = not dense and any(child is not None and _is_list(child) for child in (*ids, *logprobs))
     if nested:
@@ -125,17 +125,17 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
             return _id_array(ids), _value_array(logprobs)
         return _row([token_id(token) for token in ids], [_number(value) for value in logprobs])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}{_at(where)}") from None
+        raise type(error)(f"{error}{_place(where)}") from None
 
 
-@np.errstate(over="ignore")  # a sentinel may be the least float64: minus infinity, so absent
+@np.errstate(over="ignore")  # a sentinel may be the least float64: -inf in float32, so absent
 def _row(tokens: list[int], logprobs: list[float]) -> Entries:
     """The entries (K,) of one position."""
     return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
 
 
 def _stack(parts: list[Entries]) -> Entries:
-    """One more dimension; short parts are filled up with absent entries.
+    """Stacks parts along a new dimension; short parts are filled up with absent entries.
 
     A part without entries may lack inner dimensions: None stands for a position or a sequence.
     """
@@ -145,9 +145,9 @@ def _stack(parts: list[Entries]) -> Entries:
     shape = [max(sizes) for sizes in zip_longest(*(ids.shape for ids, _ in parts), fillvalue=0)]
     ids = np.full((len(parts), *shape), -1, dtype=np.int64)
     values = np.full(ids.shape, -np.inf, dtype=np.float32)
-    for at, (part_ids, part_values) in enumerate(parts):
+    for index, (part_ids, part_values) in enumerate(parts):
         if part_ids.size:
-            corner: Any = (at, *map(slice, part_ids.shape))
+            corner: Any = (index, *map(slice, part_ids.shape))
             ids[corner], values[corner] = part_ids, part_values
     return ids, values
 
@@ -176,7 +176,7 @@ def _is_list(node: Any) -> bool:
 
 
 def _is_entry(item: Any) -> bool:
-    """Whether it is one token's log-prob: (logprob, id, ...) or {"id": ..., "logprob": ...}."""
+    """Whether an item is one entry: (logprob, id, ...) or {"id": ..., "logprob": ...}."""
     if not isinstance(item, (list, tuple)):
         return isinstance(item, Mapping) and _is_named(item) and _TOP not in item
     if len(item) < 2:
@@ -189,7 +189,7 @@ def _is_entry(item: Any) -> bool:
 
 
 def _is_named(node: Mapping[Any, Any]) -> bool:
-    """Whether a mapping is an entry, or lists a position's as ``top_logprobs``."""
+    """Whether a mapping is an entry, or an entry that lists those of its position."""
     return "logprob" in node or any(isinstance(node.get(name), (int, str)) for name in _ID_NAMES)
 
 
@@ -210,7 +210,7 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 class _Text(str):
-    """A token's text, even of digits; an id only where it begins with ``token_id:``."""
+    """A token's text, even if it is digits; it is an id only if it begins with ``token_id:``."""
 
     __slots__ = ()
 
@@ -234,7 +234,7 @@ def _value_array(logprobs: np.ndarray) -> np.ndarray:
 
 
 def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
-    """The id that an integer or its text is; -1 for all that are negative."""
+    """The id in an integer or in text; -1 for negative numbers."""
     if type(token) is int:
         return _check_id(token)
     number = _id_in_text(token) if isinstance(token, str) else integer(token)
@@ -244,7 +244,7 @@ def token_id(token: Any, ask_for_ids: str = ASK_FOR_IDS) -> int:
 
 
 def integer(value: Any) -> int | None:
-    """The int in an integer of any kind; None for all else, booleans included."""
+    """The int in an integer of any kind; None for anything else, booleans included."""
     value = _scalar(value)
     if isinstance(value, bool):
         return None
@@ -312,5 +312,5 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _at(where: str) -> str:
+def _place(where: str) -> str:
     return f" (payload{where})" if where else ""

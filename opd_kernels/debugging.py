@@ -16,7 +16,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
+from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, check_flag
 from opd_kernels.reference import unpack_bitmap
 from opd_kernels.support import repeats
 
@@ -90,6 +90,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
             loss = topk_rkl(student_logits, teacher, mask=mask)
     """
     global ON
+    check_flag(enabled, "enabled")
     before, ON = ON, bool(enabled)
     try:
         yield
@@ -359,9 +360,9 @@ def _check_entries(
     allowed = _allowed(limit, banned, ids.device)
 
     def bad(some: Tensor, index: Tensor) -> Tensor:
-        those = rows.of(ids, index)
-        there = (those >= 0) & (those < limit)
-        return ~(some < torch.inf) & there & allowed[torch.where(there, those, 0).long()]
+        row_ids = rows.of(ids, index)
+        inside = (row_ids >= 0) & (row_ids < limit)
+        return ~(some < torch.inf) & inside & allowed[torch.where(inside, row_ids, 0).long()]
 
     remedy = "write the id -1 where there is no entry"
     _check(values, rows, bad, "teacher logits (TopK)", _LOGITS, remedy)

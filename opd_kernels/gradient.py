@@ -26,9 +26,9 @@ def add_topk_grad_(
 
         grad[id_j] += g entry_grad_j    for every present entry j of a row
 
-    For a trainer that makes the dense gradient of another loss itself, in an autograd Function of
-    its own or from detached logits: K elements of each row are read and written, no others. In all
-    other cases add the losses and let autograd add the gradients.
+    It is for a trainer that makes the dense gradient of another loss itself, in an autograd
+    Function of its own or from detached logits. Only K elements of each row are read and written.
+    In all other cases add the losses and let autograd add the gradients.
 
     Shapes and dtypes: ``grad`` (..., V), float16, bfloat16, float32 or float64, any leading
     strides, last stride 1; ``ids`` int32 and ``entry_grad`` float32 or float64, both (..., K);
@@ -36,12 +36,12 @@ def add_topk_grad_(
     (float64 where ``grad`` or ``entry_grad`` is) and rounded once to the dtype of ``grad``.
     ``backend`` is as for ``topk_rkl``. Returns ``grad``.
 
-    Entries whose id is -1 or outside [0, V) are absent: they change nothing, be their factor NaN.
-    A row's other ids must differ from each other, as those of ``TopKReverseKL.apply`` do; of an id
-    that is repeated in a row, any part of the gradients may be lost.
+    Entries whose id is -1 or outside [0, V) are ignored, even if their factor is NaN. All other ids
+    of a row must be different, as those of ``TopKReverseKL.apply`` are. If a row repeats an id,
+    parts of its gradient may be lost.
 
-    Gradients: none, and no argument may require one; so no second derivative. Autograd knows that
-    ``grad`` has changed. Memory: nothing, at most copies of (..., K).
+    Gradients: none, and no argument may require one. Autograd is told that ``grad`` has changed.
+    Memory: at most copies of (..., K).
 
     Errors: ``ValueError`` for shapes, devices and strides that do not fit, rows that overlap,
     arguments that require grad, a backend that cannot serve the call; ``TypeError`` for dtypes.

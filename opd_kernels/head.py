@@ -14,11 +14,11 @@ from opd_kernels import _checks
 
 __all__ = ["LinearLogits"]
 
-# What the logits of a few rows may take. A matrix product is bound by its arithmetic, and not by
-# reading the weight anew for these rows, from about 500 rows on where a GPU computes it.
+# Memory for the logits of a few rows. On GPUs the matrix product is compute-bound from about 500
+# rows on; re-reading the weight for each piece is hidden.
 WORKSPACE_BYTES = {"cpu": 64 << 20}
 GPU_WORKSPACE_BYTES = 256 << 20
-# A matrix product's tile: fewer rows are rounded up to it.
+# Rows of a matrix product's tile, of which a piece has a multiple.
 TILE_ROWS = 128
 
 
@@ -34,16 +34,16 @@ class LinearLogits:
     of one dtype; under autocast of any, as ``torch.nn.functional.linear`` takes them.
 
     The product W h + b is the framework's own matrix product, rounded to the dtype: what the
-    model's head returns, up to the order of its sums. Selection happens on these; scale and
-    softcap, which keep their order, are applied to the selected ones in float32. All of it is
-    constant: no gradient reaches the teacher.
+    model's head returns, up to the order of its sums. Selection uses these. Scale and softcap keep
+    their order, so they are applied to the selected ones only, in float32. No gradient reaches the
+    teacher.
 
-    The weight has to be the whole head: one with an adapter, a quantised one without its scales, or
-    a forgotten softcap makes a wrong loss in silence. ``head_of(model)(hidden)`` reads all of it,
-    and refuses what is not.
+    The weight has to be the whole head. With an adapter, a quantised weight without its scales or a
+    forgotten softcap the loss is wrong in silence. ``head_of(model)(hidden)`` reads the whole head
+    or refuses it.
 
-    Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs or
-    the logits of 128 rows if these are more; under autocast a copy of what is of another dtype.
+    Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs, or
+    the logits of 128 rows if these are more. Autocast copies tensors of another dtype.
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for shapes and devices that do
     not fit, for a sharded (DTensor) weight, for a scale or softcap that is not above 0.
@@ -74,7 +74,7 @@ class LinearLogits:
 
     @property
     def vocab(self) -> int:
-        """Logits of a row."""
+        """V, the number of logits of a row."""
         return self.weight.shape[0]
 
     @property
@@ -101,7 +101,7 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
-    """Rows of which the logits fit the workspace."""
+    """Slices of rows whose logits fit the workspace."""
     nbytes = WORKSPACE_BYTES.get(device.type, GPU_WORKSPACE_BYTES)
     rows = max(nbytes // (max(vocab, 1) * dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
@@ -110,9 +110,9 @@ def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
-    """(rows, their logits, their mask) of hidden states (..., H), counted over all leading dims.
+    """Yields (rows, their logits, their mask); rows count over all leading dimensions.
 
-    Masked rows are left out on the CPU; elsewhere that would synchronise, and the mask comes along.
+    On the CPU masked rows are left out. Elsewhere that would synchronise, so their mask is yielded.
     One workspace holds the logits: the next rows overwrite it.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -123,15 +123,15 @@ def head_logits(
     count, vocab = hidden.shape[0] if kept is None else len(kept), weight.shape[0]
     memory: Tensor | None = None
     for piece in pieces(count, vocab, hidden.dtype, hidden.device):
-        here = piece if kept is None else kept[piece]
+        rows = piece if kept is None else kept[piece]
         if memory is None:
             memory = hidden.new_empty(piece.stop, vocab)
         logits = memory[: piece.stop - piece.start]
         if bias is None:
-            torch.mm(hidden[here], weight.t(), out=logits)
+            torch.mm(hidden[rows], weight.t(), out=logits)
         else:
-            torch.addmm(bias, hidden[here], weight.t(), out=logits)
-        yield here, logits, None if mask is None else mask[here]
+            torch.addmm(bias, hidden[rows], weight.t(), out=logits)
+        yield rows, logits, None if mask is None else mask[rows]
 
 
 def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, float]]:

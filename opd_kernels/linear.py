@@ -87,7 +87,7 @@ def linear_topk_rkl(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """``topk_rkl`` of the logits of a head, of which k per row are computed and no others.
+    """``topk_rkl`` on the logits of a head; only k logits of each row are computed.
 
     With hidden states h, head W and b, scale s, softcap c and S the teacher's k best allowed ids::
 
@@ -95,8 +95,8 @@ def linear_topk_rkl(
         L = sum over S of p (log p - log q)            p = softmax(z[S] / T), q as in topk_rkl
         dL/dh = sum of dL/dz_v z'_v W_v    dL/dW_v = sum over rows of dL/dz_v z'_v h
 
-    Per row that is k H multiplications where the head has V H, forward and backward, and no tensor
-    of shape (N, V) exists.
+    A row costs k H multiplications instead of V H, in forward and in backward. No tensor of shape
+    (N, V) exists.
 
     Shapes and dtypes: ``student_hidden`` (..., H), ``student_weight`` (V, H), ``student_bias`` (V,)
     or None, of one dtype of float16, bfloat16, float32 or float64, last strides 1; under autocast
@@ -120,14 +120,14 @@ def linear_topk_rkl(
     wrong loss in silence: ``head_of`` reads a model's head whole, or refuses it.
 
     All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
-    rows, NaN and reductions. Masked rows are not read, but for those that a GPU's matrix product of
-    a ``LinearLogits`` takes along. ``return_stats`` computes the student's logits after all, a few
-    hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states;
-    None takes "triton" there.
+    rows, NaN and reductions. Masked rows are not read; only a GPU's matrix product of a
+    ``LinearLogits`` includes them. ``return_stats`` does compute the student's logits, a few
+    hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states; None takes "triton"
+    on such GPUs.
 
     Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
-    it is asked for: with a frozen head nothing of shape (V, H) is made. The head's gradient is
-    dense, the same bits on every run, and ids that occur in every row cost no more than others.
+    it is needed: with a frozen head nothing of shape (V, H) is made. The head's gradient is dense
+    and the same bits on every run. Ids that occur in every row cost no more than others.
     Kept for backward: ids, 8 bytes per row and entry (4 more with a softcap), and references to
     hidden states and weight. Differentiating twice raises ``RuntimeError``.
 
@@ -166,7 +166,8 @@ def linear_topk_rkl(
         rows, device, support.k, mask, temperature, teacher_temperature, weight, reduction,
         normalizer,
     )  # fmt: skip
-    # Nothing of an absent entry is read; nor may a softcap's slope make its gradient NaN.
+    # An entry of value -inf is absent: its row of the head is not read, and a softcap's slope
+    # cannot make its gradient NaN.
     ids = torch.where(support.logits == -torch.inf, -1, support.ids)
     logits, slots = GatherDot.apply(
         student_hidden, student_weight, student_bias, ids, mask, banned, limit, backend

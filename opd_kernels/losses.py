@@ -164,7 +164,7 @@ def topk_rkl(
     )
     banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
     if return_stats and ids is None:
-        # The support is needed by name: select it first, then go on as with a given one.
+        # Statistics need the support: select it first, then use it as a given one.
         ids, values = _ops.select(values, k, limit, banned, mask, backend)
     inplace = inplace_grad and not torch.compiler.is_compiling()
     loss = call.loss(student_logits, values, ids, limit, banned, inplace, backend)
@@ -185,7 +185,7 @@ def topk_rkl(
 
 
 class Call:
-    """What a loss takes besides student and teacher: checked, and as the operators take it."""
+    """The options of a loss, besides student and teacher: checked, in the operators' form."""
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class Call:
 def given_support(
     teacher: TopK, k: int | None, rows: torch.Size, vocab: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:
-    """(values, ids, k, limit) of a teacher that is a support."""
+    """(values, ids, k, limit) of a ``TopK`` teacher."""
     teacher.check()
     _checks.check_same_rows(rows, teacher.shape)
     _checks.check_same_device(teacher.ids, device, "teacher")
@@ -254,7 +254,7 @@ def given_support(
 
 
 def teacher_logits(teacher: object, rows: torch.Size, device: torch.device) -> Tensor:
-    """The logits of a teacher that is logits."""
+    """The teacher's logits, checked and detached."""
     if isinstance(teacher, LinearLogits):
         raise TypeError(
             "teacher is a LinearLogits, which linear_topk_rkl takes; for a student that is logits "
@@ -272,7 +272,7 @@ def teacher_logits(teacher: object, rows: torch.Size, device: torch.device) -> T
 
 
 def support_size(k: int | None, vocab: int, teacher_vocab: int) -> tuple[int, int]:
-    """(k, limit) of a support that is selected."""
+    """(k, limit) of a support that is selected from logits; only ids below ``limit`` are."""
     k = min(DEFAULT_K, teacher_vocab) if k is None else k
     _checks.check_k(k, teacher_vocab)
     return k, min(vocab, teacher_vocab)
@@ -302,8 +302,8 @@ def _temperature(
         return 1.0, _allowed_or_nan(temperature).expand(rows)
     _checks.check_number(temperature, name)
     if torch.compiler.is_compiling():
-        # A compiler guards on the value of a float that an operator takes, so that a schedule would
-        # recompile every step; floats in plain arithmetic it turns into graph inputs.
+        # torch.compile guards on the value of an operator's float argument, so a schedule would
+        # recompile at every step. A float in plain arithmetic becomes an input of the graph.
         tensor = torch.ones((), dtype=torch.float64, device=device) * temperature
         return 1.0, _allowed_or_nan(tensor).expand(rows)
     _checks.check_temperature_value(temperature, name)
@@ -311,7 +311,7 @@ def _temperature(
 
 
 def _allowed_or_nan(temperature: Tensor) -> Tensor:
-    """Values that no check has seen: NaN, and so a NaN loss, where they are not allowed."""
+    """NaN, and so a NaN loss, where the temperature is not allowed: no check has seen its value."""
     if temperature.dtype != torch.float64:  # the bounds are float32's
         temperature = temperature.float()
     allowed = (temperature >= _checks.LEAST_TEMPERATURE) & (
@@ -327,7 +327,7 @@ def reduce_rows(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """Per-row losses to what was asked for; masked rows stay exactly 0 whatever their weight."""
+    """Weights and reduces per-row losses. Masked rows stay exactly 0, whatever their weight."""
     if weight is not None:
         loss = loss * recordable(weight).to(loss.dtype)
         if mask is not None:

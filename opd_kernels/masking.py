@@ -43,8 +43,8 @@ def response_mask(
         mask[b, t]  = after[b, t]  and  no eos at any t' < t with after[b, t']
 
     Shapes and dtypes: ``tokens`` (B, T), int32 or int64, prompt and response together; also (T,) or
-    more leading dimensions. Returns bool of the same shape. It marks the tokens themselves; beside
-    logits, of which position t predicts token t + 1, ``predicting`` of it is wanted.
+    more leading dimensions. Returns bool of the same shape. It marks the tokens themselves. The
+    logits at position t predict token t + 1, so beside logits pass ``predicting`` of the mask.
 
     Args:
         tokens: ids of prompt, response and padding.
@@ -133,7 +133,7 @@ def first_occurrences(
     wanted = _among(tokens, _ids(ids, tokens))
     if mask is not None:
         wanted = wanted & _flags(mask, tokens, "mask")
-    # What is not wanted sorts into one group of its own, so that it hides nothing.
+    # Tokens that are not wanted share one key of their own, so that they hide no wanted one.
     keys = torch.where(wanted, tokens, torch.iinfo(tokens.dtype).min)
     ordered, order = keys.sort(dim=-1, stable=True)
     first = torch.ones_like(wanted)
@@ -144,12 +144,12 @@ def first_occurrences(
 def special_token_mask(tokens: Tensor, ids: Sequence[int] | Tensor, *, mask: Tensor) -> Tensor:
     """The mask without the first occurrence of each of the ids.
 
-    ``mask & ~first_occurrences(tokens, ids, mask=mask)``: the special-token masking of the paper,
-    which leaves out *positions*: where a token stands that student and teacher write differently,
-    the teacher's judgement is about the format. ``banned_ids`` of ``topk_rkl`` leaves out ids.
+    ``mask & ~first_occurrences(tokens, ids, mask=mask)``, the special-token masking of the paper.
+    It leaves out *positions*: at a token that student and teacher write differently, the teacher
+    judges the format. ``banned_ids`` of ``topk_rkl`` leaves out ids.
 
     Shapes and dtypes: as ``first_occurrences``; ``mask`` is needed, most often ``response_mask``'s.
-    Returns bool of its shape, for tokens: beside logits ``predicting`` of it is wanted.
+    Returns bool of its shape, for tokens: beside logits pass ``predicting`` of it.
 
     Errors: as ``first_occurrences``.
 
@@ -189,9 +189,9 @@ def _among(tokens: Tensor, ids: Tensor) -> Tensor:
 def token_ids(tokenizer: Any, strings: Iterable[str]) -> list[int]:
     """The ids that strings become, each once, in the order in which they appear.
 
-    ``tokenizer.encode(string, add_special_tokens=False)`` of each string by itself. A string that
-    becomes several tokens gives all their ids. Tokenizers that mark the beginning of a word may
-    give a string the id that it has there, and not the one that it has inside a text.
+    Each string is encoded by itself: ``tokenizer.encode(string, add_special_tokens=False)``. A
+    string that becomes several tokens gives all their ids. A tokenizer that marks the beginning of
+    a word may give the string's id there instead of its id inside a text.
 
     ``tokenizer`` is one of ``transformers``, or anything with such an ``encode``.
 
@@ -223,14 +223,14 @@ def token_ids(tokenizer: Any, strings: Iterable[str]) -> list[int]:
 class TokenizerComparison:
     """What ``compare_tokenizers`` found, and what to do about it.
 
-    ``masked_ids``, for ``special_token_mask``: the student's special tokens that the teacher does
-    not have, or has with another meaning: the loss leaves their first occurrence out.
-    ``banned_ids`` and ``vocab_size``, for ``topk_rkl``: together they keep out of the support all
-    ids that do not mean the same to both. ``identical``: every id is the same string to both, and
-    the special tokens have the same roles; then there is nothing to leave out but gaps.
+    ``masked_ids``, for ``special_token_mask``, are the student's special tokens that the teacher
+    does not have or uses with another meaning: the loss leaves out their first occurrence.
+    ``banned_ids`` and ``vocab_size``, for ``topk_rkl``, together keep all ids out of the support
+    that do not mean the same to both. ``identical`` says that every id is the same string to both
+    and the special tokens have the same roles; then only gaps are left out.
 
-    The other fields are what the advice is made of: sizes (one past the largest id), how many ids
-    are the same string to both, and the ids that are not. ``report()`` is all of it as text.
+    The advice is made from the other fields: sizes (one past the largest id), how many ids are the
+    same string to both, and the ids that are not. ``report()`` returns all of it as text.
     """
 
     masked_ids: tuple[int, ...]
@@ -275,21 +275,25 @@ def compare_tokenizers(
         masked_ids  ids of the student: control tokens that are not in same, special tokens that
                     are no control tokens of the teacher, ends
 
-    Why ends are both masked and banned: with the position masked at which the student stopped but
-    the id left in the support, only positions would count at which it went on, and it would learn
-    never to stop; the teacher's eos it would learn to write and go on after. So the student learns
-    to stop from the ids that end a sequence for both, and where there is none, nothing about
-    stopping. If it may stop at the teacher's eos as well, take that out of both lists.
+    Why ends are both masked and banned. Suppose that the position at which the student stopped were
+    masked, but the id stayed in the support. Then only positions at which it went on would count,
+    and it would learn never to stop. It would also learn to write the teacher's eos and go on after
+    it. So the student learns to stop only from ids that end a sequence for both; without such an
+    id, it learns nothing about stopping. If it may stop at the teacher's eos as well, remove that
+    id from both lists.
 
-    What this cannot see. Models often have more rows than the tokenizer has tokens, and not equally
-    many: rows from ``vocab_size`` on are left out, and where a model has fewer its own limit holds.
-    Tokens that are one id to the teacher and text to the student, as ``<think>``, which it spells
-    ``<``, ``think``, ``>``: the report lists those that are added and not special; the paper masks
-    the first ``<`` and ``think``, see ``token_ids``. Chat templates are compared as they stand, and
-    a difference is reported: it is yours to decide which of them each model's prompt has.
+    What this cannot see:
 
-    An id with several strings, as ``[UNUSED_7]`` and ``<|im_start|>``, is its added token; without
-    one it is the same to both where all its strings are.
+    - Models often have more rows than the tokenizer has tokens, and not equally many. Rows from
+      ``vocab_size`` on are left out. If a model has fewer rows, its own limit holds.
+    - Some tokens are one id to the teacher and text to the student, as ``<think>``, which the
+      student may spell ``<``, ``think``, ``>``. The report lists those that are added and not
+      special. The paper masks the first ``<`` and ``think``, see ``token_ids``.
+    - Chat templates are compared as text, and a difference is reported. You decide which template
+      each model's prompt has.
+
+    An id with several strings, as ``[UNUSED_7]`` and ``<|im_start|>``, counts as its added token.
+    Without an added token it is the same to both if all its strings are.
 
     ``student`` and ``teacher`` are tokenizers of ``transformers``, or have ``get_vocab()`` and as
     much of ``all_special_ids``, ``added_tokens_decoder``, ``eos_token_id``, ``bos_token_id``,
@@ -350,7 +354,7 @@ def compare_tokenizers(
 
 @dataclass
 class _Tokens:
-    """What a tokenizer says of its ids. Equal where every id means the same."""
+    """What a tokenizer says about its ids. Two are equal if every id means the same."""
 
     strings: dict[int, tuple[str, ...]]
     special: set[int]
@@ -400,14 +404,14 @@ class _Tokens:
         return f"{i} {self.string(i)}" if i in self.strings else f"{i}"
 
     def string(self, i: int) -> str:
-        """The string of an id, or all it has."""
+        """The string of an id, or all of its strings."""
         return " or ".join(map(repr, self.strings[i]))
 
 
 def _strings_by_id(
     vocab: Mapping[str, int], added: Mapping[int, Any]
 ) -> dict[int, tuple[str, ...]]:
-    """What each id is: its added token, or else its strings in order."""
+    """The strings of each id: its added token, or else all of them in order."""
     found: dict[int, list[str]] = {}
     for string, i in vocab.items():
         if type(i) is not int:
@@ -418,13 +422,13 @@ def _strings_by_id(
             )
         found.setdefault(i, []).append(string)
     strings = {i: tuple(sorted(several)) for i, several in found.items()}
-    # An added token is what the id is decoded to, whatever the vocabulary below it says.
+    # An id is decoded to its added token, whatever the base vocabulary says.
     contents = {i: getattr(token, "content", token) for i, token in added.items()}
     return strings | {i: (text,) for i, text in contents.items() if isinstance(text, str)}
 
 
 def _role_ids(value: Any, name: str, several: bool) -> tuple[int, ...]:
-    """The ids of a role, in order: of None, an id or, where it may have several, many."""
+    """The ids of a role, in order; ``value`` is None, an id or, with ``several``, many ids."""
     value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
     if value is None:
         return ()
@@ -439,7 +443,7 @@ def _role_ids(value: Any, name: str, several: bool) -> tuple[int, ...]:
 
 
 def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
-    """What the ids say, a line each."""
+    """How the ids differ, a line for each finding."""
     if found.identical:
         yield "The tokenizers are identical: the same ids, strings and special tokens."
         return
@@ -479,7 +483,7 @@ def _differences(found: TokenizerComparison, ours: _Tokens, theirs: _Tokens) -> 
 
 
 def _about_ends(ours: _Tokens, theirs: _Tokens) -> str:
-    """What becomes of ids that end a sequence for one of them only."""
+    """What happens to ids that end a sequence for one of the models only."""
     if ours.ends & theirs.ends:
         alone = _listed(sorted(ours.ends ^ theirs.ends), str)
         return f"; those of one alone ({alone}) are masked and banned."
@@ -487,7 +491,7 @@ def _about_ends(ours: _Tokens, theirs: _Tokens) -> str:
 
 
 def _markers(ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
-    """Tokens of the teacher's text that the student has to spell."""
+    """Tokens of the teacher that the student has to spell."""
     known = {string for strings in ours.strings.values() for string in strings}
     ids = sorted((theirs.control - theirs.special) & theirs.strings.keys())
     markers = [string for i in ids for string in theirs.strings[i] if string not in known]
@@ -499,7 +503,7 @@ def _markers(ours: _Tokens, theirs: _Tokens) -> Iterator[str]:
 
 
 def _advice(found: TokenizerComparison, ours: _Tokens) -> Iterator[str]:
-    """What to do, a line each."""
+    """What to do, a line for each step."""
     if found.masked_ids:
         yield f"special_token_mask: ids {_listed(found.masked_ids, ours.show)}"
     if found.vocab_size == 0:

@@ -18,7 +18,7 @@ __all__ = ["Head", "head_of"]
 
 # Half precision rounds a logit by less than 1 %; a scale or softcap that is missed changes more.
 TOLERANCE = 0.05
-# What configurations call the factor of the logits, their divisor and their cap.
+# Names that configurations have for the factor of the logits, their divisor and their cap.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -36,7 +36,7 @@ TRANSFORMED = ("electra", "modernbert-decoder")
 QUANTISED = (
     "weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "W_q", "quant_state",
 )  # fmt: skip
-# Hooks of these gather a weight before it is used; once it is whole they change nothing.
+# Hooks of these packages gather a weight before it is used. Once it is whole, they change nothing.
 GATHERING = ("torch.distributed.fsdp", "deepspeed")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DEQUANTISE = (
@@ -94,8 +94,9 @@ class Head:
     def check(self, hidden: Tensor, logits: Tensor) -> None:
         """Raises ``ValueError`` unless a model's logits are this head's, to 5 % of the largest.
 
-        For once, before training: ``hidden`` (..., H) of a few tokens and the ``logits`` (..., V)
-        that the model itself made of them. It computes all logits and reads them on the host.
+        Call it once, before training, with ``hidden`` (..., H) of a few tokens and the ``logits``
+        (..., V) that the model itself made of them. It computes all logits and reads them on the
+        host.
 
         Example::
 
@@ -106,7 +107,7 @@ class Head:
         ours = shaped(ours, self.scale, self.softcap)
         own = logits.detach().float().to(ours.device)
         same = ours.shape == own.shape
-        # Not >: NaN is not the same.
+        # Not `>`, which NaN would pass.
         if not same or not (ours - own).abs().max() <= TOLERANCE * own.abs().max():
             raise ValueError(
                 "the model's logits are not those of its last hidden state and output head with "
@@ -125,7 +126,8 @@ def head_of(model: Any) -> Head:
 
     ``model`` is a causal model as transformers makes them, also of PEFT: it has
     ``get_output_embeddings()`` and a ``config``. Adapters elsewhere in the model are in its hidden
-    states. Of a head in PEFT's ``modules_to_save`` this is the active copy.
+    states; prompt and prefix tuning are in those of PEFT's model alone, not of its
+    ``get_base_model()``. Of a head in PEFT's ``modules_to_save`` this is the active copy.
 
     Nothing is copied or run, and it takes less than a millisecond. Call it again after
     ``model.to``, a change of the active adapter or a resized vocabulary: these replace parameters.
@@ -166,7 +168,7 @@ def head_of(model: Any) -> Head:
     _check_whole(module)
     weight, bias = module.weight, module.bias
     text = config.get_text_config()
-    # Some models leave out what a padded head has beyond.
+    # Some models cut a padded head's logits to the vocabulary.
     unpadded = getattr(text, "unpadded_vocab_size", None)
     vocab = unpadded or getattr(text, "vocab_size", 0)
     if weight.shape[0] < vocab:
@@ -194,9 +196,9 @@ def _check_place(model: Any, module: Any) -> None:
 
 
 def _in_use(module: Any) -> Any:
-    """The module whose forward runs: of a compiled one its own, of copies in training the active.
+    """The module whose forward runs: the one inside a compiled module, or the active copy.
 
-    PEFT's ``modules_to_save`` trains a copy per adapter, and uses the original without one.
+    PEFT's ``modules_to_save`` trains a copy per adapter. Without an active one the original runs.
     """
     module = getattr(module, "_orig_mod", module)
     copies, original = (
@@ -218,7 +220,7 @@ def _in_use(module: Any) -> Any:
 def _check_whole(module: Any) -> None:
     """Raises unless the module is a plain linear layer: x W' + b of tensors that are all here."""
     name = f"the output head ({type(module).__name__})"
-    # PEFT's layers hold what they adapt; its trained tokens, an adapter.
+    # A layer of PEFT has a base_layer, a head with trained tokens a token_adapter.
     if hasattr(module, "base_layer") or hasattr(module, "token_adapter"):
         raise ValueError(
             f"{name} has an adapter, which its weight does not show: the loss would be silently "
@@ -259,7 +261,7 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} is empty, its values are on other ranks; call this inside of "
             "deepspeed.zero.GatheredParameters (ZeRO-3) or of the wrapped model's forward (FSDP)"
         )
-    # Quantised tensors pass for floating ones; fake ones stand for plain ones.
+    # A quantised tensor may have a floating dtype. A fake tensor counts as a plain one.
     plain = type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "fake_mode")
     if not plain or tensor.dtype not in _checks.LOGIT_DTYPES:
         raise ValueError(
@@ -269,7 +271,7 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
 
 
 def _check_forward(module: Any, name: str) -> None:
-    """Nothing is done besides the product: no hooks, and the forward is that of ``nn.Linear``."""
+    """Raises unless the module runs ``nn.Linear.forward`` and no hook."""
     hooks = [
         kind
         for kind in HOOKS
@@ -281,7 +283,7 @@ def _check_forward(module: Any, name: str) -> None:
             f"{name} has hooks ({', '.join(hooks)}), which the loss would not run; remove them, or "
             "make LinearLogits yourself if they change nothing"
         )
-    # accelerate's device_map moves what comes in, and puts the forward on the module.
+    # accelerate's device_map gives the module a forward that moves its input.
     moved = getattr(module, "_hf_hook", None)
     if getattr(moved, "offload", False):
         raise ValueError(
@@ -311,7 +313,7 @@ def _scale(config: Any, text: Any) -> float:
 
 
 def _factors(config: Any, text: Any, names: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """(name, value) of those that a configuration has and its model applies."""
+    """(name, value) of the factors that the configuration has and the model applies."""
     for name in names:
         value = getattr(text, name, None)
         if value is None or (getattr(config, "model_type", None), name) in UNUSED:

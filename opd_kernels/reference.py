@@ -6,13 +6,14 @@ best allowed ids:
     p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
 
-Three primitives, the same in every backend: ``select``, ``divergence`` and ``scatter``, the last
-also into memory that is there, over it or added to it; and for students that are hidden states and
-a head ``gather_dot`` with its gradients. Shapes: student (..., V), teacher (..., V_t) or (..., K),
-ids int32 (..., K), hidden (..., H), weight (V, H), everything per row (...).
-Arithmetic is float32, or float64 where an input is, and float64 for a row's K entries: late in
+Every backend has three primitives: ``select``, ``divergence`` and ``scatter``. ``scatter_`` writes
+into given memory and ``scatter_add_`` adds to it. ``gather_dot`` and its two gradients are for
+students that are hidden states and a head. Shapes: student (..., V), teacher (..., V_t) or
+(..., K), ids int32 (..., K), hidden (..., H), weight (V, H), everything per row (...).
+
+Arithmetic is float32, or float64 where an input is. It is float64 for a row's K entries: late in
 training p is nearly q, and l is a small difference of large logarithms. Temporaries are as large as
-the logits: this module is for reading, for checking, for float64 and for K above what the kernels
+the logits. This module is for reading, for checking, for float64 and for K above what the kernels
 take.
 
 Source: arXiv 2603.25562, teacher top-K local support matching.
@@ -51,7 +52,7 @@ def select(
         ids = torch.argsort(excluded, stable=True)
         values = values.masked_fill(excluded, NEVER)[..., ids]
         ids = torch.where(excluded[ids], -1, ids)
-    # Some devices sort by bits: one NaN and one zero for all.
+    # Some devices sort by bits, so every NaN and every zero gets the same bits.
     keys = torch.where(values.isnan(), torch.nan, values + 0.0)
     order = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k]
     values, ids = values.gather(-1, order), ids[order]
@@ -120,7 +121,7 @@ def scatter(
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, into memory that is there already."""
+    """As ``scatter``, written over what ``out`` holds."""
     present = ids >= 0
     values = torch.where(present, upstream[..., None] * entry_grad, 0).to(out.dtype)
     # Absent entries add 0 to id 0; present ids are unique, so nothing is rounded twice.
@@ -128,16 +129,16 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, added to what the memory holds and rounded once; nothing else is touched.
+    """As ``scatter``, added to what ``out`` holds and rounded once; other elements are not touched.
 
-    Ids outside [0, V) are absent. Every other id is in its row once.
+    Ids outside [0, V) are absent. Every other id occurs in its row once.
     """
     dtype = compute_dtype(out, entry_grad)
     present = (ids >= 0) & (ids < out.shape[-1])
     *rows, _ = present.nonzero(as_tuple=True)
-    at = (*rows, ids[present].long())
+    places = (*rows, ids[present].long())
     added = (upstream[..., None].to(dtype) * entry_grad)[present]
-    out[at] = (out[at].to(dtype) + added).to(out.dtype)
+    out[places] = (out[places].to(dtype) + added).to(out.dtype)
 
 
 def gather_dot(
@@ -151,16 +152,16 @@ def gather_dot(
 ) -> tuple[Tensor, Tensor]:
     """The head's logits at the ids: z_k = W[id_k] . h + b[id_k], and the slots (..., K).
 
-    Slot k is k, or -1 where the id must not take part; z_k is 0 there. With the slots as ids, z is
-    a student of K logits.
+    Slot k is k, or -1 where the id takes no part; z_k is 0 there. With the slots as ids, z is a
+    student with a vocabulary of K.
     """
     ids = _allowed_ids(ids, limit, banned, mask)
     dtype, present = compute_dtype(hidden, weight), ids >= 0
     logits = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     for piece in _pieces(ids, hidden.shape[-1]):
-        at = ids[piece].clamp(min=0).long()
-        z = (weight[at].to(dtype) * hidden[..., None, :].to(dtype)).sum(-1)
-        logits[piece] = z if bias is None else z + bias[at].to(dtype)
+        piece_ids = ids[piece].clamp(min=0).long()
+        z = (weight[piece_ids].to(dtype) * hidden[..., None, :].to(dtype)).sum(-1)
+        logits[piece] = z if bias is None else z + bias[piece_ids].to(dtype)
     slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
     return torch.where(present, logits, 0), torch.where(present, slots, -1)
 
@@ -170,8 +171,8 @@ def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torc
     out = upstream.new_zeros((*ids.shape[:-1], weight.shape[1]), dtype=compute_dtype(upstream))
     for piece in _pieces(ids, weight.shape[1]):
         factor = upstream[piece][..., None]
-        at = torch.where(upstream[piece] == 0, 0, ids[piece]).long()
-        out += torch.where(factor == 0, 0, factor * weight[at].to(out.dtype)).sum(-2)
+        piece_ids = torch.where(upstream[piece] == 0, 0, ids[piece]).long()
+        out += torch.where(factor == 0, 0, factor * weight[piece_ids].to(out.dtype)).sum(-2)
     return out.to(dtype)
 
 
@@ -183,18 +184,18 @@ def gather_dot_weight(
     out = upstream.new_zeros((vocab, width), dtype=compute_dtype(upstream))
     for piece in _pieces(ids, width):
         factor = upstream[piece][..., None]
-        at = torch.where(upstream[piece] == 0, 0, ids[piece]).long().flatten()
+        piece_ids = torch.where(upstream[piece] == 0, 0, ids[piece]).long().flatten()
         terms = torch.where(factor == 0, 0, factor * hidden[..., None, :].to(out.dtype))
-        # Of the two the one that is deterministic on the device.
+        # The one that is deterministic on the device.
         if out.device.type == "cpu":
-            out.index_add_(0, at, terms.reshape(-1, width))
+            out.index_add_(0, piece_ids, terms.reshape(-1, width))
         else:
-            out.index_put_((at,), terms.reshape(-1, width), accumulate=True)
+            out.index_put_((piece_ids,), terms.reshape(-1, width), accumulate=True)
     return out.to(dtype)
 
 
 def _pieces(ids: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
-    """Some of the K entries of all rows, as many as have about _PIECE_ELEMENTS factors."""
+    """Slices of the K entries of all rows, with about _PIECE_ELEMENTS gathered elements each."""
     k = ids.shape[-1]
     step = max(1, _PIECE_ELEMENTS // max(ids.shape[:-1].numel() * width, 1))
     return ((..., slice(start, start + step)) for start in range(0, k, step))
@@ -212,7 +213,7 @@ def unpack_bitmap(bitmap: Tensor, width: int) -> Tensor:
 
 
 def _allowed_ids(ids: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None) -> Tensor:
-    """A given support's ids as int32, -1 for all that may not take part."""
+    """A given support's ids as int32, -1 for those that take no part."""
     allowed = (ids >= 0) & (ids < limit)
     if banned is not None:
         excluded = unpack_bitmap(banned, limit)
@@ -234,7 +235,7 @@ def _per_row(temperature: float | Tensor) -> float | Tensor:
 def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
     """log softmax(x / T), kept finite so that an overflowing span never makes inf - inf.
 
-    The maximum is taken off before dividing: x / T alone may overflow.
+    The maximum is subtracted before dividing: x / T alone may overflow.
     """
     top = x.amax(-1, keepdim=True)
     scaled = (x - top.masked_fill(top == NEVER, 0)) / temperature
@@ -242,7 +243,7 @@ def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def _finite(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype, infinities as its largest numbers."""
+    """Converts to a dtype; infinities become its largest numbers."""
     largest = torch.finfo(dtype).max
     return grad.clamp(-largest, largest).to(dtype)
 

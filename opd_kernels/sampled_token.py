@@ -26,9 +26,9 @@ def returns_to_go(rewards: Tensor, gamma: float, *, mask: Tensor | None = None) 
     Shapes and dtypes: ``rewards`` (..., T) floating, ``mask`` of the same shape, bool or integer;
     returns (..., T), float32 (float64 for float64). ``gamma`` is a number in [0, 1].
 
-    Where ``mask`` is False the reward counts as 0, whatever it holds, and the return is 0. Time
-    passes over such positions: a reward behind a gap of n is discounted by n steps more. (Code that
-    starts anew at every gap agrees where a sequence's unmasked positions are adjacent.)
+    Where ``mask`` is False the reward counts as 0, whatever it holds, and the return is 0. Such
+    positions still count as steps: a reward behind a gap of n is discounted n times more. (Code
+    that starts again after every gap agrees if a sequence's unmasked positions are adjacent.)
 
     Gradients: ``rewards``. Time is T log T and memory a few tensors of the rewards' size; sums are
     taken pairwise, so that they stay accurate for thousands of tokens.
@@ -71,9 +71,8 @@ def sampled_token_advantages(
 
         r_t = log q(y_t) - log p_old(y_t)    A_t = sum over t' >= t of gamma^(t' - t) r_t'
 
-    At gamma = 0, and where the student is still the one that made the rollout,
-    ``sampled_token_loss`` of them has in expectation the gradient of the reverse KL of the full
-    distributions, token by token.
+    At gamma = 0, while the student is still the one that made the rollout, ``sampled_token_loss``
+    has in expectation the gradient of the reverse KL of the full distributions, token by token.
 
     Shapes and dtypes: both log-probs floating, of one shape (..., T); ``mask`` as in
     ``returns_to_go``; returns (..., T), float32 (float64 where an input is).
@@ -159,7 +158,7 @@ def sampled_token_loss(
     dtype = _arithmetic(logprobs, old_logprobs, advantages)
     cost = _selected(-advantages.detach(), keep, dtype)
     log_ratio = _selected(logprobs, keep, dtype) - _selected(old_logprobs.detach(), keep, dtype)
-    # On logarithms, so that a ratio that overflows has gradient 0 and not 0 times infinity.
+    # Clipped as a logarithm, so that an overflowing ratio has gradient 0 and not 0 times infinity.
     if clip is None:
         log_ratio = log_ratio.clamp(max=math.log(torch.finfo(dtype).max) - 1)
     else:
@@ -180,7 +179,7 @@ def _flags(mask: Tensor | None, values: Tensor, name: str) -> Tensor | None:
 
 
 def _selected(values: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The values, with 0 where they are left out: neither they nor their gradients are used."""
+    """The values, 0 where they are left out, so that neither they nor their gradients are used."""
     values = values.to(dtype)
     return values if keep is None else torch.where(keep, values, 0)
 

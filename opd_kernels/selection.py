@@ -81,7 +81,7 @@ def select_linear(
     backend: str,
 ) -> TopK:
     """The k best of a head's logits."""
-    # Once more: what autocast takes may have been put together under it, and be used outside.
+    # Checked again: autocast may have allowed mixed dtypes there and be off here.
     _checks.check_head(head.hidden, head.weight, head.bias, "LinearLogits ")
     tensors = as_autocast(head.hidden, head.weight, head.bias)
     hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
@@ -101,7 +101,7 @@ def bool_mask(mask: Tensor | None, rows: torch.Size, device: torch.device) -> Te
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """The tensor as autograd may save it: one made under inference_mode is copied (one per row)."""
+    """The per-row tensor, or a copy if autograd cannot save it: it was made in inference mode."""
     if (
         torch.compiler.is_compiling()
         or not tensor.is_inference()
@@ -119,7 +119,7 @@ def ban_bitmap(banned_ids: Sequence[int] | Tensor, limit: int, device: torch.dev
     banned_ids = _checks.as_banned_ids(banned_ids, device)
     words = (limit + 63) // 64
     outside = (banned_ids < 0) | (banned_ids >= limit)
-    # One flag past the bitmap takes what is outside.
+    # Ids outside go to one more flag behind the bitmap.
     slots = torch.where(outside, words * 64, banned_ids.long())
     flags = torch.zeros(words * 64 + 1, dtype=torch.uint8, device=device)
     flags = flags.index_fill(0, slots, 1)[:-1].view(-1, 8)

@@ -19,7 +19,7 @@ __all__ = ["Stats"]
 _PIECE_ELEMENTS = 1 << 22
 
 
-# Scale and softcap of a head. No defaults: a compiler would not know them for constants.
+# Scale and softcap of a head. Without defaults, which torch.compile would not treat as constants.
 Shape = tuple[float, float | None]
 
 
@@ -32,10 +32,10 @@ class Stats(NamedTuple):
     without one. ``valid_k``: int64, how many entries of the support are present. An id listed twice
     counts twice in ``valid_k`` and once in the masses.
 
-    NaN or +inf anywhere in a row makes its mass NaN, other than the loss, which only sees the
-    support. So does a student row of nothing but -inf: it has no distribution.
+    NaN or +inf anywhere in a row makes its mass NaN, unlike the loss, which only sees the support.
+    A student row of only -inf has no distribution, so its mass is NaN.
 
-    The renormalised objective leaves ``student_mass`` free: watch it.
+    The loss does not see ``student_mass``, because both sides are renormalised: watch it.
     """
 
     teacher_mass: Tensor
@@ -56,7 +56,7 @@ def measure(
     mask: Tensor | None,
     banned: Tensor | None,
 ) -> Stats:
-    """Stats of one call; ``support`` is the teacher's, before absent entries are told apart."""
+    """Stats of one call; absent entries of ``support``, the teacher's, are not yet marked."""
     present = (support.ids >= 0) & (support.ids < limit) & (support.logits != -torch.inf)
     ids = torch.where(present, support.ids, 0).long()
     if banned is not None:
@@ -65,7 +65,7 @@ def measure(
         present = present & mask[..., None]
     counted = present & ~repeats(torch.where(present, ids, -1))
 
-    def held(logits: Tensor | LinearLogits, temperature: float | Tensor) -> Tensor:
+    def mass_of(logits: Tensor | LinearLogits, temperature: float | Tensor) -> Tensor:
         if isinstance(logits, LinearLogits):
             return _head_mass(logits, vocab_size, ids, counted, temperature, mask)
         return _mass(logits[..., :vocab_size], ids, counted, temperature, mask)
@@ -73,8 +73,8 @@ def measure(
     if isinstance(teacher, TopK):
         teacher_mass = _given_mass(support.logits, teacher.logsumexp, counted, mask)
     else:
-        teacher_mass = held(teacher, teacher_temperature)
-    return Stats(teacher_mass, held(student, temperature), present.sum(-1))
+        teacher_mass = mass_of(teacher, teacher_temperature)
+    return Stats(teacher_mass, mass_of(student, temperature), present.sum(-1))
 
 
 def row_logsumexp(
@@ -103,9 +103,9 @@ def _mass(
 
     def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
         rows = rows if shape is None else shaped(rows, *shape)
-        # The maximum is taken off before dividing: rows / T alone may overflow.
+        # The maximum is subtracted before dividing: rows / T alone may overflow.
         scaled = rows - rows.amax(-1, keepdim=True)
-        # vmap does not write what is mapped into what is not.
+        # Under vmap a mapped tensor cannot be written into one that is not mapped.
         scaled = scaled / temperatures if _mapped() else scaled.div_(temperatures)
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
 
@@ -120,7 +120,7 @@ def _head_mass(
     temperature: float | Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """The same of a head's logits, of a few rows at a time."""
+    """``_mass`` of a head's logits, a few rows at a time."""
     rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
     weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     shape = (head.scale, head.softcap)
@@ -131,16 +131,16 @@ def _head_mass(
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(rows).reshape(-1)
     out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
-    for here, logits, kept in head_logits(hidden, weight, bias, mask):
-        there = temperature[here] if isinstance(temperature, Tensor) else temperature
-        out[here] = _mass(logits, ids[here], counted[here], there, kept, shape)
+    for piece, logits, piece_mask in head_logits(hidden, weight, bias, mask):
+        piece_t = temperature[piece] if isinstance(temperature, Tensor) else temperature
+        out[piece] = _mass(logits, ids[piece], counted[piece], piece_t, piece_mask, shape)
     return out.view(rows)
 
 
 def _given_mass(
     values: Tensor, logsumexp: Tensor | None, counted: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The same of values that come with their full log-sum-exp; NaN without one."""
+    """The mass of a given support's values by their full log-sum-exp; NaN without one."""
     dtype = compute_dtype(values)
     if logsumexp is None:
         mass = values.new_full(values.shape[:-1], torch.nan, dtype=dtype)
@@ -163,7 +163,7 @@ def _reduce_rows(
     """reduce(rows in the dtype of the arithmetic, *per_row of these rows), piece by piece.
 
     Masked rows are 0. On the CPU they are not read; elsewhere leaving them out would synchronise.
-    Under vmap all rows are one piece: what it maps is neither indexed by a mask nor written to.
+    Under vmap all rows are one piece: mapped tensors cannot be indexed by a mask or written to.
     """
     if _mapped():
         found = reduce(logits.to(compute_dtype(logits)), *per_row)
@@ -182,7 +182,7 @@ def _mapped() -> bool:
     """Whether this runs under vmap."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    # A compiler knows that there are transforms, but not which.
+    # torch.compile knows that there are transforms, but not which.
     return torch.compiler.is_compiling() or any(
         level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()
     )
@@ -191,7 +191,7 @@ def _mapped() -> bool:
 def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
     """Indices of leading dimensions that cut (..., V) into views of about _PIECE_ELEMENTS.
 
-    Under a compiler, which fuses the upcast and unrolls loops, one piece.
+    One piece under torch.compile, which fuses the upcast and would unroll the loop.
     """
     if len(shape) == 1 or torch.compiler.is_compiling():
         yield ()

@@ -109,9 +109,67 @@ def test_tensors_elsewhere_are_refused(name: str, backend: str) -> None:
         "backend": backend,
     }
     assert _ops._divergence(**arguments)[0].isfinite().all()
-    # Not through the dispatcher, which would trace a call with a meta tensor.
+    elsewhere = arguments | {name: arguments[name].to("meta")}
     with pytest.raises(ValueError, match=f"{name} is on meta"):
-        _ops._divergence(**arguments | {name: arguments[name].to("meta")})
+        _ops._divergence(**elsewhere)
+    # The dispatcher traces a call with a meta tensor: the results are memory nobody has written.
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        ops.divergence(**elsewhere)
+
+
+@pytest.mark.parametrize("name", ["scatter", "scatter_add_", "gather_dot", "select_linear"])
+def test_operators_trace_no_call_whose_tensors_are_apart(name: str, backend: str) -> None:
+    ids, entries, hidden = torch.zeros(N, K, dtype=torch.int32), torch.zeros(N, K), torch.ones(N, 4)
+    meta = torch.ones(N, device="meta")
+    arguments = {
+        "scatter": (entries, ids, meta, V, torch.float32, backend),
+        "scatter_add_": (torch.zeros(N, V), entries, ids, meta, backend),
+        "gather_dot": (hidden, torch.ones(V, 4), meta, ids, V, None, None, backend),
+        "select_linear": (
+            hidden, torch.ones(V, 4), meta, 1.0, None, K, V, None, None, False, backend,
+        ),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="is on meta"):
+        getattr(ops, name)(*arguments[name])
+
+
+@pytest.mark.parametrize(
+    "banned",
+    [
+        torch.zeros(8),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(16, dtype=torch.uint8)[::2],
+        torch.zeros(16, dtype=torch.uint8)[1:9],
+        torch.zeros(1, 8, dtype=torch.uint8),
+        torch.zeros(7, dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.uint8),
+    ],
+    ids=["float", "int64", "strided", "misaligned", "rows", "part of a word", "empty"],
+)
+def test_banned_ids_that_are_no_bitmap_are_refused(banned: torch.Tensor, backend: str) -> None:
+    with pytest.raises(ValueError, match="the bitmap of banned ids is"):
+        apply(backend, banned=banned)
+    head = torch.ones(N, 4), torch.ones(V, 4), None
+    with pytest.raises(ValueError, match="the bitmap of banned ids is"):
+        ops.gather_dot(*head, torch.zeros(N, K, dtype=torch.int32), V, banned, None, backend)
+
+
+@pytest.mark.parametrize("shape", [(3,), (V, 1), (), (V + 1,)])
+def test_a_bias_that_is_not_of_the_weight_is_refused(shape: tuple[int, ...], backend: str) -> None:
+    head = torch.ones(N, 4), torch.ones(V, 4), torch.ones(shape)
+    with pytest.raises(ValueError, match="bias has shape"):
+        ops.gather_dot(*head, torch.zeros(N, K, dtype=torch.int32), V, None, None, backend)
+    with pytest.raises(ValueError, match="bias has shape"):
+        ops.select_linear(*head, 1.0, None, K, V, None, None, False, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_gradients_of_a_heads_logits_are_refused(dtype: torch.dtype, backend: str) -> None:
+    upstream, ids = torch.ones(N, K, dtype=dtype), torch.zeros(N, K, dtype=torch.int32)
+    with pytest.raises(TypeError, match="upstream has dtype"):
+        ops.gather_dot_hidden(upstream, ids, torch.ones(V, 4), torch.float32, backend)
+    with pytest.raises(TypeError, match="upstream has dtype"):
+        ops.gather_dot_weight(upstream, ids, torch.ones(N, 4), V, torch.float32, backend)
 
 
 # What backward gets from saved-tensor hooks

@@ -403,6 +403,13 @@ def test_the_switch_is_put_back_after_a_block_and_after_an_error() -> None:
     assert not debugging.ON
 
 
+@pytest.mark.parametrize("value", ["0", 0, None])
+def test_the_switch_is_true_or_false(value: object) -> None:
+    with pytest.raises(TypeError, match="enabled is a"), debug(value):
+        pass
+    assert not debugging.ON
+
+
 @pytest.fixture
 def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], bool]]:
     """Whether the module is on when it is imported with that value in the environment."""

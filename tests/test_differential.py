@@ -176,6 +176,57 @@ def test_errors_are_at_most_twice_those_of_eager_float32(backend: str, content: 
     assert ours[1] <= 2 * theirs[1]
 
 
+def test_budget_covers_what_the_oracle_loses_itself(backend: str) -> None:
+    # One entry holds nearly all: the loss is below the last bit of the logarithms that make it.
+    case = Case(
+        rows=(8,),
+        student_vocab=2,
+        teacher_vocab=2,
+        k=2,
+        student_dtype="float16",
+        teacher_dtype="float16",
+        student_content="close",
+        teacher_content="clustered",
+        teacher="topk_int32",
+        temperature="float",
+        reduction="none",
+        upstream="random",
+        seed=297891,
+    )
+    check(case, backend)
+
+
+def test_spans_that_overflow_float64_have_an_infinite_budget() -> None:
+    case = Case(
+        rows=(8,),
+        student_vocab=5,
+        teacher_vocab=5,
+        k=3,
+        student_dtype="float64",
+        teacher_dtype="float16",
+        student_content="extreme",
+        teacher_content="clustered",
+        teacher="topk_int64",
+        temperature="float",
+        reduction="none",
+        seed=420302,
+    )
+    expected = oracle(make_inputs(case))
+    assert not np.isnan(expected.loss).any()
+    assert np.isinf(expected.loss_budget).any()
+    check(case, "reference")
+
+
+def test_gradients_may_overflow_where_their_budget_does() -> None:
+    options = dict.fromkeys(("mask", "weight", "banned_ids", "vocab_size"))
+    options |= {"reduction": "none", "temperature": 1e-6}
+    student = torch.zeros(1, 3, dtype=torch.float16)
+    teacher = torch.tensor([[0.0, -2000.0, -1000.0]])
+    wanted, budget = oracle(Inputs(student, teacher, 3, False, options)).grads["student"]
+    assert abs(wanted[0, 2]) < 65504  # but for errors of 1e9 / T it would be 0
+    assert np.isinf(budget[0, 2])
+
+
 def test_budget_rejects_arithmetic_in_bfloat16() -> None:
     case = Case(rows=(50,), student_vocab=500, teacher_vocab=500, k=32, reduction="none")
     inputs = make_inputs(case)

@@ -147,6 +147,21 @@ def test_adapters_elsewhere_are_in_the_hidden_states() -> None:
         assert (outputs(model)[1] - own).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@torch.no_grad()
+def test_virtual_tokens_are_in_the_hidden_states_of_the_whole_model_alone(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(model_of(), settings).eval()
+    for parameter in model.prompt_encoder.parameters():
+        nn.init.normal_(parameter)
+    hidden, own = outputs(model)
+    head_of(model).check(hidden, own)
+    base, _ = outputs(model.get_base_model())
+    with pytest.raises(ValueError, match="are not those of its last hidden state"):
+        head_of(model).check(base, own[:, -base.shape[1] :])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,4 +1,4 @@
-// What both compiled modules take from Python: raw pointers, dtypes by name, nothing of torch.
+// Arguments that both compiled modules take from Python: addresses and dtypes by name, no torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -31,8 +31,8 @@ inline ScatterMode scatter_mode(const std::string& name) {
   throw std::invalid_argument("scatter has no mode '" + name + "'");
 }
 
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
 }
 
 inline bool is_floating(const Rows& rows) {
@@ -44,7 +44,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The classes, of each module its own.
+// Defines the argument classes; each module has its own.
 inline void define_arguments(py::module_& m) {
   py::class_<Rows>(m, "Rows", py::module_local())
       .def(py::init([](uintptr_t data, const std::string& dtype, const std::vector<int64_t>& shape,
@@ -114,7 +114,7 @@ inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_
           scatter_mode(mode)};
 }
 
-// The rows of a support's ids and of what belongs to them.
+// Checks that ids, hidden states and weight have fitting sizes and dtypes.
 inline void require_support(const Rows& ids, const Rows& hidden, const Rows& weight, int k) {
   require(ids.width == k && ids.count == hidden.count, "ids are not (rows, k)");
   require(!is_floating(ids), "ids are no integers");

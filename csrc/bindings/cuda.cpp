@@ -1,4 +1,4 @@
-// The module _cuda: the CUDA kernels. It imports on machines without a GPU, too.
+// The module _cuda: the CUDA kernels. It can be imported without a GPU.
 
 #include "device.h"
 

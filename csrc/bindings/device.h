@@ -1,4 +1,4 @@
-// What modules with CUDA kernels take from Python besides: the device and its stream.
+// The further argument of modules with CUDA kernels: the device and its stream.
 #pragma once
 
 #include "../cuda/kernels.h"

@@ -1,4 +1,5 @@
-// What the primitives take: named structs of pointers, sizes and strides, the same on every device.
+// Arguments of the primitives: named structs of pointers, sizes and strides, the same on every
+// device.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@ namespace opd {
 
 constexpr int kMaxK = 1024;
 
-// One side's temperature: a value per row where `rows` is set, else the same for all.
+// One side's temperature: a value per row if `rows` is set, else one value for all rows.
 struct Temperature {
   float value = 1.0f;
   const float* rows = nullptr;
@@ -47,14 +48,14 @@ struct DivergenceArgs {
   Temperature temperature;
   Temperature teacher_temperature;
   float* loss;        // (N)
-  int32_t* out_ids;   // (N, K) each id once, -1 where absent
+  int32_t* out_ids;   // (N, K), each id once, -1 where absent
   float* entry_grad;  // (N, K)
 };
 
-// What scatter does with the memory that it is given.
+// What `out` holds before scatter, and what scatter does.
 enum class ScatterMode {
-  kAssign,  // zeros already: writes the entries
-  kClear,   // anything: writes the zeros, too
+  kAssign,  // zeros: writes the entries
+  kClear,   // anything: writes zeros, then the entries
   kAdd,     // a gradient: adds the entries
 };
 
@@ -77,7 +78,7 @@ struct GatherDotArgs {
   Allowed allowed;
   int k;
   float* logits;   // (N, K), 0 where absent
-  int32_t* slots;  // (N, K) k, or -1 where absent
+  int32_t* slots;  // (N, K), k or -1 where absent
 };
 
 // Entries whose upstream gradient is 0 are not read.

@@ -3,17 +3,19 @@
 //   p = softmax(z / T),  q = softmax(t / T'),  l = log p - log q      over the present entries
 //   L = sum p l,         dL/dz = p (l - L) / T
 //
-// Late in training p is nearly q, and l is the whole signal. It is therefore not the difference of
-// two rounded logarithms. With s = (z - max z) / T, u = (t - max t) / T' and d = s - u,
+// Late in training p is nearly q, and l is the whole signal. So l is not computed as the difference
+// of two rounded logarithms. With s = (z - max z) / T, u = (t - max t) / T' and d = s - u,
 //
 //   l = d - log(sum e^s / sum e^u)    and    sum e^s / sum e^u = 1 + sum e^u (e^d - 1) / sum e^u
 //
-// d comes from differences in double, e^d - 1 from a polynomial where d is small, and the logarithm
-// from log1p where the two sums are close. Equal models have loss and gradient 0.
+// d comes from differences in double. e^d - 1 comes from a polynomial where d is small, and the
+// logarithm from log1p where the two sums are close. Equal models have loss and gradient 0.
 //
-// Traps handled here, once: differences are taken before dividing by T, so that a tiny T cannot make
-// inf - inf; log ratios and gradients are kept finite, so that an overflowing span never makes NaN,
-// not where repeated ids add up either; p = 0 gives exactly 0 whatever l is.
+// Traps that are handled here, once:
+// - Differences are taken before dividing by T, so a tiny T cannot make inf - inf.
+// - Log ratios and gradients stay finite, so an overflowing span never makes NaN, even where the
+//   gradients of repeated ids are added.
+// - p = 0 gives exactly 0, whatever l is.
 #pragma once
 
 #include <cfloat>
@@ -23,25 +25,25 @@
 
 namespace opd {
 
-// Infinities as the largest floats; NaN goes through.
+// Rounds to float; infinities become the largest floats, NaN stays NaN.
 OPD_HD inline float finite(double value) {
   const double above = value < -FLT_MAX ? -FLT_MAX : value;
   return static_cast<float>(above > FLT_MAX ? FLT_MAX : above);
 }
 
-// NaN or +inf at an entry that takes part makes its row NaN.
+// Whether an entry makes its row NaN: student or teacher is NaN or +inf.
 OPD_HD inline bool poisons(float student, float teacher) {
   return !(student < INFINITY) || !(teacher < INFINITY);
 }
 
-// 1 / T to the last bits of a double: GPUs would call a subroutine for a division.
+// 1 / T to the last bits of a double, without a division, for which GPUs call a subroutine.
 OPD_HD inline double reciprocal(float temperature) {
   double value = 1 / temperature;
   for (int step = 0; step < 2; ++step) value += value * (1 - temperature * value);
   return value;
 }
 
-// d of a row's entries.
+// Computes d for the entries of a row.
 struct Difference {
   float student_max, teacher_max;
   double student_factor, teacher_factor;
@@ -61,7 +63,7 @@ struct Difference {
 
 // e^s - e^u = e^u (e^d - 1), without cancellation where d is small.
 OPD_HD inline float exp_change(float exp_student, float exp_teacher, float d) {
-  // (e^d - 1 - d) / d^2 for |d| <= 1/2, of which e^d - 1 is within 3e-9 of itself.
+  // (e^d - 1 - d) / d^2 for |d| <= 1/2; e^d - 1 then has a relative error of 3e-9.
   float rest = 1.9991810e-4f;
   rest = rest * d + 1.39974931e-3f;
   rest = rest * d + 8.33307672e-3f;
@@ -72,8 +74,8 @@ OPD_HD inline float exp_change(float exp_student, float exp_teacher, float d) {
   return fabsf(d) <= 0.5f ? small : exp_student - exp_teacher;
 }
 
-// log(student / teacher) of two sums; `change` is their difference, the sum of terms whose absolute
-// values sum to `size`.
+// log(student / teacher) of two sums. `change` is their difference, summed term by term, and `size`
+// the sum of these terms' absolute values.
 OPD_HD inline float log_of_ratio(float student, float teacher, float change, float size) {
   return size < 0.25f * teacher ? log1pf(change / teacher) : logf(student) - logf(teacher);
 }

@@ -1,5 +1,5 @@
-// The number formats that logits and gradients come in: bit layout, widening, rounding.
-// Host and device code share this file; OPD_HD is __host__ __device__ under nvcc and nothing elsewhere.
+// The number formats that logits and gradients come in: bit layout, widening, rounding. Host and
+// device code share this file; OPD_HD is __host__ __device__ under nvcc and nothing elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ OPD_HD inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// Each format names the signed integer that holds its bits and the bits of +infinity, which is all
-// that ordering needs, and converts to and from float with round to nearest, ties to even.
+// A format names the signed integer that holds its bits, and the bits of +infinity: ordering needs
+// no more. It converts to and from float, rounding to nearest, ties to even.
 struct Float32 {
   using Bits = int32_t;
   static constexpr Bits kInfinity = 0x7f800000;

@@ -1,7 +1,7 @@
 // The selection order, value descending then id ascending, as plain integer comparison.
 //
 // order_key maps a float's bits to a signed integer of the same width: sign times magnitude, so -0
-// and +0 share key 0; every NaN gets the largest key, above +infinity. No value gets the smallest
+// and +0 share key 0. Every NaN gets the largest key, above +infinity. No value gets the smallest
 // integer, which marks "cannot be selected". The formulas use only operators that scalars and
 // compiler vectors both have, so the same template serves one element and a whole register.
 #pragma once
@@ -29,17 +29,17 @@ OPD_HD inline Value order_key(Value bits) {
   return (key & ~is_nan) | (is_nan & Limits::kNaN);
 }
 
-// The value whose key it is; of the two zeros the positive one.
+// The value with this key; +0 for the key of the zeros.
 template <class Format>
 OPD_HD inline float value_of_key(int32_t key) {
   using Bits = typename Format::Bits;
   return Format::widen(static_cast<Bits>(key < 0 ? -key | KeyLimits<Bits>::kNotSelectable : key));
 }
 
-// For maxima over many values, two operations an element instead of eight. raw_key orders as
-// order_key does except that -0 comes just below +0 and NaNs with the sign bit come below
-// kRawNegativeInfinity, where a minimum finds them; key_of_raw turns any other raw key into its
-// order key and is monotone, so it may be applied to the maximum alone.
+// For maxima over many values: two operations an element instead of eight. raw_key has the order of
+// order_key with two exceptions. -0 comes just below +0. NaNs with the sign bit come below
+// kRawNegativeInfinity, where a minimum finds them. key_of_raw turns any other raw key into its
+// order key. It is monotone, so it may be applied to the maximum alone.
 template <class Format, class Value>
 OPD_HD inline Value raw_key(Value bits) {
   using Limits = KeyLimits<typename Format::Bits>;
@@ -58,7 +58,7 @@ OPD_HD inline Value key_of_raw(Value raw) {
   return (key & ~is_nan) | (is_nan & Limits::kNaN);
 }
 
-// One unsigned integer whose descending order is the selection order.
+// One unsigned integer of key and id, whose descending order is the selection order.
 template <class Bits>
 OPD_HD inline uint64_t rank_key(Bits key, int32_t id) {
   const uint32_t high = static_cast<uint32_t>(static_cast<int32_t>(key)) ^ 0x80000000u;

@@ -34,7 +34,7 @@ struct Rows {
   }
 };
 
-// Merges leading dimensions that one stride can walk, so that ordinary tensors have one or two.
+// Merges leading dimensions that one stride can walk: most tensors then have one or two.
 inline Rows make_rows(uintptr_t data, DType dtype, const std::vector<int64_t>& shape,
                       const std::vector<int64_t>& strides) {
   if (shape.empty() || shape.size() != strides.size())

@@ -1,5 +1,5 @@
-// Per row: support (selected from the teacher's logits, or given), student gathered on it,
-// renormalised reverse KL and its entry gradients.
+// For each row: selects the support from the teacher's logits or reads a given one, gathers the
+// student's values, and computes the renormalised reverse KL and its entry gradients.
 //
 // Bytes: the teacher's row once, K student elements, 8 K out. Sums over the K entries are
 // accumulated in double, which costs nothing beside the teacher's row.
@@ -26,9 +26,9 @@ struct RowBuffers {
   static size_t bytes(int k) { return k * (3 * sizeof(float) + sizeof(uint64_t)) + 64; }
 
   RowBuffers(void* scratch, int k) {
-    char* at = static_cast<char*>(scratch);
-    order = reinterpret_cast<uint64_t*>(at);
-    teacher = reinterpret_cast<float*>(at + k * sizeof(uint64_t));
+    char* begin = static_cast<char*>(scratch);
+    order = reinterpret_cast<uint64_t*>(begin);
+    teacher = reinterpret_cast<float*>(begin + k * sizeof(uint64_t));
     student = teacher + k;
     log_ratio = student + k;
     const uintptr_t end = reinterpret_cast<uintptr_t>(log_ratio + k);
@@ -47,7 +47,7 @@ void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* 
   }
 }
 
-// In place of the values e^((value - max) / T), 0 where an entry is absent or -inf; returns the sum.
+// Replaces each value by e^((value - max) / T), 0 if it is -inf or absent. Returns the sum.
 double exponentials(float* values, int k, float max, float temperature) {
   double sum = 0;
   for (int i = 0; i < k; ++i) {
@@ -57,7 +57,7 @@ double exponentials(float* values, int k, float max, float temperature) {
   return sum;
 }
 
-// The loss of one row; afterwards `student` holds p and `log_ratio` log p - log q.
+// Returns the loss of one row. Afterwards `student` holds p, and `log_ratio` holds log p - log q.
 float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_temperature,
                  float* teacher, float* student, float* log_ratio) {
   float student_max = -INFINITY, teacher_max = -INFINITY;
@@ -96,7 +96,7 @@ float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_tem
 }
 
 // Adds the gradients of repeated ids into the first of them and marks the others absent, so that
-// scatter can assign. Only a support that was given can repeat an id.
+// scatter can assign. Only a given support can repeat an id.
 void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
   int present = 0;
   for (int i = 0; i < k; ++i)
@@ -128,7 +128,7 @@ void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int t
       RowBuffers::bytes(k) +
       (given ? 0 : 64 + select_scratch_bytes(limit, k, element_size(args.teacher.dtype)));
 
-  for_each_row(args.student.count, given ? k : limit, threads, bytes, [&](int64_t row, void* at) {
+  for_each_row(args.student.count, given ? k : limit, threads, bytes, [&](int64_t row, void* raw) {
     int32_t* ids = args.out_ids + row * k;
     float* grad = args.entry_grad + row * k;
     if (!args.allowed.row(row)) {
@@ -137,7 +137,7 @@ void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int t
       std::fill_n(grad, k, 0.0f);
       return;
     }
-    const RowBuffers buffers(at, k);
+    const RowBuffers buffers(raw, k);
     const char* student = args.student.row(row);
     if (given) {
       read_support(args, row, ids, buffers.teacher);

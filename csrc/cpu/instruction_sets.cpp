@@ -1,5 +1,5 @@
-// Which compiled variants exist and which of them the running CPU can execute. Kept apart from the
-// variants, whose files may hold instructions that this CPU does not have.
+// Which compiled variants exist and which of them the running CPU can execute. This file is apart
+// from the variants, because theirs may hold instructions that this CPU does not have.
 
 #include "instruction_sets.h"
 

@@ -1,4 +1,4 @@
-// What is compiled once per instruction set: the work on single rows, by the rows' dtype.
+// The functions on single rows that are compiled once per instruction set, by the rows' dtype.
 #pragma once
 
 #include <vector>
@@ -34,7 +34,7 @@ struct InstructionSet {
   const KernelsByDType* kernels;
 };
 
-// Those compiled in, best first; the last one runs anywhere.
+// The compiled instruction sets, best first. The last one runs anywhere.
 const std::vector<InstructionSet>& instruction_sets();
 
 }  // namespace opd::cpu

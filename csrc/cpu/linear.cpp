@@ -1,9 +1,9 @@
-// A head's logits at a few ids of each row, and the gradients of what they are made of.
+// A head's logits at a few ids of each row, and the gradients of hidden states and weight.
 //
-// Bytes, of a row with k ids: k weight rows for the logits, k more for the hidden state's gradient.
-// The weight's gradient is summed id by id: the entries are sorted by id, stably, so that each
-// row of it is written once and by one thread, in the order of the tokens; rows that no entry
-// touches stay as they are, which is zero.
+// Bytes of a row with k ids: k weight rows for the logits, k more for the hidden state's gradient.
+// The weight's gradient is summed id by id. The entries are sorted by id, stably: one thread writes
+// each row of the gradient once and adds in the order of the tokens. Rows that no entry touches
+// stay zero.
 
 #include <algorithm>
 #include <stdexcept>
@@ -16,11 +16,11 @@
 namespace opd::cpu {
 namespace {
 
-// Views into one thread's scratch: padded rows of floats, and room for a number of terms, factors
-// and what they are multiplied by.
+// Views into one thread's scratch: padded rows of floats, and room for a number of factors and of
+// pointers to the rows that they multiply.
 struct Terms {
   float* sum;
-  float* piece;  // the second row, where there is one
+  float* piece;  // the second row of floats, if there is one
   float* factors;
   const void** rows;
 
@@ -29,24 +29,25 @@ struct Terms {
   }
 
   Terms(void* scratch, int64_t width, int64_t count, int rows_of_floats = 1) {
-    char* at = static_cast<char*>(scratch);
-    rows = reinterpret_cast<const void**>(at);
-    sum = reinterpret_cast<float*>(at + count * sizeof(void*));
+    char* begin = static_cast<char*>(scratch);
+    rows = reinterpret_cast<const void**>(begin);
+    sum = reinterpret_cast<float*>(begin + count * sizeof(void*));
     piece = sum + padded(width);
     factors = sum + rows_of_floats * padded(width);
   }
 };
 
-// The longest sum of products that is not cut into pieces.
+// Sums of more products are cut into pieces of this many.
 constexpr int64_t kPiece = 512;
-// Rows of ids that have more than a run's share of the entries are cut into pieces so wide.
+// The gradient's rows of ids with more than a run's share of the entries are cut into pieces of
+// this many columns.
 constexpr int64_t kHotColumns = 4 * kBlock;
-// Runs of tasks of each thread, and what makes one worth a thread's while.
+// Runs of tasks for each thread, and the fewest products of a run.
 constexpr int64_t kRunsOfThread = 16;
 constexpr int64_t kProductsOfRun = 1 << 15;
 
-// Entries (row * k + slot) that carry a gradient, by id: those of an id are entries[first[id]] to
-// entries[first[id + 1] - 1], in the order of the rows.
+// Entries (row * k + slot) with a gradient other than 0, sorted by id. The entries of an id are
+// entries[first[id]] to entries[first[id + 1] - 1], in the order of the rows.
 struct Sorted {
   std::vector<uint32_t> first;
   std::vector<uint32_t> entries;
@@ -71,21 +72,21 @@ Sorted sort_by_id(const GatherDotWeightArgs& args) {
   for_each_entry(args, [&](int64_t id, uint32_t) { ++first[id + 2]; });
   for (size_t id = 2; id < first.size(); ++id) first[id] += first[id - 1];
   sorted.entries.resize(first.back());
-  // Afterwards first[id + 1], until now the beginning of id, is its end.
+  // Before this loop first[id + 1] is where the entries of id begin, after it where they end.
   for_each_entry(args,
                  [&](int64_t id, uint32_t entry) { sorted.entries[first[id + 1]++] = entry; });
   first.pop_back();
   return sorted;
 }
 
-// Some columns of a row of the weight's gradient.
+// Columns [column, column + width) of one row of the weight's gradient.
 struct Task {
   int64_t id;
   int64_t column;
   int64_t width;
 };
 
-// Tasks in runs of about equal work: in most vocabularies a few low ids have most of the entries.
+// Tasks in runs of about equal work. In most vocabularies a few low ids have most of the entries.
 struct Plan {
   std::vector<Task> tasks;
   std::vector<size_t> ends;  // of each run
@@ -112,7 +113,7 @@ Plan plan_of(const Sorted& sorted, int64_t vocab, int64_t width, int threads) {
   return plan;
 }
 
-// sum += the products of some entries, at most kPiece.
+// sum += factor * hidden of `count` entries, at most kPiece.
 void add_entries(const GatherDotWeightArgs& args, const uint32_t* entries, int64_t count,
                  const Task& task, AddRows add_rows, const Terms& terms, float* sum) {
   const int64_t offset = task.column * element_size(args.hidden.dtype);
@@ -123,7 +124,7 @@ void add_entries(const GatherDotWeightArgs& args, const uint32_t* entries, int64
   add_rows(terms.factors, terms.rows, count, task.width, sum);
 }
 
-// A long sum is one of sums of kPiece products each, which round less.
+// A long sum is the sum of sums of kPiece products each, which rounds less.
 void sum_task(const GatherDotWeightArgs& args, const KernelsByDType& kernels, const Sorted& sorted,
               const Task& task, const Terms& terms) {
   const AddRows add_rows = kernels.of(args.hidden.dtype).add_rows;

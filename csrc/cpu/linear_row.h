@@ -1,5 +1,5 @@
-// The bodies of what linear.h declares; as select_row.h, compiled once per instruction set, with
-// everything in an unnamed namespace.
+// The functions that linear.h declares. Like select_row.h it is compiled once per instruction set,
+// with everything in an unnamed namespace.
 #pragma once
 
 #include <cstdint>
@@ -24,61 +24,61 @@ typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
 inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
 
-inline Words load_halves(const int16_t* at) {
+inline Words load_halves(const int16_t* from) {
   Halves halves;
-  memcpy(&halves, at, sizeof halves);
+  memcpy(&halves, from, sizeof halves);
   return __builtin_convertvector(halves, Words);
 }
 
-inline void store_halves(int16_t* at, Words words) {
+inline void store_halves(int16_t* to, Words words) {
   const Halves halves = __builtin_convertvector(words, Halves);
-  memcpy(at, &halves, sizeof halves);
+  memcpy(to, &halves, sizeof halves);
 }
 
-// A vector of elements to and from floats. The arithmetic is that of formats.h, whose functions
-// other files share and so must not be called here.
+// Converts a vector of elements to and from floats, as formats.h does. Its functions must not be
+// called here, because other files share them.
 template <class Format>
 struct Elements;
 
 template <>
 struct Elements<Float32> {
-  static Floats read(const int32_t* at) { return floats_of(load(at)); }
-  static void write(int32_t* at, Floats values) { store(at, bits_of(values)); }
+  static Floats read(const int32_t* from) { return floats_of(load(from)); }
+  static void write(int32_t* to, Floats values) { store(to, bits_of(values)); }
 };
 
 template <>
 struct Elements<BFloat16> {
-  static Floats read(const int16_t* at) { return floats_of(load_halves(at) << 16); }
-  static void write(int16_t* at, Floats values) {
+  static Floats read(const int16_t* from) { return floats_of(load_halves(from) << 16); }
+  static void write(int16_t* to, Floats values) {
     const Words bits = bits_of(values);
     const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    store_halves(at, (values == values ? rounded : bits | 0x400000) >> 16);
+    store_halves(to, (values == values ? rounded : bits | 0x400000) >> 16);
   }
 };
 
 template <>
 struct Elements<Float16> {
-  static Floats read(const int16_t* at) {
-    const Words half = load_halves(at);
+  static Floats read(const int16_t* from) {
+    const Words half = load_halves(from);
     const Words sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
     const Words scaled = bits_of(floats_of(magnitude) * floats_of(broadcast(0x77800000)));
     return floats_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled));
   }
-  static void write(int16_t* at, Floats values) {
+  static void write(int16_t* to, Floats values) {
     const Words bits = bits_of(values), magnitude = bits & 0x7fffffff;
     const Words small = bits_of(floats_of(magnitude) + 0.5f) - 0x3f000000;
     const Words normal = (magnitude - 0x38000000 + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
     Words half = magnitude < 0x38800000 ? small : normal;
     half = magnitude >= 0x477ff000 ? broadcast(0x7c00) : half;
     half = magnitude > 0x7f800000 ? broadcast(0x7e00) : half;
-    store_halves(at, ((bits >> 16) & 0x8000) | half);
+    store_halves(to, ((bits >> 16) & 0x8000) | half);
   }
 };
 
 template <class Format>
 using BitsOf = typename Format::Bits;
 
-// The elements that are left after a row's whole blocks, in a block of their own.
+// A copy of the elements after a row's whole blocks, padded to a block.
 template <class Format>
 struct Tail {
   BitsOf<Format> elements[kBlock] = {};
@@ -104,12 +104,12 @@ void widen(const void* row, int64_t width, float* to) {
 }
 
 template <class Format, int Count>
-inline void add_products(const float* vector, const BitsOf<Format>* const* rows, int64_t at,
+inline void add_products(const float* vector, const BitsOf<Format>* const* rows, int64_t offset,
                          Floats (*sums)[kParts]) {
   for (int part = 0; part < kParts; ++part) {
     const Floats values = load(vector + part * kStep);
     for (int r = 0; r < Count; ++r)
-      sums[r][part] += values * Elements<Format>::read(rows[r] + at + part * kStep);
+      sums[r][part] += values * Elements<Format>::read(rows[r] + offset + part * kStep);
   }
 }
 
@@ -121,7 +121,8 @@ inline float sum_of_lanes(const Floats (&parts)[kParts]) {
   return lanes[0];
 }
 
-// A few rows at once, as many sums that do not wait for each other. `next` are rows that come next.
+// Dot products of Count rows at once: their sums do not wait for each other. Prefetches `next`, the
+// rows that follow.
 template <class Format, int Count>
 inline void dot_rows(const float* vector, const void* const* rows, const void* const* next,
                      int64_t width, float* out) {
@@ -169,11 +170,11 @@ inline void add_few_rows(const float* factors, const void* const* rows, const vo
     from[r] = static_cast<const Bits*>(rows[r]);
     ahead[r] = static_cast<const Bits*>(next[r]);
   }
-  const auto add = [&](int64_t at, float* to) {
+  const auto add = [&](int64_t offset, float* to) {
     for (int part = 0; part < kBlock; part += kStep) {
       Floats total = load(to + part);
       for (int r = 0; r < Count; ++r)
-        total += factors[r] * Elements<Format>::read(from[r] + at + part);
+        total += factors[r] * Elements<Format>::read(from[r] + offset + part);
       store(to + part, total);
     }
   };

@@ -1,4 +1,4 @@
-// Rows over OpenMP threads, with a scratch that each thread allocates once.
+// Distributes rows over OpenMP threads; each thread allocates its scratch once.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,18 @@
 namespace opd::cpu {
 
 struct FreeAligned {
-  void operator()(void* at) const { std::free(at); }
+  void operator()(void* memory) const { std::free(memory); }
 };
 using Scratch = std::unique_ptr<void, FreeAligned>;
 
 inline Scratch make_scratch(size_t bytes) {
-  void* at = std::aligned_alloc(kScratchAlignment, round_up(bytes + 1, kScratchAlignment));
-  if (!at) throw std::bad_alloc();
-  return Scratch(at);
+  void* memory = std::aligned_alloc(kScratchAlignment, round_up(bytes + 1, kScratchAlignment));
+  if (!memory) throw std::bad_alloc();
+  return Scratch(memory);
 }
 
-// body(row, scratch) for every row. `elements_per_row` keeps tiny work on one thread: waking the
-// others takes longer than about 2^15 elements do.
+// Calls body(row, scratch) for every row. `elements_per_row` keeps small work on few threads:
+// waking one takes as long as about 2^15 elements.
 template <class Body>
 void for_each_row(int64_t rows, int64_t elements_per_row, int threads, size_t scratch_bytes,
                   const Body& body) {

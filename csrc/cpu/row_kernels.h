@@ -1,4 +1,4 @@
-// The table of an instruction set; each including file compiles it with its own flags.
+// The function table of an instruction set. Each including file compiles it with its own flags.
 #pragma once
 
 #include "instruction_sets.h"

@@ -1,8 +1,8 @@
-// The dense gradient: zeros, and upstream * entry gradient at the support, rounded once; or the
-// latter added to a gradient that is there.
+// The dense gradient: zeros, and upstream * entry gradient at the support, rounded once. Or the
+// entries are added to a given gradient.
 //
-// Bytes: each row written once. Where the caller hands over memory that is zero already (fresh pages
-// from the system are) or is to be added to, only the K entries are touched.
+// Bytes: each row is written once. Only the K entries are touched if the memory is zero already, as
+// fresh pages from the system are, or is added to.
 
 #include <cstring>
 
@@ -16,23 +16,23 @@
 namespace opd::cpu {
 namespace {
 
-// Zeros past the cache: a row is as large as L2, and lines fetched only to be overwritten would
-// double the traffic.
-void stream_zeros(char* at, size_t bytes) {
+// Writes zeros past the cache. A row is as large as L2, and fetching lines only to overwrite them
+// would double the traffic.
+void stream_zeros(char* out, size_t bytes) {
 #if defined(__SSE2__)
   constexpr size_t kLine = 64, kWorthStreaming = 1 << 14;
   if (bytes >= kWorthStreaming) {
-    const size_t head = (kLine - reinterpret_cast<uintptr_t>(at) % kLine) % kLine;
-    memset(at, 0, head);
-    at += head;
+    const size_t head = (kLine - reinterpret_cast<uintptr_t>(out) % kLine) % kLine;
+    memset(out, 0, head);
+    out += head;
     bytes -= head;
-    for (; bytes >= kLine; at += kLine, bytes -= kLine)
+    for (; bytes >= kLine; out += kLine, bytes -= kLine)
       for (size_t i = 0; i < kLine; i += sizeof(__m128i))
-        _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), _mm_setzero_si128());
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_setzero_si128());
     _mm_sfence();
   }
 #endif
-  memset(at, 0, bytes);
+  memset(out, 0, bytes);
 }
 
 template <class Format>

@@ -1,10 +1,10 @@
 // Exact top-K of one row with one read of the row; compiled once per instruction set.
 //
 // Pass 1 reduces the row to the maximum key of each group of G adjacent elements. The row's K best
-// elements lie in the K best groups (ties: the lower group), so pass 2 re-reads only K * G elements,
-// which are still in L2, and selects exactly among them. Both passes find their K-th largest key by
-// bisecting the key's bits with vectorised counts, so the work does not depend on the values: all
-// equal, ascending and random rows cost the same.
+// elements lie in the K best groups (ties: the lower group). So pass 2 re-reads only K * G
+// elements, which are still in L2, and selects exactly among them. Both passes find the K-th
+// largest key by bisection with vectorised counts. So the work hardly depends on the values: rows
+// of equal, ascending and random values cost the same.
 //
 // Bytes: V * element for pass 1, K * G * element from cache for pass 2, scratch V / G + K * G keys.
 #pragma once
@@ -16,8 +16,8 @@
 
 namespace opd::cpu {
 
-// G halves the re-read against the number of groups; below 16 elements a vector holds several groups
-// of too few elements to reduce. With G = 16 and K = 1024 the re-read is 11 % of V = 151936.
+// A smaller G means a smaller re-read and more groups. Groups below 16 elements would be too small
+// a part of a vector to reduce. With G = 16 and K = 1024 the re-read is 11 % of V = 151936.
 constexpr int kWideGroup = 64;
 constexpr int kNarrowGroup = 16;
 constexpr int kWideGroupMaxK = 128;

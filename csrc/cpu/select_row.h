@@ -1,4 +1,4 @@
-// The body of select_row; each including file compiles it for one instruction set.
+// The body of select_row. Each including file compiles it for one instruction set.
 //
 // NOTES: everything is in an unnamed namespace, and no standard template is instantiated on a type
 // that other files could share. Otherwise the linker might keep one instruction set's copy for all.
@@ -28,8 +28,8 @@ struct RowReader {
   int64_t limit;
   const uint64_t* banned;
 
-  // Order keys of the vector at `start`; kNotSelectable where banned, and at and past `limit`,
-  // where nothing is read.
+  // Order keys of the vector at `start`; kNotSelectable for banned ids and from `limit` on, where
+  // nothing is read.
   V keys(int64_t start) const {
     if (start + kWidth > limit) return keys_at_end(start);
     V keys = order_key<Format>(load(row + start));
@@ -59,7 +59,8 @@ struct RowReader {
   }
 };
 
-// Pass 1. Blocks of kRun leaves; a leaf is one vector that covers one group, or several whole ones.
+// Pass 1. A block has kRun leaves. A leaf is reduced to one vector, which covers one group or
+// several whole ones.
 template <class Format, int Group>
 struct GroupMaxima {
   using Bits = typename Format::Bits;
@@ -71,15 +72,15 @@ struct GroupMaxima {
   static constexpr auto kLaneIndices = std::make_index_sequence<kWidth>();
 
   const RowReader<Format>& reader;
-  V lowest_raw = V{};  // of everything read raw: a value below -inf is a NaN with the sign bit
+  V lowest_raw = V{};  // of all raw keys: one below -inf is a NaN with the sign bit
 
-  // Hardware prefetching stops at page ends, so lines are asked for well ahead; past the row's end
-  // these are usually the next row's. A prefetch never faults and is not a read.
+  // Hardware prefetching stops at page ends, so lines are prefetched well ahead. Past the row's end
+  // they are usually the next row's. A prefetch never faults and is not a read.
   V raw_keys(int64_t start) {
     constexpr int kAheadBytes = 8192, kIntoL2 = 2;
-    const Bits* at = reader.row + start;
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, 0, kIntoL2);
-    const V keys = raw_key<Format>(load(at));
+    const Bits* from = reader.row + start;
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, 0, kIntoL2);
+    const V keys = raw_key<Format>(load(from));
     lowest_raw = lanewise_min<Bits>(lowest_raw, keys);
     return keys;
   }
@@ -99,8 +100,8 @@ struct GroupMaxima {
     return best;
   }
 
-  // Lane l: maximum of run l / kRun of leaf l % kRun. The tree is depth first, so that few partial
-  // results are live.
+  // Lane l is the maximum of run l / kRun of leaf l % kRun. The tree is walked depth first, so that
+  // few partial results are live.
   template <bool Raw, int Leaves>
   V reduce(int64_t start) {
     if constexpr (Leaves == 1) {
@@ -112,8 +113,8 @@ struct GroupMaxima {
     }
   }
 
-  // Writes all groups' maxima and returns their number, a whole number of vectors: groups past the
-  // row's end are kNotSelectable.
+  // Writes the maxima of all groups. Returns how many it wrote, a whole number of vectors: groups
+  // past the row's end are kNotSelectable.
   int64_t write(Bits* maxima) {
     bool exact_only = false;
     for (;;) {
@@ -139,7 +140,7 @@ inline int64_t count_at_least(const Bits* keys, int64_t vectors, Bits threshold)
   return count;
 }
 
-// What to take for the k largest keys: all above the threshold, and `ties` of those equal to it.
+// The k largest keys: all above the threshold, and `ties` of those equal to it.
 template <class Bits>
 struct Cut {
   Bits threshold;
@@ -164,8 +165,8 @@ inline Cut<Bits> cut_for(const Bits* keys, int64_t vectors, int k, Bits low, Bit
   return {low, k - above};
 }
 
-// Positions of the keys that the cut takes, ascending; of equal keys the leftmost. Keys that cannot
-// be selected are never taken. Returns how many were found, at most k.
+// Writes the positions of the keys that the cut takes, ascending; ties go to the lower position.
+// Keys that cannot be selected are never taken. Returns how many were found, at most k.
 template <class Bits>
 inline int take(const Bits* keys, int64_t vectors, int k, Cut<Bits> cut, int32_t* positions) {
   int found = 0;
@@ -219,12 +220,12 @@ inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scr
   using Bits = typename Format::Bits;
   constexpr int kWidth = kLanes<Bits>;
   // The scratch holds ranks[k], chosen[k] and the keys of either pass, each on its own cache lines.
-  char* at = static_cast<char*>(scratch);
-  auto* ranks = reinterpret_cast<uint64_t*>(at);
-  at += round_up(k * sizeof(uint64_t), kScratchAlignment);
-  auto* chosen = reinterpret_cast<int32_t*>(at);
-  at += round_up(k * sizeof(int32_t), kScratchAlignment);
-  auto* keys = reinterpret_cast<Bits*>(at);
+  char* part = static_cast<char*>(scratch);
+  auto* ranks = reinterpret_cast<uint64_t*>(part);
+  part += round_up(k * sizeof(uint64_t), kScratchAlignment);
+  auto* chosen = reinterpret_cast<int32_t*>(part);
+  part += round_up(k * sizeof(int32_t), kScratchAlignment);
+  auto* keys = reinterpret_cast<Bits*>(part);
 
   const int64_t groups = GroupMaxima<Format, Group>{reader}.write(keys);
   Bits low, high;
@@ -233,8 +234,8 @@ inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scr
   if (groups > k) cut = cut_for<Bits>(keys, groups / kWidth, k, low, high);
   const int taken = take<Bits>(keys, groups / kWidth, k, cut, chosen);
 
-  // The maxima are spent: the candidates' keys take their place, in ascending order of id. k groups
-  // reach the first cut's threshold, so k candidates do.
+  // The maxima are no longer needed: the candidates' keys take their place, in ascending order of
+  // id. k groups reach the first cut's threshold, so at least k candidates do.
   for (int g = 0; g < taken; ++g) read_group<Format, Group>(reader, chosen[g], keys + g * Group);
   int64_t candidates = int64_t(taken) * Group;
   while (candidates % kWidth) keys[candidates++] = KeyLimits<Bits>::kNotSelectable;

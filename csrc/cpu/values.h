@@ -1,4 +1,4 @@
-// Gathering a few elements of a row.
+// Reads a few elements of a row by id.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // Compiler vectors as wide as the including file's flags allow, and the few operations on them that
-// selection needs. Only select_row.h includes this: everything here is compiled once per instruction
-// set and must stay in an unnamed namespace.
+// the kernels need. Only select_row.h and linear_row.h include this: everything here is compiled
+// once per instruction set and must stay in an unnamed namespace.
 #pragma once
 
 #include <cstddef>
@@ -59,8 +59,9 @@ inline Vector<Bits> lanewise_min(Vector<Bits> a, Vector<Bits> b) {
   return a < b ? a : b;
 }
 
-// Folds pairs of lanes that differ in `Step`: lanes with that bit clear get the maximum of a's pair,
-// lanes with it set that of b's. Applied as a tree over 2^n vectors it reduces each of them.
+// Takes maxima of pairs of lanes whose numbers differ in the bit `Step`. Lanes with the bit clear
+// get the maximum of a's pair, lanes with the bit set get that of b's. Applied as a tree over 2^n
+// vectors, it reduces each of them.
 template <int Step, class Bits, size_t... Lane>
 inline Vector<Bits> fold(Vector<Bits> a, Vector<Bits> b, std::index_sequence<Lane...>) {
   constexpr int kB = kLanes<Bits>;
@@ -71,7 +72,7 @@ inline Vector<Bits> fold(Vector<Bits> a, Vector<Bits> b, std::index_sequence<Lan
   return lanewise_max<Bits>(kept, moved);
 }
 
-// Of Count runs of Run lanes each, the first lanes of all runs, then the second lanes, and so on.
+// Reorders runs of Run lanes: the first lanes of all runs, then their second lanes, and so on.
 template <int Run, class Bits, size_t... Lane>
 inline Vector<Bits> interleave_runs(Vector<Bits> v, std::index_sequence<Lane...>) {
   constexpr size_t kCount = kLanes<Bits> / Run;
@@ -111,7 +112,7 @@ inline uint64_t lane_bits(Vector<int32_t> mask) {
 #endif
 }
 
-// The inverse: all ones in the lanes whose bit is set.
+// The inverse of lane_bits: all ones in the lanes whose bit is set.
 template <class Bits>
 inline Vector<Bits> lanes_of(uint64_t bits) {
   Vector<Bits> spread, lane_bit;

@@ -1,8 +1,8 @@
-// What the threads of a block tell each other: sums, maxima, running counts.
+// Exchanges between the threads of a block: sums, maxima, running counts.
 //
-// Every exchange has one barrier. Two buffers take turns, so that the next exchange writes where
-// nobody reads any more: who writes a buffer has passed the barrier of the exchange between, before
-// which everybody had read it.
+// Each exchange has one barrier, and two buffers take turns. A thread writes a buffer again only
+// after the barrier of the exchange in between, which every thread reaches after reading the
+// buffer.
 #pragma once
 
 #include "device.cuh"
@@ -11,13 +11,13 @@ namespace opd::cuda {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-// Sums of floats are those of this many threads in every block, so that their bits are the same for
-// every number of threads. No block has fewer.
+// Floats are summed over this many threads in every block, so that a sum has the same bits for
+// every number of threads. No block has fewer threads.
 constexpr int kEntryThreads = 128;
 
 class Block {
  public:
-  static constexpr int kWordsOfWarp = 4;  // what a warp can tell at once
+  static constexpr int kWordsOfWarp = 4;  // words that a warp exchanges at once
   static constexpr int kScratchBytes = 2 * kMaxWarps * kWordsOfWarp * sizeof(uint32_t);
 
   __device__ explicit Block(char* scratch)
@@ -47,7 +47,7 @@ class Block {
     largest = __reduce_max_sync(kAllLanes, static_cast<int>(all[kMaxWarps + from]));
   }
 
-  // The sum over the warps before this one, and over all.
+  // The sum over the warps before this one, and the sum over all warps.
   __device__ void sums_of_warps(unsigned value, unsigned& before, unsigned& total) {
     const unsigned of_warp = __reduce_add_sync(kAllLanes, value);
     const uint32_t* all = exchange(&of_warp, 1);
@@ -96,8 +96,8 @@ class Block {
   int turn_ = 0;
 };
 
-// Sorts `count` integers, all different and at most one for a thread, into descending order: each is
-// put behind as many as are larger. Stands between barriers: the caller's and its own.
+// Sorts `count` different integers, at most one per thread, into descending order: an integer's
+// place is the number of larger ones. The caller has a barrier before it; it ends with one.
 __device__ inline void place_descending(const Block& block, uint64_t* values, int count) {
   uint64_t mine = 0;
   int place = 0;
@@ -110,8 +110,8 @@ __device__ inline void place_descending(const Block& block, uint64_t* values, in
   __syncthreads();
 }
 
-// Sorts `size` integers, a power of two, into descending order: a bitonic network whose steps stay
-// within a warp's 64 elements where they can. Stands between barriers: the caller's and its own.
+// Sorts `size` integers, a power of two, into descending order by a bitonic network. Steps stay
+// within a warp's 64 elements where they can. The caller has a barrier before it; it ends with one.
 __device__ inline void sort_descending(const Block& block, uint64_t* values, int size) {
   for (int run = 2; run <= size; run *= 2) {
     for (int stride = run / 2; stride > 0; stride /= 2) {
@@ -124,8 +124,8 @@ __device__ inline void sort_descending(const Block& block, uint64_t* values, int
           values[high] = a;
         }
       }
-      // The next step reads what this one wrote: of the same warp, or of others; and so do the
-      // readers of the result.
+      // The next step, or the reader of the result, reads what this step wrote: in the same warp or
+      // in others.
       const int next = stride > 1 ? stride / 2 : run < size ? run : kMaxThreads;
       if (stride > kWarp || next > kWarp) {
         __syncthreads();

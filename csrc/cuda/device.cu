@@ -1,4 +1,4 @@
-// Which CUDA there is, and what a launch has to know of a device; no context is made.
+// CUDA's versions and a device's shared memory, without making a context.
 
 #include "launch.h"
 

@@ -1,7 +1,7 @@
-// The hardware in the words that the kernels use, where CUDA C++ has none without a large header.
+// Hardware operations for which CUDA C++ has no names, or only in large headers.
 //
-// Kernels are compiled by nvcc, and by g++ with OPD_EMULATION, where the header emulation.h stands
-// in for the language and for what is between the two branches below.
+// nvcc compiles the kernels, and so does g++ with OPD_EMULATION. Then emulation.h stands in for the
+// language and for the functions of the second branch below.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ using emulation::word_max;
 
 #else
 
-// The larger of two floats, or each of two pairs of halves; NaN if one is.
+// The larger of two floats, or of each of two pairs of halves; NaN if one is NaN.
 template <class Format>
 __device__ uint32_t word_max(uint32_t a, uint32_t b);
 
@@ -61,14 +61,14 @@ __device__ inline char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
-// Brings what lies at an address of global memory into the L2 cache.
+// Loads the line at an address of global memory into the L2 cache.
 __device__ inline void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Clusters: blocks that run together and write into each other's shared memory. Code for less than
-// compute capability 9.0 has none: there a block is a cluster of its own, and those that were meant
-// to be one all do the same.
+// Clusters: blocks that run together and write into each other's shared memory. Code for a compute
+// capability below 9.0 has none. There each block is a cluster of one, and blocks that were meant
+// to form a cluster all do the same work.
 #if __CUDA_ARCH__ >= 900
 
 __device__ inline int cluster_rank() {
@@ -90,7 +90,7 @@ __device__ inline void cluster_barrier() {
           : "memory");
 }
 
-// The two halves of a barrier. This arrive orders no memory: it only says that the block runs.
+// The two halves of a barrier. This arrive orders no memory accesses: it says that the block runs.
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::);
 }
@@ -99,12 +99,12 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same place in the shared memory of the cluster's first block.
+// The same address in the shared memory of the cluster's first block.
 template <class T>
-__device__ inline T* in_leader(T* at) {
-  uint64_t there;
-  asm("mapa.u64 %0, %1, 0;" : "=l"(there) : "l"(at));
-  return reinterpret_cast<T*>(there);
+__device__ inline T* in_leader(T* own) {
+  uint64_t leaders;
+  asm("mapa.u64 %0, %1, 0;" : "=l"(leaders) : "l"(own));
+  return reinterpret_cast<T*>(leaders);
 }
 
 #else
@@ -115,8 +115,8 @@ __device__ inline void cluster_barrier() {}
 __device__ inline void cluster_arrive() {}
 __device__ inline void cluster_wait() {}
 template <class T>
-__device__ inline T* in_leader(T* at) {
-  return at;
+__device__ inline T* in_leader(T* own) {
+  return own;
 }
 
 #endif

@@ -1,9 +1,9 @@
 // The renormalised reverse KL of each row and its entry gradients.
 //
-// Where the teacher is logits the row's support is selected first, in the same kernel: the
-// teacher's row is read once, then k of the student's values; nothing of the vocabulary's size is
-// written. Where the support is given a row costs its k entries, and repeated ids are merged. An
-// entry is its thread's from reading to writing, so that only sums need barriers.
+// If the teacher is logits, the same kernel selects the row's support first. It reads the teacher's
+// row once, then k of the student's values, and writes nothing of the vocabulary's size. If the
+// support is given, a row costs its k entries, and repeated ids are merged. One thread keeps an
+// entry from reading to writing, so that only sums need barriers.
 #pragma once
 
 #include "../common/divergence.h"
@@ -12,7 +12,7 @@
 
 namespace opd::cuda {
 
-// The entries of a row in shared memory. The student's values become their gradients in the end.
+// The entries of a row in shared memory. At the end `student` holds the gradients.
 struct Entries {
   int32_t* ids;
   float* student;
@@ -24,7 +24,7 @@ struct Extremes {
   unsigned poisoned;
 };
 
-// Of e^s, of e^u, of their differences, and of these differences' absolute values.
+// Sums of e^s, of e^u, of their differences, and of the differences' absolute values.
 struct Sums {
   float student, teacher, change, size;
 };
@@ -36,9 +36,9 @@ __device__ void for_entries(const Block& block, int k, const Body& body) {
     for (int i = block.thread; i < k; i += kEntryThreads) body(i);
 }
 
-// Gathers the student on the row's ids, marks entries of value -inf as absent, and turns all into
-// the row's loss and gradients: zero where an entry is absent, NaN throughout where the loss is
-// NaN.
+// Gathers the student's values at the row's ids and marks entries of value -inf as absent. Returns
+// the row's loss and leaves the gradients: 0 where an entry is absent, NaN at all others if the
+// loss is NaN.
 __device__ inline float row_divergence(Block& block, const DivergenceArgs& args, int64_t row,
                                        const char* student_row, const Entries& entries) {
   const int k = args.k;
@@ -72,7 +72,7 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
     float& z = entries.student[i];
     float& t = entries.teacher[i];
     if (entries.ids[i] < 0) return;
-    // An entry of the student's that is -inf keeps p = 0 at any temperature.
+    // A student value of -inf has p = 0 at any temperature.
     const float exp_student =
         z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
     const float exp_teacher = expf((t - extremes.teacher) / teacher_temperature);
@@ -106,7 +106,7 @@ __device__ inline float row_divergence(Block& block, const DivergenceArgs& args,
   return loss;
 }
 
-// A row that is not read.
+// Writes the results of a masked row, which is not read.
 __device__ inline void write_masked_row(const Block& block, const DivergenceArgs& args,
                                         int64_t row) {
   for_entries(block, args.k, [&](int i) {
@@ -116,7 +116,7 @@ __device__ inline void write_masked_row(const Block& block, const DivergenceArgs
   if (block.thread == 0) args.loss[row] = 0;
 }
 
-// Selection and divergence against a teacher's logits; a block or a cluster for each row.
+// Selection and divergence against a teacher's logits. A block or a cluster serves one row.
 template <class Format, class Tuning = Product>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     divergence_kernel(const __grid_constant__ DivergenceArgs args,
@@ -129,14 +129,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (cluster_rank() == 0) write_masked_row(block, args, row);
     return;
   }
-  // The student's values are on their way while candidates are put in order.
+  // The student's values are fetched while candidates are put in order.
   const char* student_row = args.student.row(row);
   const int64_t student_size = element_size(args.student.dtype);
   const auto expect = [&](int id) { prefetch(student_row + id * student_size); };
   const int found = select_row<Tuning>(block, shared, args.teacher.row(row), args.allowed, k,
                                        plan.lane_bits, expect);
   if (found < 0) return;
-  auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // which are done with
+  auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // the keys are no longer needed
   auto* student = reinterpret_cast<float*>(ids + k);
   const Entries entries{ids, student, student + k};
   for_entries(block, k, [&](int i) {
@@ -151,17 +151,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (block.thread == 0) args.loss[row] = loss;
 }
 
-// Bytes of shared memory for a support that is given: ranks to sort by, entries, scratch.
+// Bytes of shared memory for a given support: ranks to sort by, entries, scratch.
 inline int support_bytes(int k) {
   return next_power_of_2(k) * static_cast<int>(sizeof(uint64_t)) +
          3 * k * static_cast<int>(sizeof(float)) + Block::kScratchBytes;
 }
 
-// Blocks of a multiprocessor that registers have to suffice for: aiming at more, ptxas spills.
+// Blocks that share a multiprocessor's registers. For more blocks ptxas would spill.
 constexpr int kSupportBlocks = 8;
 
-// Divergence on a support that is given, in any order; a block for each row. The gradients of a
-// repeated id go to the first of its entries, and the others become absent, so that scatter can
+// Divergence on a given support, in any order. A block serves one row. The gradients of a repeated
+// id are added into its first entry, and its other entries become absent, so that scatter can
 // assign.
 __global__ void __launch_bounds__(kEntryThreads, kSupportBlocks)
     support_divergence_kernel(const __grid_constant__ DivergenceArgs args) {
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kEntryThreads, kSupportBlocks)
         present ? ~(static_cast<uint64_t>(entries.ids[i]) << 32 | static_cast<uint32_t>(i)) : 0;
     if (i < k && !present) out_ids[i] = -1, out_grad[i] = 0;
   }
-  __syncthreads();  // ranks and gradients are there for all
+  __syncthreads();  // all ranks and gradients are written
   sort_descending(block, ranks, size);
   for (int i = block.thread; i < size && ranks[i] != 0; i += block.threads) {
     const uint32_t id = ~ranks[i] >> 32;

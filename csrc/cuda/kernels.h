@@ -1,5 +1,5 @@
-// The CUDA primitives. A launcher takes one struct, the device and a stream; it neither allocates
-// nor synchronises, and throws what CUDA says of a launch.
+// The CUDA primitives. A launcher takes one struct and the device with its stream. It neither
+// allocates nor synchronises, and it throws CUDA's error if a launch fails.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@ namespace opd::cuda {
 
 constexpr int kMaxCluster = 8;  // blocks
 
-// Where to launch, and what of it the shape of a launch depends on.
+// The device to launch on, and the properties that a launch depends on.
 struct Device {
   int index;
   int multiprocessors;
@@ -24,19 +24,18 @@ void select(const SelectArgs& args, const Device& device);
 void divergence(const DivergenceArgs& args, const Device& device);
 void scatter(const ScatterArgs& args, const Device& device);
 
-// The widest row of which the k best can be selected: the limits are those of shared memory.
+// The widest row from which k can be selected. Shared memory limits it.
 int64_t max_width(int k, DType dtype);
 
-// Of CUDA as the driver and the runtime in this module count it: 13000 is 13.0. The driver's is 0
-// where there is none.
+// CUDA's versions, 13000 for 13.0: of the driver, 0 if there is none, and of this module's runtime.
 int driver_version();
 int runtime_version();
 
-// How many clusters of `size` blocks a device holds at once, of the largest blocks there are; 0
-// where it has no clusters.
+// How many clusters of `size` blocks of the largest size a device holds at once; 0 if it has no
+// clusters.
 int max_clusters(int index, int size);
 
-// Of a multiprocessor of a device.
+// Bytes of shared memory of one multiprocessor of a device.
 int shared_bytes(int index);
 
 }  // namespace opd::cuda

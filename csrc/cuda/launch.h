@@ -13,10 +13,10 @@
 
 namespace opd::cuda {
 
-inline void check(cudaError_t error, const char* what) {
+inline void check(cudaError_t error, const char* action) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that is no fault of the device is not left for others to find
-  throw std::runtime_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorName(error) +
+  cudaGetLastError();  // clears the error, so that nobody else finds it
+  throw std::runtime_error(std::string("CUDA cannot ") + action + ": " + cudaGetErrorName(error) +
                            ", " + cudaGetErrorString(error));
 }
 
@@ -60,7 +60,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int sh
   if (grid.x > 0x7fffffff || grid.y > 0xffff)
     throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows, of 4 GB each, at once");
   const OnDevice on_device(device.index);
-  if (shared_bytes > kSharedWithoutAsking)  // the same for all: other threads may launch it, too
+  if (shared_bytes > kSharedWithoutAsking)  // always the same value: other threads may launch, too
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared),
           "give a block its shared memory");
@@ -87,7 +87,7 @@ int resident_clusters(void (*kernel)(Parameters...), int index, int threads, int
   config.numAttrs = 1;
   int count = 0;
   if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-  cudaGetLastError();  // which is nobody's error
+  cudaGetLastError();  // clears the error, so that nobody else finds it
   return 0;
 }
 

@@ -1,9 +1,8 @@
-// How a launch is cut, in one place: sizes of groups and blocks, given k, a row and the device.
+// The shape of a launch, in one place: sizes of groups and blocks, given k, a row and the device.
 //
-// Small groups mean more group keys to search, large ones more elements to read a second time (k
-// groups of them): 1.3 % of a row of 150 000 at k = 64, 10 % at 1024. Blocks are small where
-// there are rows enough to fill a multiprocessor with blocks at different stages, and large where
-// not.
+// Small groups mean more group keys to search. Large groups mean more elements to read a second
+// time, k groups of them: 1.3 % of a row of 150 000 at k = 64, 10 % at 1024. Blocks are small if
+// there are enough rows to fill a multiprocessor with blocks at different stages, otherwise large.
 #pragma once
 
 #include <algorithm>
@@ -15,19 +14,19 @@
 
 namespace opd::cuda {
 
-// Rows are cut from an address of 128 bytes on, a line of the cache, into chunks of 16 bytes, one
-// load of a thread; tiles, one load of a warp; and groups of a power of two of chunks within a
+// A row is cut from a multiple of 128 bytes on, the line size of the cache. A chunk is 16 bytes,
+// one load of a thread. A tile is one load of a warp. A group is a power of two of chunks in a
 // tile.
 constexpr int kAlignment = 128;
 constexpr int kChunkBytes = 16;
 constexpr int kTileBytes = kChunkBytes * kWarp;
 constexpr int kLaneBits = 5;  // 2^5 lanes of a warp
-// Tiles that a warp loads at once: 16 kB in flight for a block of 128 threads.
+// Tiles that a warp loads at once: a block of 128 threads has 16 kB in flight.
 constexpr int kTilesAtOnce = 8;
-// Threads that keep a multiprocessor's memory busy, and keys that a thread may search.
+// Threads that keep a multiprocessor's memory busy, and the most keys that a thread should search.
 constexpr int kThreadsOfMultiprocessor = 1024;
 constexpr int kKeysOfThread = 64;
-// What every architecture from 8.0 on has for one block, less what is not for keys.
+// Shared memory that every architecture from 8.0 on has for one block, less what is not for keys.
 constexpr int kMostKeyBytes = 76 * 1024;
 constexpr int kSharedOverhead = 1024;  // of each block
 constexpr int kLeastCandidates = 128;
@@ -38,9 +37,9 @@ struct Plan {
   int lane_bits;     // a group is 2^lane_bits chunks
   int threads;       // of a block
   int cluster;       // blocks of a row
-  int candidates;    // among which sorting may decide
+  int candidates;    // that there is room to sort
   int key_bytes;     // of shared memory
-  int shared_bytes;  // with what follows the keys
+  int shared_bytes;  // of all parts
 };
 
 inline int div_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -53,7 +52,7 @@ inline int next_power_of_2(int n) {
 
 inline int largest_group(int k) { return k <= 256 ? 32 : 16; }
 
-// Bytes of group keys, and of the keys of the elements of k groups, whole vectors of each.
+// Bytes for the group keys or for the keys of the elements of k groups, in whole vectors.
 inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
   const int64_t tiles = div_up(width * size + kAlignment - size, kTileBytes);
   const int64_t groups = tiles << (kLaneBits - lane_bits);
@@ -61,7 +60,8 @@ inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
   return std::max<int64_t>((groups * size + kChunkBytes - 1) / kChunkBytes, elements) * kChunkBytes;
 }
 
-// The smallest groups, from those that suit k on, of which the keys of a row fit; -1: none do.
+// The smallest groups, from the size for this k on, whose keys fit into shared memory; -1 if none
+// do.
 inline int lane_bits(int64_t width, int k, int size) {
   int bits = 0;
   while ((kChunkBytes / size) << bits < largest_group(k)) ++bits;
@@ -81,7 +81,7 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   plan.key_bytes = static_cast<int>(key_bytes(width, k, size, plan.lane_bits));
   // The entries' ids and values take the keys' place.
   plan.key_bytes = std::max(plan.key_bytes, div_up(kEntryBytes * k, kChunkBytes) * kChunkBytes);
-  // Elements that reach the least of k groups are k and a few, in rows that are nothing special.
+  // In ordinary rows, few more than k elements reach the smallest of the k group keys.
   plan.candidates = std::max(2 * next_power_of_2(k), kLeastCandidates);
   plan.shared_bytes = plan.key_bytes + plan.candidates * static_cast<int>(sizeof(uint64_t)) +
                       Block::kScratchBytes + (k + 1) * static_cast<int>(sizeof(int32_t));
@@ -93,7 +93,7 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   wanted = std::max(wanted, plan.key_bytes / size / kKeysOfThread);
   plan.threads = kEntryThreads;
   while (plan.threads < kMaxThreads && plan.threads * 2 <= wanted) plan.threads *= 2;
-  // Where shared memory lets few blocks in, they are larger.
+  // If shared memory holds few blocks, they are larger.
   const int blocks = std::max(device.shared_bytes / (plan.shared_bytes + kSharedOverhead), 1);
   while (plan.threads < kMaxThreads && plan.threads * blocks < kThreadsOfMultiprocessor)
     plan.threads *= 2;

@@ -1,14 +1,15 @@
 // Selection: the k best of a row, exactly, in one read of it.
 //
 // A row is cut into groups of adjacent elements. One pass leaves each group's largest key in shared
-// memory; the k best elements all lie in the k best groups (ties go to the lower group), which are
-// read again. None of the k best is below the least of those groups' keys: elements that reach it
-// are listed, few more than k as a rule, and sorted. Where they are too many (equal values,
-// clusters) they are thinned out first as the groups were: the k-th key is found by bisecting with
-// counts. Several blocks share a multiprocessor: while one chooses, others stream. Where there are
-// few rows, the blocks of a cluster stream pieces of one row into the shared memory of the first.
+// memory. The k best elements all lie in the k best groups (ties go to the lower group), which are
+// read again. None of the k best is below the smallest of these groups' keys. Elements that reach
+// it are the candidates, usually few more than k. They are listed and sorted. If there are too many
+// (equal values, clusters of values), they are thinned out first, as the groups were: the k-th key
+// is found by bisection with counts. Several blocks share a multiprocessor: while one chooses,
+// others stream. If there are few rows, the blocks of a cluster stream pieces of one row into the
+// shared memory of the first.
 //
-// Bytes: V elements, k groups a second time, and a third where candidates are too many.
+// Bytes: V elements, k groups a second time, and a third time if there are too many candidates.
 #pragma once
 
 #include "../common/arguments.h"
@@ -18,7 +19,7 @@
 
 namespace opd::cuda {
 
-// A row from the aligned address at or before its first element on.
+// A row, counted from the aligned address at or before its first element.
 template <class ItsFormat, class ItsTuning>
 class AlignedRow {
  public:
@@ -74,7 +75,8 @@ class AlignedRow {
     return (first >= 0) & (first + kChunk <= width_);
   }
 
-  // The keys of a chunk's elements: of what was loaded of it, if it is whole.
+  // The keys of a chunk's elements. `loaded` holds them if the chunk is whole; if not, they are
+  // read.
   __device__ void keys_of(int chunk, const uint4& loaded, unsigned excluded, Bits* keys) const {
     Bits bits[kChunk];
     if (is_whole(chunk)) {
@@ -106,8 +108,8 @@ class AlignedRow {
   int skip_, width_;
 };
 
-// The keys of one tile's groups, with all that may not be selected left out. Of the lanes of a group
-// number `writer`, counted modulo their number, writes its key.
+// The keys of one tile's groups, without the elements that cannot be selected. Lane `writer` of
+// each group, modulo the group's number of lanes, writes its key.
 template <class Row>
 __device__ void exact_tile(const Row& row, int tile, int lane_bits, int writer,
                            typename Row::Bits* keys) {
@@ -124,8 +126,8 @@ __device__ void exact_tile(const Row& row, int tile, int lane_bits, int writer,
   if (((lane ^ writer) & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
 }
 
-// What the lanes of a warp hold of kTilesAtOnce tiles: the maxima of their chunks. Halves go in
-// pairs, those of two tiles in a word.
+// The chunk maxima that a lane holds of kTilesAtOnce tiles. With 16-bit formats a word holds those
+// of two tiles.
 template <class Format>
 struct ChunkMaxima {
   static constexpr int kOfWord = sizeof(uint32_t) / sizeof(typename Format::Bits);
@@ -152,7 +154,7 @@ struct ChunkMaxima {
   }
 
   __device__ typename Format::Bits key(int tile) const {
-    // By halves, with constant indices: a register has no address.
+    // Selects by halves, with constant indices, because registers have no addresses.
     uint32_t left[kWords];
     memcpy(left, words, sizeof left);
 #pragma unroll
@@ -171,9 +173,10 @@ struct ChunkMaxima {
   }
 };
 
-// The group keys of the tiles [first, last): of those that lie whole in the row without looking at
-// single elements, then of those that do not or hold banned ids. With `waiting` the keys' memory is
-// another block's, for which a barrier is to be waited: loads are under way by then.
+// Writes the group keys of the tiles [first, last): first those of whole tiles, without looking at
+// single elements, then again or for the first time those of tiles with banned ids or cut by the
+// row's ends. With `waiting` the keys go to another block's memory, and the barrier that says that
+// it runs is still to be waited for. By then loads are under way.
 template <class Row>
 __device__ void stream(const Block& block, const Row& row, int first, int last, int lane_bits,
                        bool waiting, typename Row::Bits* keys) {
@@ -192,17 +195,17 @@ __device__ void stream(const Block& block, const Row& row, int first, int last, 
     }
     ChunkMaxima<typename Row::Format> maxima(chunks);
     maxima.combine_lanes(lane_bits);
-    if (waiting) cluster_wait();  // the first block is there, and so is its memory
+    if (waiting) cluster_wait();  // the first block runs, so its memory may be written
     waiting = false;
     for (int i = lane_in_group; i < count; i += of_group)
       keys[((tile + i) << (kLaneBits - lane_bits)) + group_in_tile] = maxima.key(i);
   }
 
-  if (waiting) cluster_wait();  // the first block is there, and this warp had no tile
+  if (waiting) cluster_wait();  // this warp had no tile
 
   if (row.has_banned()) {
-    // A lane looks at one of the tiles that this warp has streamed. Where one holds banned ids the
-    // lanes that wrote its keys write them again.
+    // Each lane checks one of the tiles that this warp has streamed. If a tile holds banned ids,
+    // the lanes that wrote its keys write them again.
     for (int tile = own; tile < end; tile += kWarp / kTilesAtOnce * stride) {
       const int place = block.lane % kTilesAtOnce;
       const int seen = tile + block.lane / kTilesAtOnce * stride + place;
@@ -239,7 +242,7 @@ struct KeyVector {
     reinterpret_cast<uint4*>(keys)[vector] = words;
   }
 
-  // How many reach a key. Halves are compared where they are, above lower bits that cannot matter.
+  // How many keys are at least `key`. Halves are compared in place: the bits below cannot matter.
   __device__ int reach(int key) const {
     constexpr int kShift = 32 - 8 * sizeof(Bits);
     uint32_t words[4];
@@ -254,9 +257,9 @@ struct KeyVector {
   }
 };
 
-// Calls emit(place, index) for the k largest keys in shared memory, in storage order; ties go to the
-// lower index. Returns how many there are: k, or fewer where fewer can be selected. The keys are
-// whole vectors. `low` and `high` bound the k-th key; at the end at most k keys exceed `low`.
+// Calls emit(place, index) for the k largest keys in shared memory, in storage order; ties go to
+// the lower index. Returns how many there are: k, or fewer where fewer can be selected. The keys
+// are whole vectors. `low` and `high` bound the k-th key; at the end at most k keys exceed `low`.
 template <class Bits, class Emit>
 __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, int& low, int high,
                            const Emit& emit) {
@@ -271,8 +274,8 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
     if (reached <= k) high = reached == k ? middle : middle - 1;
   }
 
-  // Each warp has vectors of its own, in order. Counts of keys above go in the upper half, k at
-  // most; those of equals in the lower, fewer than 2^16.
+  // Each warp has its own range of vectors. The upper half of a count has the keys above `low`, at
+  // most k. The lower half has the keys equal to it, fewer than 2^16.
   const int of_warp = (vectors + block.warps - 1) / block.warps;
   const int begin = block.warp * of_warp, end = min(begin + of_warp, vectors);
   unsigned counts = 0;
@@ -292,7 +295,7 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
         is_equal |= static_cast<unsigned>(vector.keys[j] == low) << j;
       }
     }
-    if (static_cast<int>(before & 0xffff) >= wanted) is_equal = 0;  // there are enough
+    if (static_cast<int>(before & 0xffff) >= wanted) is_equal = 0;  // enough were found before
     const unsigned mine = static_cast<unsigned>(__popc(is_above)) << 16 | __popc(is_equal);
     if (!__any_sync(kAllLanes, mine != 0)) continue;
     unsigned until = mine;  // inclusive over the lanes
@@ -318,19 +321,19 @@ __device__ int choose_best(Block& block, const Bits* keys, int vectors, int k, i
   return above + wanted;
 }
 
-// Bounds of the k-th largest key. A thread deals its keys into 2^n sets. Where there are k sets or
-// more in all, k keys reach the least of the sets' largest keys.
+// Bounds of the k-th largest key. Each thread deals its keys into 2^n sets. If there are k sets or
+// more in the block, at least k keys reach the smallest of the sets' maxima.
 template <class Bits>
 __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, int& low, int& high) {
   using Vector = KeyVector<Bits>;
-  int best[Vector::kKeys];  // of a set for each place in a vector
+  int best[Vector::kKeys];  // a set for each place in a vector
   for (int& of_set : best) of_set = KeyLimits<Bits>::kNotSelectable;
   for (int i = block.thread; i < vectors; i += block.threads) {
     const Vector vector = Vector::load(keys, i);
     for (int j = 0; j < Vector::kKeys; ++j)
       best[j] = max(best[j], static_cast<int>(vector.keys[j]));
   }
-  // Fewer and larger sets, as long as there are k.
+  // Merges sets, as long as k are left.
   const int holders = min(block.threads, vectors);
   int least = KeyLimits<Bits>::kNotSelectable;
 #pragma unroll
@@ -347,7 +350,7 @@ __device__ void key_range(Block& block, const Bits* keys, int vectors, int k, in
   low = max(low, KeyLimits<Bits>::kNotSelectable + 1);
 }
 
-// The chunk that is number `index` in the groups of a list.
+// The chunk number `index` of the listed groups.
 __device__ inline int chunk_of(const int32_t* list, int index, int lane_bits) {
   return (list[index >> lane_bits] << lane_bits) + (index & ((1 << lane_bits) - 1));
 }
@@ -371,16 +374,16 @@ class Shared {
     return value_of_key<Format>(rank_key_key(ranks[place]));
   }
 
-  Bits* const keys;       // of groups, then of the elements of k groups
-  uint64_t* const ranks;  // of the candidates, and at last of the k best, in order
-  const int most;         // candidates that there is room for
-  char* const scratch;    // of Block
-  int32_t* const list;    // k: the groups
+  Bits* const keys;       // of the groups, later of the elements of k groups
+  uint64_t* const ranks;  // of the candidates, at the end of the k best, in order
+  const int most;         // the most candidates that `ranks` holds
+  char* const scratch;    // for Block
+  int32_t* const list;    // the k best groups
   int32_t* const count;   // of candidates
 };
 
-// Calls body(chunk, place, keys) for the chunks of the listed groups, those of this thread. Several
-// are loaded before the first is used.
+// Calls body(chunk, place, keys) for this thread's chunks of the listed groups. Several chunks are
+// loaded before the first is used.
 template <class Row, class Body>
 __device__ void for_chunks(const Block& block, const Row& row, const int32_t* list, int groups,
                            int lane_bits, const Body& body) {
@@ -395,7 +398,7 @@ __device__ void for_chunks(const Block& block, const Row& row, const int32_t* li
       loaded[j] = uint4{};
       if ((ahead < count) & row.is_whole(chunk)) loaded[j] = row.load_whole(chunk);
     }
-#pragma unroll 1  // one copy of the body; the next chunk moves up
+#pragma unroll 1  // one copy of the body; the next chunk moves to loaded[0]
     for (int j = 0; j < kChunksAtOnce && i < count; ++j, i += block.threads) {
       const int chunk = chunk_of(list, i, lane_bits);
       KeyVector<typename Row::Bits> vector;
@@ -406,9 +409,9 @@ __device__ void for_chunks(const Block& block, const Row& row, const int32_t* li
   }
 }
 
-// Selects from a row: shared.ranks holds the k best, in order, and their number is returned. In the
-// blocks of a cluster that only stream it is -1. Calls expect(id) for ids among which these are,
-// few more than k, as soon as they are known. Ends with a barrier.
+// Selects from a row. Afterwards shared.ranks holds the k best, in order. Returns their number, and
+// -1 in the blocks of a cluster that only stream. Calls expect(id) early for ids that include the k
+// best and usually few others. Ends with a barrier.
 template <class Tuning, class Format, class Expect>
 __device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
                           const Allowed& allowed, int k, int lane_bits, const Expect& expect) {
@@ -417,7 +420,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
   const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
-  if (blocks > 1) cluster_arrive();  // this block is there
+  if (blocks > 1) cluster_arrive();  // this block runs
   const int groups = tiles << (kLaneBits - lane_bits);
   const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
   if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
@@ -438,7 +441,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   key_range(block, shared.keys, group_vectors, k, low, high);
   const int listed = choose_best(block, shared.keys, group_vectors, k, low, high,
                                  [&](int place, int group) { shared.list[place] = group; });
-  __syncthreads();  // the list is there, and the group keys are done with
+  __syncthreads();  // the list is written, and the group keys are no longer needed
 
   // k groups reach `low`, so at least k elements do: it is a lower bound for them, too.
   for_chunks(block, row, shared.list, listed, lane_bits, [&](int chunk, int, const Vector& vector) {
@@ -478,7 +481,7 @@ __device__ int select_row(Block& block, const Shared<Format>& shared, const char
   return min(found, k);
 }
 
-// (ids, values) of the k best of each row; a block or a cluster for each.
+// (ids, values) of the k best of each row. A block or a cluster serves one row.
 template <class Format, class Tuning = Product>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     select_kernel(const __grid_constant__ SelectArgs args, const __grid_constant__ Plan plan) {
@@ -491,7 +494,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (args.allowed.row(row))
     found = select_row<Tuning>(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
   if (cluster_rank() > 0) return;
-  // Values as they are in the row: keys know neither a zero's sign nor what a NaN holds.
+  // Values are read from the row: a key has neither a zero's sign nor a NaN's bits.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);
   for (int i = block.thread; i < k; i += block.threads) {
     args.ids[row * k + i] = i < found ? shared.id(i) : -1;

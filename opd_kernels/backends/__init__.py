@@ -21,12 +21,12 @@ MODULES = {
     "triton": "opd_kernels.backends.triton",
     "reference": "opd_kernels.reference",
 }
-# The backends written for a device, which say what is missing where the reference serves instead.
+# The backends written for a device. Where the reference serves instead, they say what is missing.
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
 class Backend(Protocol):
-    """What a backend's module has; ``opd_kernels.reference`` says what each function means."""
+    """The functions of a backend's module; ``opd_kernels.reference`` says what each one means."""
 
     def refusal(
         self, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
@@ -61,14 +61,14 @@ class Backend(Protocol):
         """The dense gradient."""
 
     def scatter_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-        """The dense gradient, into memory that is there."""
+        """The dense gradient, written over what ``out`` holds."""
 
     def scatter_add_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-        """The dense gradient, added to what is there."""
+        """The dense gradient, added to what ``out`` holds."""
 
 
 class LinearBackend(Backend, Protocol):
-    """What a backend's module has besides where it serves ``linear_topk_rkl``."""
+    """The further functions of a backend that serves ``linear_topk_rkl``."""
 
     def gather_dot(
         self,
@@ -101,7 +101,7 @@ def resolve(
     vocab: int = 0,
     needed: str = "divergence",
 ) -> Backend:
-    """The module for a request; one asked for by name is used or raises, it never falls back."""
+    """The module that serves a call. A backend asked for by name is used or raises."""
     if name != AUTO:
         if name not in MODULES:
             raise ValueError(
@@ -125,12 +125,12 @@ def resolve(
 def resolve_linear(
     name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int
 ) -> LinearBackend:
-    """The same for the operators on hidden states."""
+    """``resolve`` for the operators on hidden states."""
     return cast(LinearBackend, resolve(name, device, dtypes, k, needed="gather_dot"))
 
 
 def _lack(name: str, needed: str) -> str | None:
-    """What a backend does not have, and what does."""
+    """None, or why a backend without an operator cannot serve it and which ones can."""
     if hasattr(load(name), needed):
         return None
     having = [other for other in MODULES if hasattr(load(other), needed)]

@@ -1,8 +1,8 @@
-"""What the backends of compiled modules share: from tensors to the modules' structs and back.
+"""What the backends of compiled modules share: they turn tensors into the modules' structs.
 
 A backend passes its module; ``launch(name, device, **arguments)``, which calls one of its
-functions; and ``empty``, which allocates. A struct holds addresses: what it was made of has to
-outlive the call.
+functions; and ``empty``, which allocates. A struct holds addresses, so the tensors that it was made
+of have to outlive the call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def refused(dtypes: tuple[torch.dtype, ...], k: int, max_k: int) -> str | None:
 
 @functools.cache
 def name(dtype: torch.dtype) -> str:
-    """A dtype as the modules know it."""
+    """The modules' name of a dtype."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -114,7 +114,7 @@ def scatter(
     upstream: Tensor,
     mode: str,
 ) -> None:
-    """The gradient's entries into zeros ("assign"), anything ("clear") or a gradient ("add")."""
+    """Writes entries: into zeros ("assign"), after zeros ("clear") or added to ``out`` ("add")."""
     counts = {ids.shape[:-1].numel(), out.shape[:-1].numel()}
     if counts != {upstream.numel()} or entry_grad.shape != ids.shape:
         raise ValueError("ids and entry gradients are not (rows, k)")
@@ -174,9 +174,10 @@ def gather_dot_gradient(
     ids: Tensor,
     **factor: Tensor,
 ) -> Tensor:
-    """The gradient of "hidden" (of which the weight is a factor) or "weight" (hidden states).
+    """The gradient of "hidden" or of "weight", written into ``out``.
 
-    It goes into memory that is there, the weight's into zeros.
+    ``factor`` is the other one: the weight or the hidden states. For the gradient of the weight
+    ``out`` holds zeros.
     """
     if upstream.shape != ids.shape:
         raise ValueError("ids and upstream gradients are not (rows, k)")

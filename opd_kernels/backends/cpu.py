@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     _IMPORT_ERROR = str(error)
 
-# From here on a gradient gets pages of its own from the system; smaller ones come from the heap.
+# A gradient of this size or more gets pages of its own from the system; others come from the heap.
 OWN_PAGES_BYTES = 4 << 20
 
 
@@ -116,12 +116,12 @@ def scatter(
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, into memory that is there already."""
+    """As ``scatter``, written over what ``out`` holds."""
     _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, added to what the memory holds."""
+    """As ``scatter``, added to what ``out`` holds."""
     _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "add")
 
 
@@ -151,7 +151,7 @@ def gather_dot_weight(
 ) -> Tensor:
     """The gradient of the weight; see ``opd_kernels.reference.gather_dot_weight``."""
     shape = (vocab, hidden.shape[-1])
-    # Text touches a part of the rows; the smaller the pages, the fewer of the others come to exist.
+    # Text touches some of the rows. With small pages, most other rows never take memory.
     out = _fresh_zero_pages(shape, dtype, huge=False)
     if out is None:
         out = torch.zeros(shape, dtype=dtype)
@@ -159,7 +159,7 @@ def gather_dot_weight(
 
 
 def _launch(name: str, _: torch.device, **arguments: Any) -> None:
-    """Calls the module on torch's number of threads."""
+    """Calls a function of the module with torch's number of threads."""
     if name != "scatter":
         arguments["isa"] = INSTRUCTION_SET
     threads = torch.get_num_threads()
@@ -179,9 +179,8 @@ def _warn_if_single_threaded() -> None:
 def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> Tensor | None:
     """A tensor on pages straight from the system, or None where it is not worth it.
 
-    The system hands out zeroed pages, so the gradient's zeros are written once, by the kernel that
-    clears the page, instead of a second time by a memset; where all of them will be written, huge
-    pages make the faults cheap.
+    The system hands out zeroed pages, so a memset would write the gradient's zeros a second time.
+    Where all pages will be written, huge ones make the faults cheap.
     """
     count = 1
     for size in shape:

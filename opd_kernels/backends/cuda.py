@@ -20,7 +20,7 @@ except ImportError as error:
 
 DEVICE = "cuda"
 _empty = _native.empty
-# The first compute capability with clusters of blocks; code for earlier ones knows nothing of them.
+# The first compute capability with clusters of blocks. Code for earlier ones does not use them.
 _CLUSTERS = (9, 0)
 
 
@@ -63,9 +63,8 @@ def serves(
 ) -> bool:
     """Whether code for ``architectures``, as in "80 90a 120+PTX", runs on a compute capability.
 
-    Code for less than ``least`` does not count.
-    Machine code runs on its major version from its minor one on, that of "90a" on 9.0 alone; PTX
-    serves all that come after, too.
+    Machine code runs on the same major version from its own minor version on; that of "90a" runs on
+    9.0 alone. PTX also runs on all later ones. Code for less than ``least`` does not count.
     """
     for found in re.finditer(r"(\d+)(\d)([a-z]?)(\+PTX)?", architectures):
         built = int(found[1]), int(found[2])
@@ -159,12 +158,12 @@ def scatter(
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, into memory that is there already."""
+    """As ``scatter``, written over what ``out`` holds."""
     _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "clear")
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, added to what the memory holds."""
+    """As ``scatter``, added to what ``out`` holds."""
     _native.scatter(_C, _launch, out, entry_grad, ids, upstream, "add")
 
 
@@ -174,7 +173,7 @@ def _launch(name: str, device: torch.device, **arguments: Any) -> None:
     if device.index in (None, current):
         function(device=_device(device, current), **arguments)
         return
-    # torch's guard comes back to a device that was never used without making a context there.
+    # Unlike CUDA's, torch's guard makes no context on a device that it returns to.
     with torch.cuda.device(device):
         function(device=_device(device, device.index), **arguments)
 

@@ -1,4 +1,4 @@
-"""What the trainer needs of a causal model of transformers: its head, its own logits."""
+"""What the trainer needs of a causal model of transformers: head, hidden states, logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of(cls, inputs: dict[str, Any], multimodal: list[str]) -> Sequences:
-        """Of a micro-batch as TRL makes it."""
+        """The sequences of a micro-batch of TRL."""
         return cls(
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
@@ -46,17 +46,17 @@ class Sequences(NamedTuple):
         )
 
     def known_to(self, rows: int) -> Sequences:
-        """With id 0 in place of ids that a model of ``rows`` ids has no embedding for."""
+        """Replaces ids for which a model of ``rows`` ids has no embedding by id 0."""
         return self._replace(tokens=self.tokens.masked_fill(self.tokens >= rows, 0))
 
     def unknown_to(self, rows: int) -> Tensor:
-        """Where tokens, padding left out, are such ids; bool (B, P + C)."""
+        """Whether a token, padding left out, is such an id; bool (B, P + C)."""
         return (self.tokens >= rows) & self.attention.bool()
 
     def fields(self, model: Any, base: Any) -> dict[str, Any]:
-        """What a forward of ``base``, the model or its body, gets.
+        """The keyword arguments for a forward of ``base``, the model or its body.
 
-        Positions count from each sequence's first token, as in generation; without them a model
+        Positions count from each sequence's first token, as in generation. Without them a model
         with absolute positions would count the padding. Models that see images make their own.
         """
         fields = {"input_ids": self.tokens, "attention_mask": self.attention, "use_cache": False}
@@ -68,7 +68,7 @@ class Sequences(NamedTuple):
 
 @contextmanager
 def usable_head(role: str) -> Iterator[None]:
-    """Says whose head it is that cannot be used, and what to do without it."""
+    """Adds to an error whose head cannot be used, and what to do instead."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -82,7 +82,7 @@ def model_head(model: Any, role: str) -> Head:
 
 
 def checked_logits(model: Any, role: str, sequences: Sequences) -> Tensor:
-    """The model's own logits, which have to be those of its hidden states and head."""
+    """The model's own logits; raises unless its hidden states and head give the same."""
     head, hidden = model_head(model, role), hidden_states(model, sequences)
     own = own_logits(model, sequences)[:, :-1]
     with usable_head(role):
@@ -91,7 +91,7 @@ def checked_logits(model: Any, role: str, sequences: Sequences) -> Tensor:
 
 
 def hidden_states(model: Any, sequences: Sequences) -> Tensor:
-    """What the head gets at the rows that predict the response, (B, C, H)."""
+    """The head's input at the rows that predict the response, (B, C, H)."""
     body = _without_adapters(model).base_model
     output = body(**sequences.fields(model, body))
     return output.last_hidden_state[:, -sequences.keep - 1 : -1]
@@ -102,7 +102,7 @@ def own_logits(model: Any, sequences: Sequences) -> Tensor:
     rows = sequences.keep + 1
     base = _without_adapters(model)
     few = "logits_to_keep" in inspect.signature(base.forward).parameters
-    # Not model(...): this runs inside its forward, whose hooks have run.
+    # Not model(...): this runs inside its forward, and its hooks have run already.
     output = model.forward(
         **sequences.fields(model, base), **({"logits_to_keep": rows} if few else {})
     )
@@ -110,10 +110,10 @@ def own_logits(model: Any, sequences: Sequences) -> Tensor:
 
 
 def _without_adapters(model: Any) -> Any:
-    """The model of transformers inside one of PEFT, whose layers have the adapters."""
+    """The model of transformers inside a model of PEFT; its layers have the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def vocab_size_of(model: Any) -> int:
-    """How many logits a model has for each token."""
+    """The number of logits that a model has for each token."""
     return int(model.config.get_text_config().vocab_size)

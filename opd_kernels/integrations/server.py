@@ -39,7 +39,7 @@ MAX_ID = np.iinfo(np.int32).max
 NOTHING = read_position(None)  # the entries of a position that has none
 PAUSE_SECONDS = 120.0  # the longest between two attempts
 SHOWN_CHARACTERS = 500
-# What may go better the next time: to score a sequence twice does no harm.
+# Errors that may pass: scoring a sequence a second time does no harm.
 TRANSIENT = (
     requests.ConnectionError,
     requests.Timeout,
@@ -57,7 +57,7 @@ class TeacherUnavailableError(TeacherServerError):
 
 
 class _PassingError(Exception):
-    """A failure that may pass; ``pause``: for how many seconds the server asks to be left alone."""
+    """A failure that may pass; ``pause``: seconds that the server asks to wait for."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -65,7 +65,7 @@ class _PassingError(Exception):
 
 
 class Scored(NamedTuple):
-    """What a server knows of a batch: ``topk`` (B, T), ``mask`` bool (B, T), True with entries."""
+    """A scored batch: ``topk`` (B, T), and ``mask`` bool (B, T), True where a row has entries."""
 
     topk: TopK
     mask: Tensor
@@ -74,10 +74,10 @@ class Scored(NamedTuple):
 class _Api(NamedTuple):
     """How a kind of server is asked for the tokens from ``start`` on, and how it answers.
 
-    ``positions`` gives one element per token from ``start`` on, which ``field`` of the answer holds
-    and ``read_position`` reads; ``has_sent``: each lists the token that was sent. What to do about
-    an answer: ``few`` where it has fewer than {k} entries, ``none`` where it has none, ``text``
-    where tokens are text, ``refused`` where the server's error speaks of logprobs.
+    ``positions`` takes one element per token from ``start`` on out of ``field`` of the answer;
+    ``read_position`` reads it. ``has_sent`` says that each element lists the token that was sent.
+    The others are advice: ``few`` if there are fewer than {k} entries, ``none`` if there are none,
+    ``text`` if tokens are text, ``refused`` if the server's error mentions logprobs.
     """
 
     path: str
@@ -269,9 +269,9 @@ class TeacherServer:
         return self.on_failure == "mask" and isinstance(error, TeacherUnavailableError)
 
     def _rows(self, stop: Event, index: int, tokens: list[int], start: int) -> list[Entries]:
-        """One element per token of a sequence: what the row beside its logits gets.
+        """One element per token of a sequence: the entries that belong to its logits.
 
-        Every error of a request passes here and gets its context.
+        Every error of a request gets its context here.
         """
         if start >= len(tokens):
             return [NOTHING] * len(tokens)
@@ -285,18 +285,18 @@ class TeacherServer:
         return [*[NOTHING] * (start - 1), *scored, NOTHING]
 
     def _scored(self, answer: Any, tokens: list[int], start: int) -> list[Entries]:
-        """The entries of the positions from ``start`` on, none where fewer than k are the best."""
+        """The entries of the positions from ``start`` on; none if fewer than k are of the best."""
         api, rows, counts = self._api, [], []
-        for at, node in enumerate(api.positions(answer, tokens, start), start):
+        for position, node in enumerate(api.positions(answer, tokens, start), start):
             try:
                 entries = read_position(node, api.text)
                 counts.append(_count_best(node, len(entries[0]), self.k))
             except (TypeError, ValueError) as error:
-                raise TeacherServerError(f"{api.field} at position {at}: {error}") from error
-            if api.has_sent and node is not None and tokens[at] not in entries[0]:
+                raise TeacherServerError(f"{api.field} at position {position}: {error}") from error
+            if api.has_sent and node is not None and tokens[position] not in entries[0]:
                 raise TeacherServerError(
-                    f"{api.field} has no entry for token {tokens[at]}, which was sent at position "
-                    f"{at}: its positions are not those of the sequence"
+                    f"{api.field} has no entry for token {tokens[position]}, which was sent at "
+                    f"position {position}: its positions are not those of the sequence"
                 )
             rows.append(entries)
         if 0 < max(counts) < self.k:
@@ -316,7 +316,7 @@ class TeacherServer:
         return complete
 
     def _answer(self, stop: Event, body: dict[str, Any]) -> Any:
-        """The server's answer, asked for again while what fails may pass and nobody says stop."""
+        """The server's answer; retries failures that may pass, until ``stop`` is set."""
         attempt = 0
         while True:
             try:
@@ -360,25 +360,25 @@ class TeacherServer:
 def _tokens(sequence: Any, index: int) -> list[int]:
     """The token ids of a sequence, as JSON has them."""
     tokens = _integers(sequence, f"sequence {index}")
-    for at, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if not 0 <= token <= MAX_ID:
             raise ValueError(
-                f"sequence {index} has {token} at position {at}, allowed are token ids from 0 to "
-                f"{MAX_ID}; leave padding out"
+                f"sequence {index} has {token} at position {position}, allowed are token ids from "
+                f"0 to {MAX_ID}; leave padding out"
             )
     return tokens
 
 
 def _integers(values: Any, name: str) -> list[int]:
-    """Whole numbers as they are; nothing is rounded and no text is read."""
+    """The values as ints; raises for anything but integers, also for text of digits."""
     values = values.tolist() if isinstance(values, Tensor) else values
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is {shown(values)}, expected a list of ints")
     found = []
-    for at, value in enumerate(values):
+    for position, value in enumerate(values):
         number = integer(value)
         if number is None:
-            raise TypeError(f"{name} has {shown(value)} at position {at}, expected an int")
+            raise TypeError(f"{name} has {shown(value)} at position {position}, expected an int")
         found.append(number)
     return found
 
@@ -395,7 +395,7 @@ def _text(response: Any) -> str:
 
 
 def _status_inside(answer: Any) -> int:
-    """The status that an error object stands for, 200 where the answer is none."""
+    """The status of an error object; 200 if the answer is no error object."""
     if not isinstance(answer, Mapping):
         return 200
     error = answer if answer.get("object") == "error" else answer.get("error")
@@ -413,7 +413,7 @@ def _retry_after(response: Any) -> float:
 
 
 def _count_best(node: Any, count: int, k: int) -> int:
-    """How many of the k best a position of ``count`` entries lists; without ranks all are."""
+    """How many of a position's ``count`` entries are among the k best; without ranks all are."""
     entries = node.values() if isinstance(node, Mapping) else node or ()
     ranks = [entry.get("rank") for entry in entries if isinstance(entry, Mapping)]
     for rank in ranks:
@@ -455,7 +455,7 @@ def _sglang_body(server: TeacherServer, tokens: list[int], start: int) -> dict[s
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
         "return_logprob": True,
         "top_logprobs_num": server.k,
-        # The first position from here on has no entries: the one before the first wanted.
+        # The first position of the answer has no entries, so it is the one before ``start``.
         "logprob_start_len": start - 1,
     }
 
@@ -466,24 +466,24 @@ def _sglang_positions(answer: Any, tokens: list[int], start: int) -> list[Any]:
     sent = tokens[start - 1 :]
     _check_count(positions, len(sent), "input_top_logprobs")
     _check_count(echoed, len(sent), "input_token_logprobs")
-    for at, (token, entry) in enumerate(zip(sent, echoed, strict=True), start - 1):
+    for position, (token, entry) in enumerate(zip(sent, echoed, strict=True), start - 1):
         given = integer(entry[1]) if isinstance(entry, list) and len(entry) > 1 else None
         if given is None:
             raise TeacherServerError(
-                f"input_token_logprobs has {shown(entry)} at position {at}, expected "
+                f"input_token_logprobs has {shown(entry)} at position {position}, expected "
                 "[logprob, id, text]; is this SGLang's /generate?"
             )
         # SGLang echoes the vocabulary's last id as 0.
         if given not in (token, 0):
             raise TeacherServerError(
-                f"input_token_logprobs has token {given} at position {at}, where {token} was "
+                f"input_token_logprobs has token {given} at position {position}, where {token} was "
                 "sent: its positions are not those of the sequence"
             )
     return positions[1:]
 
 
 def _field(answer: Any, *path: str | int) -> Any:
-    """What lies at a path of the answer."""
+    """The part of the answer at a path."""
     node = answer
     for step in path:
         try:

@@ -38,8 +38,8 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         wanted, budget = expected.grads[name]
         assert grad.dtype == leaf.dtype, f"{name}: gradient has dtype {grad.dtype}"
-        # Where something overflows, all but entries of their own may be infinite minus infinite, or
-        # infinite times zero.
+        # If something overflows, gradients other than the student logits' may be inf - inf or
+        # inf * 0.
         may_be_nan = budget == np.inf if name != "student" else False
         _check_close(grad, wanted, budget, f"gradient for {name} of {case}", may_be_nan)
         if name != "row_weight":
@@ -47,7 +47,7 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
 
 
 def launched(case: Case, backend: str | None = None, device: torch.device | str = "cpu") -> None:
-    """Calls what ``check`` calls and looks at no result: whatever that compiles is compiled."""
+    """Makes the calls of ``check`` without looking at results, so that kernels get compiled."""
     inputs = make_inputs(case, device)
     if isinstance(inputs.teacher, Tensor):
         _select(inputs, backend)
@@ -66,7 +66,7 @@ def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool
 def _results(
     case: Case, inputs: Inputs, backend: str | None
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
-    """(what gets a gradient, the loss, the gradients)."""
+    """(tensors that get a gradient, the loss, the gradients)."""
     leaves = _leaves(case, inputs)
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -87,7 +87,7 @@ def _select(inputs: Inputs, backend: str | None) -> TopK:
 
 
 def _leaves(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """What gets a gradient, by name."""
+    """The tensors that get a gradient, by name."""
     leaves = {"student": inputs.student, "row_weight": inputs.options["weight"]}
     if inputs.head is not None:
         leaves["student"] = None
@@ -139,17 +139,17 @@ def _check_close(
     actual: Tensor,
     expected: np.ndarray,
     budget: np.ndarray,
-    what: str,
+    label: str,
     may_be_nan: np.ndarray | bool = False,
 ) -> None:
     got = actual.detach().double().cpu().numpy()
-    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    assert got.shape == expected.shape, f"{label}: shape {got.shape}, expected {expected.shape}"
     with np.errstate(all="ignore"):
         wrong = ~(abs(got - expected) <= budget) & ~(np.isnan(got) & np.isnan(expected))
         wrong &= ~((got == expected) | (np.isnan(got) & may_be_nan))
     if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.size} outside the budget, first at {at}: got "
-            f"{got[at]!r}, expected {expected[at]!r} within {budget[at]:.3g}"
+            f"{label}: {int(wrong.sum())} of {wrong.size} outside the budget, first at {first}: "
+            f"got {got[first]!r}, expected {expected[first]!r} within {budget[first]:.3g}"
         )

@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE_DTYPES = (*DTYPES, "float64")
-# Where vectorised loops change gear: register widths, groups, blocks of groups.
+# Sizes around those of registers, groups and blocks of groups, where loops take other branches.
 _EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)
 
-# Vocabularies of real models, with what a selection or a softmax stumbles over.
+# Vocabularies of real models, with contents that are hard for a selection or a softmax.
 REAL_WIDTHS = (
     Case(
         student_vocab=151936,
@@ -96,9 +96,9 @@ def draw_case(
     max_vocab: int = 5000,
     only: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Case:
-    """A case; where the source can shrink, towards the default case.
+    """Draws a case. A source that can shrink shrinks towards the default case.
 
-    ``only`` names what to draw from instead of all there is; for "vocab" and "k" a range.
+    ``only`` restricts choices by name; for "vocab" and "k" it gives a range.
     """
     only = only or {}
     draw = source.choice

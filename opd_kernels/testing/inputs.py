@@ -1,4 +1,4 @@
-"""What a case is, and the tensors it stands for."""
+"""``Case``, a call described by names and a seed, and the tensors that it stands for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTENTS = (
     "extreme",
     "offset",
 )
-# "close": nearly the teacher's logits, as late in training.
+# "close" is nearly the teacher's logits, as late in training.
 STUDENT_CONTENTS = (*CONTENTS, "close")
 LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
 TEACHERS = ("logits", "topk_int32", "topk_int64")
@@ -48,8 +48,8 @@ UPSTREAMS = ("one", "stride0", "random", "zero")
 class Case:
     """One call of ``topk_rkl``, described by names and a seed.
 
-    With a ``hidden`` size it is one of ``linear_topk_rkl``: what is said of the student's logits is
-    meant of its hidden states, and the teacher may be "linear", hidden states and a head as well.
+    With a ``hidden`` size it is a call of ``linear_topk_rkl``. Then fields about the student's
+    logits are about its hidden states, and the teacher may be "linear": hidden states and a head.
     """
 
     rows: tuple[int, ...] = (3,)
@@ -94,8 +94,8 @@ class Head:
 class Inputs:
     """The tensors of a case and the keyword arguments of the call.
 
-    ``student`` and ``teacher`` are logits or a support; where the call gets a head instead, in
-    float64, up to its rounding what the head computes.
+    ``student`` and ``teacher`` are logits or a support. If the call gets a head instead, they are
+    the head's logits in float64.
     """
 
     student: Tensor
@@ -157,7 +157,7 @@ def _make_heads(case: Case, inputs: Inputs, generator: torch.Generator) -> None:
 
 
 def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Head:
-    """A head for the hidden states; what must not be read of it is NaN."""
+    """A head for the hidden states; its rows that must not be read are NaN."""
     hidden, vocab, dtype = inputs.student, case.student_vocab, inputs.student.dtype
     normal = torch.randn(vocab, case.hidden + 3, generator=generator, dtype=torch.float64)
     weight = (normal * case.hidden**-0.5).to(dtype)[:, 1:-2]
@@ -180,7 +180,7 @@ def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Hea
 
 
 def _teacher_head(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearLogits]:
-    """Logits and what they are made of: integers that every order of summation gives exactly."""
+    """Logits and their head. All are integers, so that every order of summation is exact."""
     dtype = getattr(torch, case.teacher_dtype)
 
     def integers(*shape: int) -> Tensor:
@@ -194,7 +194,7 @@ def _teacher_head(case: Case, generator: torch.Generator) -> tuple[Tensor, Linea
 
 
 def allowed_below(case: Case) -> int:
-    """The ids from which on none can be selected."""
+    """One past the largest id that can be selected."""
     limits = [case.student_vocab]
     if case.teacher in ("logits", "linear"):
         limits.append(case.teacher_vocab)
@@ -204,9 +204,9 @@ def allowed_below(case: Case) -> int:
 def copied_to(device: torch.device | str, tree: Any) -> Any:
     """The tree with each tensor copied to a device, strides and storage offset as they are.
 
-    ``Tensor.to`` makes sliced, transposed and expanded tensors dense; here the whole storage is
-    copied and viewed again. Allocations begin on multiples of 16 bytes on every device, so that
-    rows are misaligned by as much as they were. The copies have no graph and are no views.
+    ``Tensor.to`` makes sliced, transposed and expanded tensors dense. This copies the whole storage
+    and views it again. Allocations begin on multiples of 16 bytes on every device, so rows stay as
+    misaligned as they were. The copies have no graph and are no views.
     """
     return pytree.tree_map_only(Tensor, lambda tensor: _copied_to(device, tensor), tree)
 
@@ -246,7 +246,7 @@ def _logits(case: Case, side: str, generator: torch.Generator) -> Tensor:
 def _fill(
     content: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """Values that find bugs; each kind has broken a selection or a softmax somewhere."""
+    """Values that find bugs: each kind has broken a selection or a softmax somewhere."""
     normal = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
     chance = torch.rand(shape, generator=generator)
     ramp = torch.linspace(-8, 8, shape[-1], dtype=torch.float64).expand(shape)
@@ -305,8 +305,8 @@ def _bring_close(student: Tensor, teacher: Tensor | TopK, generator: torch.Gener
     near = noise.clone()
     if isinstance(teacher, TopK):
         ids, values = teacher.ids.long(), teacher.logits.double()
-        here = (ids >= 0) & (ids < student.shape[-1])
-        near.scatter_add_(-1, ids.where(here, 0), values.where(here, 0.0))
+        inside = (ids >= 0) & (ids < student.shape[-1])
+        near.scatter_add_(-1, ids.where(inside, 0), values.where(inside, 0.0))
     else:
         shared = min(student.shape[-1], teacher.shape[-1])
         near[..., :shared] += teacher[..., :shared].double()
@@ -376,6 +376,6 @@ def _upstream(case: Case, mask: Tensor | None, generator: torch.Generator) -> Te
 
 
 def _poison_masked_rows(logits: Tensor, mask: Tensor | None) -> None:
-    """NaN in rows that must not be read, where the memory is the row's own."""
+    """Writes NaN into rows that must not be read, unless rows share memory."""
     if mask is not None and 0 not in logits.stride() and logits.numel():
         logits[mask == 0] = torch.nan

@@ -1,8 +1,8 @@
-"""What must come out of a case, in float64, and how far from it a correct result may be.
+"""The expected results of a case in float64, and how far a correct result may be from them.
 
-Row by row and independent of the package's own code. Budgets are first-order forward error bounds
-of float32 (float64) arithmetic on the given, already rounded inputs, plus one rounding to the
-gradient's dtype; see ``_row_oracle``.
+It works row by row and shares no code with the package. Budgets are first-order forward error
+bounds of float32 (float64) arithmetic on the given, already rounded inputs, plus one rounding to
+the gradient's dtype; see ``_row_oracle``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 from opd_kernels.support import TopK
 from opd_kernels.testing.inputs import Head, Inputs
 
+# The unit roundoff of float64, which is what is computed in here.
+_WIDE_UNIT = float(np.finfo(np.float64).eps) / 2
+
 
 @dataclass
 class Expected:
-    """What must come out, in float64, and how far from it a correct result may be."""
+    """The expected results in float64, and how far a correct result may be from them."""
 
-    loss: np.ndarray  # scalar or per row, as reduction says
+    loss: np.ndarray  # scalar or per row, as the reduction says
     loss_budget: np.ndarray
-    grads: dict[str, tuple[np.ndarray, np.ndarray]]  # and their budgets, of "student", or "hidden",
-    # "weight" and "bias" of its head, and of "row_weight"
+    # (gradient, budget) by name: "student", or "hidden", "weight" and "bias"; and "row_weight".
+    grads: dict[str, tuple[np.ndarray, np.ndarray]]
     support: np.ndarray  # ids in selection order, -1 where there are fewer
 
 
@@ -38,7 +41,7 @@ def oracle(inputs: Inputs) -> Expected:
     count = math.prod(rows)
     arithmetic = torch.finfo(torch.float64 if inputs.wide else torch.float32)
     unit, tiny, largest = arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max)
-    # A head is computed in float32 whatever the teacher is.
+    # A head is computed in float32, whatever the teacher's dtype is.
     head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
     head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
     head_unit, head_largest = head_arithmetic.eps / 2, float(head_arithmetic.max)
@@ -55,17 +58,17 @@ def oracle(inputs: Inputs) -> Expected:
     support = np.full((count, inputs.k), -1, dtype=np.int64)
     loss, loss_budget = np.zeros(count), np.zeros(count)
     grad, grad_budget = np.zeros((count, vocab)), np.zeros((count, vocab))
-    # Of the entries that an id has: how many, and the sum of their gradients' absolute values.
+    # For each id: how many entries it has, and the sum of their gradients' absolute values.
     repeats, size = np.zeros((count, vocab)), np.zeros((count, vocab))
     for row in range(count):
         if not mask[row]:
             continue
-        at = np.unravel_index(row, rows)
-        ids, values = _row_support(teacher, at, allowed, inputs.k)
+        index = np.unravel_index(row, rows)
+        ids, values = _row_support(teacher, index, allowed, inputs.k)
         support[row] = ids
         used = (ids >= 0) & (values != -np.inf)
         ids, t = ids[used], values[used]
-        z, z_error = student[at].double().numpy()[ids], student_error[row][ids]
+        z, z_error = student[index].double().numpy()[ids], student_error[row][ids]
         numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], unit, tiny, largest)
         loss[row], loss_budget[row] = numbers.loss, numbers.loss_budget
         scale = weight[row] * upstream[row] * factor
@@ -77,23 +80,23 @@ def oracle(inputs: Inputs) -> Expected:
             np.add.at(grad_budget[row], ids, np.nan_to_num(budget + tiny, posinf=np.inf))
     with np.errstate(all="ignore"):
         if inputs.head is None:
-            grad_budget += _rounding(grad, student.dtype)
+            grad_budget = _rounded(grad, grad_budget, student.dtype)
             grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
         else:
-            # Logits that are not used may be NaN.
+            # Logits that take no part may be NaN.
             used = (grad != 0) | (grad_budget != 0)
             slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
             budget = grad_budget * slope + size * (slope_error + head_unit)
             budget += np.where(used, float(head_arithmetic.tiny), 0.0)
             grad, size = grad * slope, size * slope
-            # Where gradients overflow: infinite minus infinite, or infinite times zero.
+            # If gradients overflow, these are inf - inf or inf * 0.
             lost = np.isnan(grad + size + budget) & ~np.isnan(loss)[:, None]
             grad, size = np.where(lost, 0.0, grad), np.where(lost, 0.0, size)
             parts = (grad, np.where(lost, np.inf, budget), size, repeats)
             grads = _head_grads(inputs.head, *parts, head_unit, tiny, head_largest)
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
-        weight_budget += _rounding(weight_grad, torch.float32)
+        weight_budget = _rounded(weight_grad, weight_budget, torch.float32)
         weight_budget = np.where(np.isinf(loss_budget), np.inf, weight_budget)
         weighted, weighted_budget = (
             loss * weight,
@@ -112,11 +115,10 @@ def oracle(inputs: Inputs) -> Expected:
 
 
 def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
-    """Of each logit of a head (N, V): a bound on its error, its slope d z / d (W h + b), and a
-    bound on that one's.
+    """Each logit's error bound, slope d z / d (W h + b) and the slope's error bound, (N, V) each.
 
-    A sum of H products in whatever order is off by at most (H + 1) u times the sum of absolute
-    values; tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
+    In any order, a sum of H products is off by at most (H + 1) u times the sum of absolute values.
+    tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
     """
     head, shape = inputs.head, (math.prod(inputs.student.shape[:-1]), inputs.student.shape[-1])
     if head is None:
@@ -147,10 +149,10 @@ def _head_grads(
     tiny: float,
     largest: float,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Gradients of hidden states, weight and bias, and budgets, of those of the logits (N, V).
+    """(gradient, budget) of hidden states, weight and bias from those of the logits (N, V).
 
-    An id that a row lists ``repeats`` times is as many terms, of which ``size`` is the sum of
-    absolute values: they may cancel.
+    An id that a row lists ``repeats`` times has that many terms. They may cancel; ``size`` is the
+    sum of their absolute values.
     """
     hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
     weight = head.weight.detach().double().cpu().numpy()
@@ -163,7 +165,7 @@ def _head_grads(
         total, bound = np.zeros(shape), np.zeros(shape)
         terms_of = np.bincount(to, repeats[rows, ids], minlength=count)[:, None] + 3
         with np.errstate(all="ignore"):
-            products = np.where(factor == 0, 0.0, factor * terms)  # what has no weight is not read
+            products = np.where(factor == 0, 0.0, factor * terms)  # terms of factor 0 are not read
             np.add.at(total, to, products)
             sizes = np.where(magnitude == 0, 0.0, magnitude * abs(terms))
             np.add.at(bound, to, terms_of[to] * unit * sizes + error * abs(terms))
@@ -171,7 +173,7 @@ def _head_grads(
             bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
             poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
             total = np.where(np.isnan(total) & ~poisoned & np.isinf(bound), 0.0, total)
-            return total, bound + _rounding(total, dtype)
+            return total, _rounded(total, bound, dtype)
 
     dtype = head.weight.dtype
     hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
@@ -206,10 +208,10 @@ def _row_oracle(
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
-    u is the unit roundoff; ``z_error`` is what z comes with. A scaled logit s = (z - max) / T
-    carries 3 u |s| besides (difference, division, T's own rounding); exp and log add 2 u each; a
-    sum over K entries, pairwise or better, adds (log2 K + 1) u. ``_log_ratio_errors`` says what
-    log p - log q carries. From there the bounds follow the formulas term by term.
+    u is the unit roundoff and ``z_error`` the error of z. A scaled logit s = (z - max) / T adds
+    3 u |s| (difference, division, T's own rounding). exp and log add 2 u each. A sum over K
+    entries, pairwise or better, adds (log2 K + 1) u. ``_log_ratio_errors`` bounds the error of
+    log p - log q. From there the bounds follow the formulas term by term.
     """
     nothing = np.zeros(len(z))
     if len(z) == 0:
@@ -233,19 +235,49 @@ def _finite_row_oracle(
     largest: float,
 ) -> _RowNumbers:
     nothing = np.zeros(len(z))
-    depth = math.ceil(math.log2(max(len(z), 2))) + 1
-    p_side = _softmax(z, z_error, student_t, unit, depth)
-    q_side = _softmax(t, nothing, teacher_t, unit, depth)
+    p_side = _softmax(z, z_error, student_t, unit)
+    q_side = _softmax(t, nothing, teacher_t, unit)
     p = np.exp(p_side.log)
     live = z != -np.inf
     ratio = nothing.copy()
     ratio[live] = p_side.log[live] - q_side.log[live]
     loss = float((p * ratio)[live].sum())
     grad = np.where(live, p * (ratio - loss) / student_t, 0.0)
+    numbers = _RowNumbers(loss, 0.0, grad, nothing)
 
+    sides = _softmax(z, nothing, student_t, _WIDE_UNIT), _softmax(t, nothing, teacher_t, _WIDE_UNIT)
+    # The result's budget, and what float64 loses here: more, where the loss is next to nothing.
+    budgets = [
+        _row_budgets(numbers, ratio, p_side, q_side, student_t, teacher_t, unit, tiny),
+        _row_budgets(numbers, ratio, *sides, student_t, teacher_t, _WIDE_UNIT, 0.0),
+    ]
+    loss_budget = sum(loss_error for loss_error, _ in budgets)
+    grad_budget = np.where(live, sum(grad_error for _, grad_error in budgets), 0.0)
+    # A span that overflows float64 makes NaN, which max() would pass over.
+    if not np.max([p_side.span, q_side.span, abs(grad).max(), abs(loss)]) < largest / 8:
+        # The span overflows, in float64 perhaps here too: inf is allowed, NaN is not, and entries
+        # of no weight stay 0.
+        loss, loss_budget = float(np.nan_to_num(loss)), np.inf
+        grad, grad_budget = np.nan_to_num(grad), np.where(live, np.inf, 0.0)
+    return _RowNumbers(loss, loss_budget, grad, grad_budget)
+
+
+def _row_budgets(
+    numbers: _RowNumbers,
+    ratio: np.ndarray,
+    p_side: _Softmax,
+    q_side: _Softmax,
+    student_t: float,
+    teacher_t: float,
+    unit: float,
+    tiny: float,
+) -> tuple[float, np.ndarray]:
+    """Bounds on the errors of a row's loss and gradient in arithmetic of that unit."""
+    p, loss = np.exp(p_side.log), numbers.loss
+    depth = _sum_depth(len(p))
+    live = p_side.live
     p_error = np.where(live, np.minimum(p_side.log_error + 2 * unit, 1.0), 0.0)  # relative
-    same_temperature = student_t == teacher_t
-    errors = _log_ratio_errors(p_side, q_side, same_temperature, unit, depth)
+    errors = _log_ratio_errors(p_side, q_side, student_t == teacher_t, unit)
     ratio_error = errors.entries + unit * abs(ratio)
     loss_budget = float(
         (p * ((p_error + 2 * unit) * (abs(ratio) + errors.entries))).sum()
@@ -258,22 +290,17 @@ def _finite_row_oracle(
         p * ((p_error + 4 * unit) * abs(ratio - loss) + ratio_error + loss_budget)
         + tiny * (1 + abs(ratio - loss))
     ) / student_t
-    grad_budget = np.where(live, grad_budget, 0.0)
-    if not max(p_side.span, q_side.span, abs(grad).max(), abs(loss)) < largest / 8:
-        # The span overflows, in float64 perhaps here too: inf is allowed, NaN is not, and entries
-        # of no weight stay 0.
-        loss, loss_budget = float(np.nan_to_num(loss)), np.inf
-        grad, grad_budget = np.nan_to_num(grad), np.where(live, np.inf, 0.0)
-    return _RowNumbers(loss, loss_budget, grad, grad_budget)
+    return loss_budget, grad_budget
 
 
 @dataclass
 class _Softmax:
     """A side of a row: s = (x - max) / T, log softmax, and bounds on the errors of both."""
 
+    live: np.ndarray  # where x is not -inf
     scaled: np.ndarray
     scaled_error: np.ndarray
-    input_error: np.ndarray  # what s has from x alone
+    input_error: np.ndarray  # the part of it that comes from x
     log: np.ndarray
     log_error: np.ndarray
     log_sum: float
@@ -281,29 +308,33 @@ class _Softmax:
 
     @property
     def span(self) -> float:
-        """The largest finite |s|."""
-        return float(abs(self.scaled[self.scaled != -np.inf]).max())
+        """The largest |s| of finite x, which may be inf."""
+        return float(abs(self.scaled[self.live]).max())
 
 
-def _softmax(
-    x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float, depth: int
-) -> _Softmax:
+def _softmax(x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float) -> _Softmax:
     finite = x != -np.inf
     s = (x - x.max()) / temperature
     exp = np.exp(s)
     log_sum = math.log(exp.sum())
     input_error = np.where(finite, (x_error + x_error[x.argmax()]) / temperature, 0.0)
     s_error = np.where(finite, 3 * unit * abs(s) + x_error / temperature, 0.0)
-    sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum()) + depth * unit
+    sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum())
+    sum_error += _sum_depth(len(x)) * unit
     log_x = s - log_sum
     error = s_error + sum_error + 2 * unit * abs(log_sum) + unit * np.where(finite, abs(log_x), 0.0)
-    return _Softmax(s, s_error, input_error, log_x, error, log_sum, sum_error)
+    return _Softmax(finite, s, s_error, input_error, log_x, error, log_sum, sum_error)
+
+
+def _sum_depth(terms: int) -> int:
+    """By how many roundings of its size a sum of so many terms is off."""
+    return math.ceil(math.log2(max(terms, 2))) + 1
 
 
 class _RatioErrors(NamedTuple):
-    """Bounds on what log p - log q is off by: each entry's, and their mean under p.
+    """Bounds on the error of log p - log q: of each entry, and of their mean under p.
 
-    The mean is what the loss is off by. It is far less where errors of d cancel in it.
+    The mean is the error of the loss. It is far smaller where errors of d cancel in it.
     """
 
     entries: np.ndarray
@@ -311,27 +342,27 @@ class _RatioErrors(NamedTuple):
 
 
 def _log_ratio_errors(
-    p_side: _Softmax, q_side: _Softmax, same_temperature: bool, unit: float, depth: int
+    p_side: _Softmax, q_side: _Softmax, same_temperature: bool, unit: float
 ) -> _RatioErrors:
     """log p - log q = d - log(sum e^s / sum e^u), with s and u the scaled logits and d = s - u.
 
-    In float64 it is the difference of two logarithms. In float32 d is a difference of float64,
-    rounded once; 1 / T's rounding is that of both sides where the temperatures are equal. The sum
-    of c = e^u (e^d - 1), each off by its factors' errors or, where |d| > 1/2, by those of e^s and
-    e^u, gives the logarithm where the sum of |c| is below a quarter of sum e^u; else it is the
-    difference of two.
+    In float64 it is the difference of two logarithms. In float32 d is a difference in float64,
+    rounded once. If the temperatures are equal, both sides have the same rounding of 1 / T. A term
+    c = e^u (e^d - 1) is off by its factors' errors or, where |d| > 1/2, by those of e^s and e^u. If
+    the sum of |c| is below a quarter of sum e^u, the sum of c gives the logarithm; if not, the
+    logarithm is the difference of two.
 
-    There an error of d moves the logarithm by p of it, and so leaves the mean, up to second order.
+    In the first case an error of d moves the logarithm by p times itself. So it leaves the mean, up
+    to second order.
     """
     p, q = np.exp(p_side.log), np.exp(q_side.log)
-    live = p_side.scaled != -np.inf
+    depth, live = _sum_depth(len(p)), p_side.live
     s, u = (np.where(live, side.scaled, 0.0) for side in (p_side, q_side))
-    wide_unit = float(np.finfo(np.float64).eps) / 2
-    if unit <= wide_unit:
+    if unit <= _WIDE_UNIT:
         both = np.where(live, p_side.log_error + q_side.log_error, 0.0)
         return _RatioErrors(both, float((p * both).sum()))
     d = s - u
-    d_error = p_side.input_error + 4 * wide_unit * (abs(s) + abs(u)) + 2 * unit * abs(d)
+    d_error = p_side.input_error + 4 * _WIDE_UNIT * (abs(s) + abs(u)) + 2 * unit * abs(d)
     if not same_temperature:
         d_error += unit * (abs(s) + abs(u))
     d_error = np.where(live, d_error, 0.0)
@@ -361,16 +392,16 @@ def _log_ratio_errors(
 
 
 def _row_support(
-    teacher: Tensor | TopK, at: tuple[Any, ...], allowed: np.ndarray, k: int
+    teacher: Tensor | TopK, index: tuple[Any, ...], allowed: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, values) of a row, -1 and -inf where there are fewer than k."""
     if isinstance(teacher, TopK):
-        ids = teacher.ids.cpu()[at].long().numpy()
-        values = teacher.logits.detach().cpu()[at].double().numpy()
+        ids = teacher.ids.cpu()[index].long().numpy()
+        values = teacher.logits.detach().cpu()[index].double().numpy()
         inside = (ids >= 0) & (ids < len(allowed))
         keep = inside & allowed[np.where(inside, ids, 0)]
         return np.where(keep, ids, -1), values
-    row = teacher.detach().cpu()[at].double().numpy()
+    row = teacher.detach().cpu()[index].double().numpy()
     candidates = np.flatnonzero(allowed)
     values = row[candidates]
     is_nan = np.isnan(values)
@@ -395,7 +426,7 @@ def _allowed_ids(inputs: Inputs) -> np.ndarray:
 
 
 def _row_factors(inputs: Inputs, mask: np.ndarray) -> float:
-    """What the reduction divides a row's loss by, as a factor."""
+    """The factor of a row's loss in the reduction: 1 / what it divides by."""
     if inputs.options["reduction"] != "mean":
         return 1.0
     normalizer = inputs.options.get("normalizer")
@@ -411,9 +442,10 @@ def _flat(value: Any, count: int, default: float) -> np.ndarray:
     return np.broadcast_to(np.asarray(value, dtype=np.float64).reshape(-1), (count,))
 
 
-def _rounding(grad: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Half a unit in the last place of a gradient's dtype; nothing where the gradient is 0."""
+def _rounded(grad: np.ndarray, budget: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The budget after rounding to a gradient's dtype: half a unit in the last place more, nothing
+    where the gradient is 0, and inf where the dtype may overflow."""
     info = torch.finfo(dtype)
     rounding = abs(grad) * info.eps / 2 + info.smallest_normal * info.eps / 2
-    rounding = np.where(abs(grad) > info.max * 0.99, np.inf, rounding)
-    return np.where(grad == 0, 0.0, rounding)
+    rounding = np.where(abs(grad) + budget > info.max * 0.99, np.inf, rounding)
+    return budget + np.where((grad == 0) & (budget == 0), 0.0, rounding)

@@ -66,8 +66,8 @@ def select(
     values = _empty((*rows, k), torch.float32, logits.device)
     mask = None if mask is None else mask.contiguous()
     with _current(logits.device):
-        for at in _parts(logits):
-            part, part_mask, part_ids, part_values = _at(at, logits, mask, ids, values)
+        for index in _parts(logits):
+            part, part_mask, part_ids, part_values = _indexed(index, logits, mask, ids, values)
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
@@ -102,14 +102,14 @@ def divergence(
     if teacher_ids is not None:
         teacher, teacher_ids = teacher.contiguous(), teacher_ids.contiguous()
     with _current(device):
-        for at in _parts(student, teacher) if teacher_ids is None else _parts(student):
-            part, part_teacher, support, part_mask, *row_values = _at(
-                at, student, teacher, teacher_ids, mask, student_ts, teacher_ts
+        for index in _parts(student, teacher) if teacher_ids is None else _parts(student):
+            part, part_teacher, support, part_mask, *row_values = _indexed(
+                index, student, teacher, teacher_ids, mask, student_ts, teacher_ts
             )
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
-            outputs = _at(at, loss, ids, grad)
+            outputs = _indexed(index, loss, ids, grad)
             if teacher_ids is not None:
                 _divergence.support_divergence_kernel[(count,)](
                     part, part_teacher, support, banned, part_mask, *row_values, *outputs,
@@ -137,7 +137,7 @@ def scatter(
 
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, into memory that is there already."""
+    """As ``scatter``, written over what ``out`` holds."""
     width, k = out.shape[-1], ids.shape[-1]
     chunk = 16 // out.element_size()
     pieces = -(-(width + chunk - 1) // (configs.PIECE_BYTES // out.element_size()))
@@ -150,7 +150,7 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """As ``scatter``, added to what the memory holds."""
+    """As ``scatter``, added to what ``out`` holds."""
     width, k = out.shape[-1], ids.shape[-1]
     for part, entries in _gradient_parts(out, entry_grad, ids, upstream):
         _scatter.add_kernel[(part.shape[:-1].numel(),)](
@@ -180,8 +180,8 @@ def gather_dot(
         return logits, slots
     block_k, block_h = configs.dots(k, width, weight.element_size())
     with _current(ids.device):
-        for at in _parts(hidden):
-            part, part_ids, part_mask, *outputs = _at(at, hidden, ids, mask, logits, slots)
+        for index in _parts(hidden):
+            part, part_ids, part_mask, *outputs = _indexed(index, hidden, ids, mask, logits, slots)
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
@@ -250,7 +250,7 @@ def gather_dot_weight(
 ) -> Tensor:
     """The weight's gradient; see ``opd_kernels.reference.gather_dot_weight``.
 
-    Besides it takes about 30 bytes an entry and, for segments that hold whole chunks, 32 MB.
+    Further memory: about 30 bytes an entry, and 32 MB for segments that hold whole chunks.
     """
     width = hidden.shape[-1]
     out = _empty((vocab, width), dtype, ids.device)
@@ -283,9 +283,9 @@ def gather_dot_weight(
 
 
 def _sorted_entries(upstream: Tensor, ids: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, upstream, rows) of all entries by id, those of one id in order; absent ones last.
+    """(ids, upstream, rows) of all entries, sorted by id stably; absent ones last.
 
-    Absent are entries without an id and those whose upstream is 0: their id is ``vocab``.
+    An entry is absent, and its id ``vocab``, if it has no id or if its upstream is 0.
     """
     if ids.numel() >= 1 << 31:
         raise ValueError(
@@ -300,12 +300,13 @@ def _sorted_entries(upstream: Tensor, ids: Tensor, vocab: int) -> tuple[Tensor, 
 
 
 def _row_offsets(tensor: Tensor) -> tuple[int, Tensor]:
-    """(unit, where each row begins in units of so many elements).
+    """(unit in elements, each row's offset in units).
 
-    Kernels know at compile time whether the unit is a multiple of 16, and so load 16 bytes at once.
+    Kernels are compiled for units that are a multiple of 16, or not; if so, they load 16 bytes at
+    once.
     """
     merged = _merged(tensor)
-    unit = math.gcd(*(stride for _, stride in merged)) or 16  # nothing is a multiple of anything
+    unit = math.gcd(*(stride for _, stride in merged)) or 16  # 0 is a multiple of everything
     offsets = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for size, stride in merged:
         steps = torch.arange(size, dtype=torch.int64, device=tensor.device)
@@ -322,8 +323,8 @@ def _gradient_parts(
     ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
     upstream = upstream.to(torch.float32).contiguous()
     with _current(out.device):
-        for at in _parts(out):
-            part, *entries = _at(at, out, ids, entry_grad, upstream)
+        for index in _parts(out):
+            part, *entries = _indexed(index, out, ids, entry_grad, upstream)
             if part.numel() > 0:
                 yield part, tuple(entries)
 
@@ -331,9 +332,9 @@ def _gradient_parts(
 def _stream(
     logits: Tensor, k: int, limit: int, mask: Tensor | None
 ) -> tuple[Tensor, configs.Selection, bool]:
-    """(memory for group keys, configuration, whether they are in it already).
+    """(memory for group keys, configuration, whether the keys are already written).
 
-    They are where there are so few rows that each is streamed by several programs.
+    They are if there are so few rows that several programs stream each of them.
     """
     rows, itemsize = logits.shape[:-1].numel(), logits.element_size()
     config = configs.selection(k, limit, itemsize, _aligned(logits))
@@ -350,7 +351,7 @@ def _stream(
 
 
 def _options(warps: int) -> dict[str, Any]:
-    """Launch options; products and sums are rounded apart, so that all GPUs give the same bits."""
+    """Launch options. Without fused multiply-adds all GPUs give the same bits."""
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if torch.version.hip is None and torch.version.xpu is None:
         options["maxnreg"] = configs.registers(warps)
@@ -369,7 +370,7 @@ def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 
 def _merged(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the leading dimensions, those merged that one stride can walk."""
+    """(size, stride) of the leading dimensions; those that one stride can walk are merged."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
@@ -384,7 +385,7 @@ def _merged(tensor: Tensor) -> list[tuple[int, int]]:
 def _parts(*tensors: Tensor) -> list[tuple[int, ...]]:
     """Indices into the leading dimensions under which every tensor has at most two left.
 
-    One empty index for all but exotic views: a kernel walks two strides.
+    A kernel walks two strides. Only exotic views need more than the one empty index.
     """
     if all(len(_merged(tensor)) <= 2 for tensor in tensors):
         return [()]
@@ -395,8 +396,8 @@ def _parts(*tensors: Tensor) -> list[tuple[int, ...]]:
     ]
 
 
-def _at(index: tuple[int, ...], *tensors: Any) -> tuple[Any, ...]:
-    """The tensors under an index; None stays."""
+def _indexed(index: tuple[int, ...], *tensors: Any) -> tuple[Any, ...]:
+    """Each tensor at an index; None stays None."""
     if not index:
         return tensors
     return tuple(None if tensor is None else tensor[index] for tensor in tensors)
@@ -415,7 +416,7 @@ def _aligned(logits: Tensor) -> bool:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launch on the current device, which need not be the tensors'."""
+    """Makes the tensors' device the current one, on which Triton launches."""
     if device.type not in DEVICES:
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)

@@ -16,7 +16,7 @@ _GROUPS = ((64, 64), (256, 32), (K_MAX, 16))
 _PER_THREAD = 32
 _THREADS = 32  # of a warp; AMD's 64 halve the keys that a thread holds
 _MAX_WARPS = 32
-# Groups make up clans until there are as many members of k clans as clans, or this few clans.
+# Clans grow until k clans hold as many groups as there are clans, or there are this few clans.
 _CLANS = 512
 # Group numbers are counted in 16 bits.
 _MAX_GROUPS = 32768
@@ -28,8 +28,8 @@ STAGES = 3
 WARPS = 4
 # The gradient: bytes of a row that one program clears.
 PIECE_BYTES = 65536
-# Hidden states and a head: entries of a row that a program multiplies at once; the least entries of
-# a chunk that is summed apart, and the bytes that the chunks' sums may take.
+# Hidden states and a head: entries of a row that a program multiplies at once, the least entries of
+# a chunk that has a sum of its own, and the bytes that the chunks' sums may take.
 _ENTRIES = 16
 CHUNK = 128
 _CHUNK_SUMS_BYTES = 32 << 20
@@ -39,7 +39,7 @@ HIDDEN_GRAD_ROWS = 2
 WEIGHT_GRAD_ROWS = 2
 WEIGHT_GRAD_WARPS = 4
 # Whether the head's logits are computed in the order of sorted ids. Off: by the model in
-# benchmarks/NOTES.md it pays for random ids only and costs time where rows share ids.
+# benchmarks/NOTES.md it saves time for random ids only, and costs time where rows share ids.
 SORTED_DOTS = False
 # In that order: sorted entries of a program, bytes of hidden states that the cache is to hold, and
 # entries that other kernels than the products' take at once. Places are counted in 32 bits.
@@ -90,15 +90,15 @@ def tile(itemsize: int, warps: int = WARPS) -> int:
 
 
 def registers(warps: int) -> int:
-    """Registers of a thread on NVIDIA, with which five programs of 4 warps share a multiprocessor.
+    """Registers of a thread on NVIDIA: few enough for five programs of 4 warps a multiprocessor.
 
-    Left to itself the assembler spills one or two to make room for more programs than are needed.
+    Without this number the assembler spills one or two, for more programs than are needed.
     """
     return 96 if warps <= 4 else 128 if warps <= 16 else 64
 
 
 def pieces(rows: int, tiles: int, multiprocessors: int) -> int:
-    """Over how many programs the streaming of one row is split; 1 is the fused kernel."""
+    """How many programs stream one row; 1 is the fused kernel."""
     if rows >= SPLIT_BELOW_ROWS * multiprocessors:
         return 1
     return max(1, min(tiles, PROGRAMS_WHEN_SPLIT * multiprocessors // max(rows, 1)))
@@ -147,10 +147,10 @@ def chunk(entries: int, width: int) -> int:
 
 
 def keys_stride(width: int, group: int) -> int:
-    """Keys from one row's group maxima to the next's; a multiple of 16, as the kernels know."""
+    """Keys from one row's group maxima to the next's: a multiple of 16, as kernels assume."""
     return -(-(width + 7) // (16 * group)) * 16
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

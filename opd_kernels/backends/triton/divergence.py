@@ -3,10 +3,10 @@
     p = softmax(z / T),  q = softmax(t / T'),  l = log p - log q      over the present entries
     L = sum p l,         dL/dz = p (l - L) / T
 
-A program per row. Where the teacher is logits it selects the support first, in the same kernel: the
-teacher's row is read once, then k of the student's values; nothing of the vocabulary's size is
-written. How l stays accurate where p is nearly q, and the traps, are told in
-``csrc/common/divergence.h``.
+A program per row. If the teacher is logits, it selects the support first, in the same kernel: it
+reads the teacher's row once, then k of the student's values. It writes nothing of the vocabulary's
+size. ``csrc/common/divergence.h`` says how l stays accurate where p is nearly q, and names the
+traps.
 """
 
 import triton
@@ -28,15 +28,15 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temperature):
     """(loss, entry gradients, whether the row is NaN) of a row on its present entries.
 
-    NaN or +inf at an entry that takes part and a NaN temperature make the row NaN, which the caller
-    writes. Without an entry, or a student value above -inf, loss and gradients are 0.
+    NaN or +inf at an entry that takes part, or a NaN temperature, make the row NaN; the caller
+    writes it. Without an entry, or without a student value above -inf, loss and gradients are 0.
     """
     NEVER: tl.constexpr = -float("inf")
     t = tl.where(present, values, NEVER)
     z = tl.load(student_ptr + tl.where(present, ids, 0), mask=present, other=0.0).to(tl.float32)
     z = tl.where(present, z, NEVER)
     bad = present & ~((z < float("inf")) & (t < float("inf")))
-    # A temperature that is not allowed comes as NaN.
+    # A temperature that is not allowed is NaN by now.
     both = tl.zeros_like(z) + temperature + teacher_temperature
     bad = bad | ((z > NEVER) & (both != both))
 
@@ -179,7 +179,7 @@ def support_divergence_kernel(
 def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the gradients of equal ids into the first of them; the others become absent.
 
-    The sum is taken at 2^-11 of its size, where 1024 of the largest floats cannot overflow.
+    Terms are scaled by 2^-11, so that the sum of 1024 of the largest floats cannot overflow.
     """
     entry = tl.arange(0, K_PAD)[None, :]
     total = tl.zeros([BLOCK, K_PAD], tl.float32)

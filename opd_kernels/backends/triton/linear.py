@@ -3,17 +3,17 @@
     z_k = W[id_k] . h + b[id_k]      dL/dh = sum over k of g_k W[id_k]      g = dL/dz
     dL/dW[v] = sum of g_k h over the rows and k with id_k = v
 
-All three gather rows of H elements and are bound by reading them: N K H elements each, of the
-weight twice, and of the hidden states, which a slice of H at a time the cache holds. The gradient
-of the weight goes by sorted ids: those of a vocabulary row are a segment, summed in its order, and
-every row is written once, so that there is nothing to clear and no atomic. Segments may be as long
-as there are tokens: their whole chunks are summed apart first, by programs of their own.
+All three gather rows of H elements and are bound by reading them, N K H elements each. The first
+two read rows of the weight, the third rows of the hidden states, in slices of H that the cache
+holds. The gradient of the weight goes by sorted ids: the entries of a vocabulary row are a segment,
+which is summed in order. Every row is written once, so there is nothing to clear and no atomic. A
+segment may be as long as there are tokens: programs of their own sum its whole chunks first.
 
 The logits can also be computed in the order of sorted ids, a slice of H at a time. Then a row of
 the weight is read from memory once, and the cache holds the hidden states' slice. A kernel of its
 own adds up the slices' sums, in order.
 
-Multiplications and additions are fused only where the source asks for it: the same on every GPU.
+Multiplications and additions are fused only where the source says so: all GPUs give the same bits.
 """
 
 import triton
@@ -94,8 +94,8 @@ def sorted_dot_kernel(
 ):  # fmt: skip
     """Products of RUN sorted entries summed over BLOCK_H columns; ``order`` says where to store.
 
-    All runs of one slice of columns come before the next slice: the hidden states' stays in the
-    cache. A row of the weight stays in registers until the id changes.
+    All runs of one slice of columns come before the next slice, so that the hidden states' slice
+    stays in the cache. A row of the weight stays in registers until the id changes.
     """
     first = tl.program_id(0) * RUN
     stop = tl.minimum(first + RUN, entries)
@@ -155,8 +155,8 @@ def hidden_grad_kernel(
         factor = tl.load(upstream_ptr + entry, mask=entry < k, other=0.0)
         ids = tl.load(ids_ptr + entry, mask=entry < k, other=-1).to(tl.int64)
         read = (factor != 0) & (ids >= 0) & (ids < vocab)
-        at = (tl.where(read, ids, 0) * weight_stride)[:, None] + column[None, :]
-        w = tl.load(weight_ptr + at, mask=read[:, None] & (column < width)[None, :], other=0.0)
+        offset = (tl.where(read, ids, 0) * weight_stride)[:, None] + column[None, :]
+        w = tl.load(weight_ptr + offset, mask=read[:, None] & (column < width)[None, :], other=0.0)
         factor = tl.where(read, factor, 0.0)
         total = tl.fma(w.to(tl.float32), factor[:, None], total)
     store_rounded(out_ptr + row * width + column, tl.sum(total, axis=0), column < width)
@@ -167,16 +167,16 @@ def _add_entries(total, first, count, head, gap, factors_ptr, rows_ptr, hidden_p
                  column, width, ENTRIES: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Adds factor * hidden of ``count`` sorted entries to [ENTRIES, BLOCK_H] sums.
 
-    They begin at ``first``; after ``head`` of them ``gap`` are left out.
+    They begin at ``first``. After the first ``head`` entries, ``gap`` entries are skipped.
     """
     for block in tl.range(0, count, ENTRIES, num_stages=STAGES):
         entry = block + tl.arange(0, ENTRIES)
         place = first + entry + tl.where(entry < head, 0, gap)
         factor = tl.load(factors_ptr + place, mask=entry < count, other=0.0)
         row = tl.load(rows_ptr + place, mask=entry < count, other=0)
-        at = (row * hidden_unit)[:, None] + column[None, :]
+        offset = (row * hidden_unit)[:, None] + column[None, :]
         inside = (entry < count)[:, None] & (column < width)[None, :]
-        h = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+        h = tl.load(hidden_ptr + offset, mask=inside, other=0.0)
         total = tl.fma(h.to(tl.float32), factor[:, None], total)
     return total
 
@@ -187,7 +187,7 @@ def chunk_sums_kernel(
     vocab: tl.int32, chunk: tl.int32, width, hidden_unit,
     ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each chunk of sorted entries that one segment holds whole; of others nothing."""
+    """The sum of each chunk of sorted entries that lies in one segment; others have no sum."""
     first = tl.program_id(0) * chunk
     key = tl.load(keys_ptr + first)
     if (key >= vocab) | (key != tl.load(keys_ptr + first + chunk - 1)):
@@ -198,8 +198,8 @@ def chunk_sums_kernel(
         total, first, chunk, chunk, 0, factors_ptr, rows_ptr, hidden_ptr, hidden_unit,
         column, width, ENTRIES, STAGES,
     )  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * width + column
-    tl.store(sums_ptr + at, tl.sum(total, axis=0), mask=column < width)
+    offset = tl.program_id(0).to(tl.int64) * width + column
+    tl.store(sums_ptr + offset, tl.sum(total, axis=0), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -210,8 +210,8 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """BLOCK_H columns of a vocabulary row's gradient: its whole chunks, then the other entries.
 
-    All rows of one slice of columns come before the next slice: the hidden states' stays in the
-    cache. Most segments are empty or of a few entries, which a pipeline's filling would outlast.
+    All rows of one slice of columns come before the next slice, so that the hidden states' slice
+    stays in the cache. Most segments have no or few entries: filling a pipeline would take longer.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -227,9 +227,9 @@ def weight_grad_kernel(
     total = tl.zeros([ENTRIES, BLOCK_H], tl.float32)
     for block in range(0, chunks, ENTRIES):
         member = block + tl.arange(0, ENTRIES)
-        at = ((first + member).to(tl.int64) * width)[:, None] + column[None, :]
+        offset = ((first + member).to(tl.int64) * width)[:, None] + column[None, :]
         inside = (member < chunks)[:, None] & (column < width)[None, :]
-        total += tl.load(sums_ptr + at, mask=inside, other=0.0)
+        total += tl.load(sums_ptr + offset, mask=inside, other=0.0)
     head = tl.where(chunks > 0, first * chunk, stop) - start
     gap = chunks * chunk
     total = _add_entries(

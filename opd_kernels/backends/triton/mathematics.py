@@ -1,7 +1,7 @@
-"""exp and log to the last bits: the hardware's are approximations, and differ between vendors.
+"""exp and log to the last bits: the hardware's are approximations that differ between vendors.
 
-Both are Cephes' single-precision algorithms (S. Moshier), which need nothing but IEEE additions
-and multiplications; a row calls them for K entries, so that their cost does not show.
+Both are Cephes' single-precision algorithms (S. Moshier). They need only IEEE additions and
+multiplications. A row calls them for K entries, so their cost does not show.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Rows in memory and the order of their values: what every kernel here begins and ends with."""
+"""Rows in memory and the order of their values: the first and last steps of every kernel here."""
 
 import triton
 import triton.language as tl
@@ -14,8 +14,8 @@ def row_start(row, inner, outer_stride, inner_stride):
 def align_row(row_ptr):
     """(pointer to the 16 bytes that hold the row's first element, elements before it in them).
 
-    Loads from there on are 16 bytes wide whatever the row's start; a chunk of 16 bytes never
-    crosses a page, so that its bytes outside the row are safe to load.
+    Loads from there on are 16 bytes wide, wherever the row starts. A chunk of 16 bytes never
+    crosses a page, so its bytes outside the row are safe to load.
     """
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
@@ -27,9 +27,9 @@ def align_row(row_ptr):
 
 @triton.jit
 def order_key(values):
-    """int32 keys that order as the selection does, in the width of the dtype.
+    """int32 keys whose order is the selection's; they fit into the width of the dtype.
 
-    Sign times magnitude: -0 and +0 share key 0; every NaN gets the largest key.
+    Sign times magnitude: -0 and +0 share key 0. Every NaN gets the largest key.
     """
     BITS: tl.constexpr = values.dtype.primitive_bitwidth
     NAN_KEY: tl.constexpr = (1 << (BITS - 1)) - 1
@@ -45,7 +45,7 @@ def order_key(values):
 
 @triton.jit
 def is_banned(banned_ptr, ids, mask):
-    """The bits of the bitmap at the ids; False where the mask is."""
+    """The bitmap's bits at the ids; False where ``mask`` is False."""
     byte = tl.load(banned_ptr + (ids >> 3), mask=mask, other=0).to(tl.int32)
     return ((byte >> (ids & 7)) & 1) != 0
 

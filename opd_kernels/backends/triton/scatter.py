@@ -27,9 +27,9 @@ def scatter_kernel(
     tl.debug_barrier()
     entry = tl.arange(0, K_PAD)
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
-    here = (ids >= 0) & (ids + skip >= first) & (ids + skip < stop)
-    grad = tl.load(grad_ptr + row * k + entry, mask=here, other=0.0)
-    store_rounded(out_ptr + ids, tl.load(upstream_ptr + row) * grad, here)
+    inside = (ids >= 0) & (ids + skip >= first) & (ids + skip < stop)
+    grad = tl.load(grad_ptr + row * k + entry, mask=inside, other=0.0)
+    store_rounded(out_ptr + ids, tl.load(upstream_ptr + row) * grad, inside)
 
 
 @triton.jit
@@ -40,15 +40,15 @@ def _clear(start_ptr, skip, first, stop, TILE: tl.constexpr):
     body = tl.cdiv(tl.maximum(first, skip), CHUNK)  # the first whole chunk
     end = stop // CHUNK  # after the last
     for tile in range(first, end * CHUNK, TILE):
-        at = tile + tl.arange(0, TILE)
-        chunk = at // CHUNK
-        tl.store(start_ptr + at, tl.zeros([TILE], DTYPE), mask=(chunk >= body) & (chunk < end))
+        place = tile + tl.arange(0, TILE)
+        chunk = place // CHUNK
+        tl.store(start_ptr + place, tl.zeros([TILE], DTYPE), mask=(chunk >= body) & (chunk < end))
     # What is left at a row's ends is less than a chunk.
     lane = tl.arange(0, CHUNK)
     head = tl.where(first == 0, stop, 0)
     tl.store(start_ptr + lane, tl.zeros([CHUNK], DTYPE), mask=(lane >= skip) & (lane < head))
-    at = end * CHUNK + lane
-    tl.store(start_ptr + at, tl.zeros([CHUNK], DTYPE), mask=(at >= skip) & (at < stop))
+    place = end * CHUNK + lane
+    tl.store(start_ptr + place, tl.zeros([CHUNK], DTYPE), mask=(place >= skip) & (place < stop))
 
 
 @triton.jit(do_not_specialize=["width", "k", "inner", "outer_stride", "inner_stride"])
@@ -57,12 +57,12 @@ def add_kernel(
     width: tl.int32, k: tl.int32, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
     K_PAD: tl.constexpr,
 ):  # fmt: skip
-    """out += upstream * entry gradient at the ids; each id is in a row once."""
+    """out += upstream * entry gradient at the ids; an id occurs in a row once."""
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row_start(row, inner, outer_stride, inner_stride)
     entry = tl.arange(0, K_PAD)
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
-    here = (ids >= 0) & (ids < width)
-    grad = tl.load(grad_ptr + row * k + entry, mask=here, other=0.0)
-    before = tl.load(out_ptr + ids, mask=here, other=0.0).to(tl.float32)
-    store_rounded(out_ptr + ids, before + tl.load(upstream_ptr + row) * grad, here)
+    inside = (ids >= 0) & (ids < width)
+    grad = tl.load(grad_ptr + row * k + entry, mask=inside, other=0.0)
+    before = tl.load(out_ptr + ids, mask=inside, other=0.0).to(tl.float32)
+    store_rounded(out_ptr + ids, before + tl.load(upstream_ptr + row) * grad, inside)

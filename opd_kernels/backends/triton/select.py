@@ -1,13 +1,13 @@
 """Selection: the k best of each row, exactly, in one read of it.
 
 A row is cut into groups of ``GROUP`` elements that start on 16-byte boundaries. One pass over the
-row leaves each group's largest key; the k best elements all lie in the k best groups (ties go to
-the lower group); those are read again and the k best of them selected. Nothing depends on the
-values but the number of steps of four binary searches, so all rows cost about the same.
+row leaves each group's largest key. The k best elements all lie in the k best groups (ties go to
+the lower group). These groups are read again, and the k best of their elements are selected. Only
+the number of steps of four binary searches depends on the values, so all rows cost about the same.
 
-Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read. Where there
-are few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here and in
-``divergence`` begin at its result.
+Bytes of a row: V elements, k groups a second time, V / GROUP keys written and read. If there are
+few rows, ``group_maxima_kernel`` streams a row in pieces, and the kernels here and in
+``divergence`` begin with its result.
 """
 
 import triton
@@ -19,9 +19,9 @@ from opd_kernels.backends.triton.rows import align_row, order_key, row_start
 @triton.jit
 def stream_maxima(row_ptr, keys_ptr, width, piece, pieces,
                   GROUP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """The largest key of each group in one of the row's pieces, the row's ends not masked.
+    """The largest key of each group in one of the row's pieces; the row's ends are not masked.
 
-    The loop holds raw values: their NaN-propagating maximum compiles to packed instructions, and
+    The loop holds raw values. Their NaN-propagating maximum compiles to packed instructions, and
     only one value in a chunk of 16 bytes is turned into a key.
     """
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
@@ -34,8 +34,8 @@ def stream_maxima(row_ptr, keys_ptr, width, piece, pieces,
     first = tl.cdiv(tiles, pieces) * piece
     last = tl.minimum(first + tl.cdiv(tiles, pieces), tiles)
     for tile in tl.range(first * TILE, last * TILE, TILE, num_stages=STAGES):
-        at = tile + tl.arange(0, TILE)
-        values = tl.load(start_ptr + at, mask=at // CHUNK < chunks)
+        place = tile + tl.arange(0, TILE)
+        values = tl.load(start_ptr + place, mask=place // CHUNK < chunks)
         values = tl.reshape(values.to(tl.float32), [TILE // CHUNK, CHUNK])
         keys = order_key(_chunk_maxima(values, TILE // CHUNK, CHUNK).to(DTYPE))
         keys = tl.max(tl.reshape(keys, [TILE // GROUP, GROUP // CHUNK]), axis=1)
@@ -45,13 +45,13 @@ def stream_maxima(row_ptr, keys_ptr, width, piece, pieces,
 
 @triton.jit
 def keys_row(keys_ptr, row, width, GROUP: tl.constexpr):
-    """Where a row's group keys are; ``configs.keys_stride`` is their distance."""
+    """Pointer to a row's group keys; ``configs.keys_stride`` is the distance of two rows' keys."""
     return keys_ptr + row * (tl.cdiv(width + 7, 16 * GROUP) * 16)
 
 
 @triton.jit
 def _chunk_maxima(values, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """Maxima of the chunks [CHUNKS, CHUNK], NaN if one is: halves against halves in a thread."""
+    """Maxima of the chunks [CHUNKS, CHUNK]; NaN if an element is. A thread compares its halves."""
     if CHUNK == 8:
         values = _halves_maximum(values, CHUNKS, 8)
     values = _halves_maximum(values, CHUNKS, 4)
@@ -71,10 +71,10 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
                K_PAD: tl.constexpr):  # fmt: skip
     """(ids, values) [K_PAD] of the k best, in order, from the group keys that streaming left.
 
-    The k best elements lie in the k best chunks of 16 bytes, those in the k best groups, those in
-    the k best clans of CLAN groups: four small selections. ``ids_ptr``, the row's k outputs, holds
-    the lists between them, and nothing of use afterwards. Every barrier stands between the
-    program's stores and its loads of the same memory.
+    The k best elements lie in the k best chunks of 16 bytes, these in the k best groups, these in
+    the k best clans of CLAN groups: four small selections. Between them ``ids_ptr``, the row's k
+    outputs, holds their lists; afterwards it holds nothing of use. Every barrier stands between
+    stores of the program and its loads of the same memory.
     """
     UNSELECTABLE: tl.constexpr = -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
     CHUNK: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
@@ -129,7 +129,7 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
 
 @triton.jit
 def _members(list_ptr, listed, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """(indices [COUNT, SIZE] of what the listed parents are made of, which parents there are)."""
+    """(indices [COUNT, SIZE] of the listed parents' members, whether there is such a parent)."""
     slot = tl.arange(0, COUNT)
     parent = tl.load(list_ptr + slot, mask=slot < listed, other=0)
     return parent[:, None] * SIZE + tl.arange(0, SIZE)[None, :], (slot < listed)[:, None]
@@ -147,8 +147,8 @@ def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
                  GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr):  # fmt: skip
     """New keys for the groups that hold elements which cannot be selected.
 
-    Those are the groups at the row's ends, which streaming did not mask, and groups with banned
-    ids: for a handful of those a block or two, for ids banned everywhere the row a second time.
+    These are the groups at the row's ends, which streaming did not mask, and groups with banned
+    ids. A handful of ids costs a block or two; ids banned everywhere cost the row a second time.
     """
     BLOCK: tl.constexpr = min(64, GROUPS_PAD)
     BLOCKS: tl.constexpr = GROUPS_PAD // BLOCK
@@ -157,7 +157,7 @@ def _mask_groups(start_ptr, keys_ptr, banned_ptr, skip, width,
     dirty = (block == 0) & (skip > 0)
     dirty = dirty | ((block == last // BLOCK) & (last * GROUP < skip + width))
     if banned_ptr is not None:
-        # A block begins up to 7 ids before its words of the bitmap: it looks at one word more.
+        # A block begins up to 7 ids before its words of the bitmap, so it reads one word more.
         WORDS: tl.constexpr = BLOCK * GROUP // 64
         STEP: tl.constexpr = min(WORDS, 8)
         word_ptr = banned_ptr.to(tl.pointer_type(tl.uint64))
@@ -191,7 +191,7 @@ def _new_keys(start_ptr, keys_ptr, banned_ptr, first, skip, width,
 
 @triton.jit
 def _excluded(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
-    """A bit for each element of a chunk that cannot be selected; outside the mask all of them."""
+    """A bit for each element of a chunk that cannot be selected; all where ``mask`` is False."""
     ALL: tl.constexpr = (1 << CHUNK) - 1
     first = chunk * CHUNK - skip  # id of a chunk's first element
     before = tl.minimum(tl.maximum(-first, 0), CHUNK)
@@ -208,14 +208,14 @@ def _excluded(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
 
 @triton.jit
 def _chunk_keys(start_ptr, chunk, excluded):
-    """The largest key of each chunk; one value of it becomes a key."""
+    """The largest key of each chunk; only its largest value is turned into a key."""
     DTYPE: tl.constexpr = start_ptr.dtype.element_ty
     CHUNK: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     UNSELECTABLE: tl.constexpr = -(1 << (DTYPE.primitive_bitwidth - 1))
     ALL: tl.constexpr = (1 << CHUNK) - 1
     lane = tl.arange(0, CHUNK)[None, :]
-    at = chunk[:, None] * CHUNK + lane
-    values = tl.load(start_ptr + at, mask=(excluded != ALL)[:, None]).to(tl.float32)
+    place = chunk[:, None] * CHUNK + lane
+    values = tl.load(start_ptr + place, mask=(excluded != ALL)[:, None]).to(tl.float32)
     values = tl.where((excluded[:, None] >> lane) & 1 != 0, -float("inf"), values)
     keys = order_key(_chunk_maxima(values, chunk.shape[0], CHUNK).to(DTYPE))
     return tl.where(excluded == ALL, UNSELECTABLE, keys)
@@ -228,20 +228,20 @@ def _element_keys(start_ptr, chunk, excluded, skip):
     UNSELECTABLE: tl.constexpr = -(1 << (start_ptr.dtype.element_ty.primitive_bitwidth - 1))
     ALL: tl.constexpr = (1 << CHUNK) - 1
     lane = tl.arange(0, CHUNK)[None, :]
-    at = chunk[:, None] * CHUNK + lane
-    values = tl.load(start_ptr + at, mask=(excluded != ALL)[:, None])
+    place = chunk[:, None] * CHUNK + lane
+    values = tl.load(start_ptr + place, mask=(excluded != ALL)[:, None])
     keys = tl.where((excluded[:, None] >> lane) & 1 != 0, UNSELECTABLE, order_key(values))
-    return keys, at - skip
+    return keys, place - skip
 
 
 @triton.jit
 def _store_best(keys, indices, out_ptr, k,
                 SIZE: tl.constexpr, K_PAD: tl.constexpr, UNSELECTABLE: tl.constexpr):  # fmt: skip
-    """Writes the indices of the k best of SIZE keys in the order they lie in; of equals the first.
+    """Writes the indices of the k largest of SIZE keys in storage order; ties go to the first.
 
-    Returns how many there are: k, or fewer where fewer can be selected. With the keys in k columns
-    or more the least of the columns' largest keys is at most the k-th key: a start that saves the
-    search most of its steps.
+    Returns how many there are: k, or fewer where fewer can be selected. The keys are put into k or
+    more columns. The smallest of the columns' maxima is at most the k-th key: the search starts
+    there and saves most of its steps.
     """
     COLUMNS: tl.constexpr = min(K_PAD, SIZE)
     keys = tl.reshape(keys, [SIZE])
@@ -266,7 +266,7 @@ def _store_best(keys, indices, out_ptr, k,
 
 @triton.jit
 def _running_sum(values, SIZE: tl.constexpr):
-    """Inclusive sums; in rows that a warp holds, so that warps exchange sums of rows alone."""
+    """Inclusive sums. A warp holds whole rows, so that warps exchange only the rows' sums."""
     COLUMNS: tl.constexpr = min(SIZE, 128)
     rows = tl.reshape(values, [SIZE // COLUMNS, COLUMNS])
     totals = tl.sum(rows, axis=1)
@@ -276,7 +276,7 @@ def _running_sum(values, SIZE: tl.constexpr):
 
 @triton.jit
 def _order(keys, found, K_PAD: tl.constexpr):
-    """Where each place takes its entry from, so that keys descend; equal keys keep their order."""
+    """The entry that goes to each place, so that keys descend; equal keys keep their order."""
     entry = tl.arange(0, K_PAD)
     keys = tl.where(entry < found, keys, -(1 << 31)).to(tl.int64)
     ranked = tl.sort((keys << 32) | (K_PAD - 1 - entry), descending=True)

@@ -1,4 +1,4 @@
-"""The trainer's teacher: which one is given, what it must not be, how it is loaded."""
+"""The trainer's teacher: checks, loading, and the comparison of tokenizers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> Non
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """The teacher gets frozen and must stay as it is."""
+    """The teacher, which is frozen, shares no trained parameter with the student."""
     frozen = {id(parameter) for parameter in teacher.parameters()}
     shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
     if shared:
@@ -54,7 +54,7 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_k(k: int, banned_ids: Sequence[int], vocab_size: int) -> None:
-    """There are k ids to be selected: below ``vocab_size`` and not banned."""
+    """At least k ids can be selected: they are below ``vocab_size`` and not banned."""
     banned = sum(1 for i in set(banned_ids) if i < vocab_size)
     if k > vocab_size - banned:
         raise ValueError(
@@ -64,7 +64,7 @@ def check_k(k: int, banned_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def server_of(url: str, args: TopKDistillationConfig) -> TeacherServer:
-    """The server that the options describe."""
+    """A client for the server that the options describe."""
     return TeacherServer(
         url,
         args.teacher_server_model,
@@ -77,7 +77,7 @@ def server_of(url: str, args: TopKDistillationConfig) -> TeacherServer:
 
 
 def loaded(name: str, args: TopKDistillationConfig) -> nn.Module:
-    """The model of a name or folder."""
+    """Loads a model by its name or folder."""
     options: dict[str, Any] = {
         "dtype": "auto",
         "trust_remote_code": args.trust_remote_code,
@@ -105,14 +105,14 @@ def tokenizer_of(name: str, args: TopKDistillationConfig) -> Any:
 
 
 def eos_ids_of(model: Any) -> Any:
-    """What ends a sequence of a model: an id, several or None."""
+    """The ids that end a sequence of a model: one, several or None."""
     return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
 def warn_if_different(
     student: Any, teacher: Any, student_eos_ids: Any, teacher_eos_ids: Any
 ) -> None:
-    """Tell where two tokenizers give ids other meanings, and where the models stop differently."""
+    """Warns if two tokenizers give ids different meanings or the models stop at different ids."""
     comparison = compare_tokenizers(
         student,
         getattr(teacher, "tokenizer", teacher),

@@ -54,7 +54,7 @@ HOOKS = {
     "_generate_and_score_completions": {"inputs"},
     "_get_last_hidden_state": {"unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"},
 }
-# The tokens that both models read when their heads are checked: few, and of every vocabulary.
+# Tokens that both models read when their heads are checked: few, with ids that every model has.
 PROBE = 8
 
 
@@ -73,9 +73,9 @@ class TopKDistillationTrainer(DistillationTrainer):
     The teacher is a model in this process, whose vocabulary may have another size than the
     student's, or a server (``TeacherServer``), which is asked once per generated batch. Both must
     use the student's token ids; where a tokenizer of the teacher is at hand and differs, a warning
-    tells what ``compare_tokenizers`` found. What follows a token that a teacher in this process has
-    no embedding for takes no part in the loss, with a warning; the token itself does, because its
-    row needs only what is before it.
+    tells what ``compare_tokenizers`` found. If a teacher in this process has no embedding for a
+    token, what follows the token takes no part in the loss, with a warning. The token itself does,
+    because its row needs only what is before it.
 
     Logged besides TRL's metrics, of which only ``entropy`` (a mean over the whole vocabulary) is
     missing: ``masked_fraction`` of the response tokens; every ``stats_steps`` steps
@@ -83,10 +83,10 @@ class TopKDistillationTrainer(DistillationTrainer):
     teacher's at temperature 1), and ``valid_k``, entries per token. Watch ``student_mass``.
     ``eval_loss`` over several batches is the mean of their means, as in TRL.
 
-    Heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2) are taken from the models'
-    configurations, by ``head_of``. Before the first loss both models are run on a few tokens: where
-    their own logits are not those of the head that was found, or ``head_of`` refuses a head (an
-    adapter, quantised, sharded), an error tells to set ``use_hidden_states=False``.
+    ``head_of`` reads heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2). Before
+    the first loss both models are run on a few tokens. If their own logits are not those of the
+    head that was found, or if ``head_of`` refuses a head (an adapter, quantised, sharded), an error
+    says to set ``use_hidden_states=False``.
 
     Args:
         model: as in TRL; also with ``peft_config`` (tested with LoRA), whose adapters have to leave
@@ -102,14 +102,14 @@ class TopKDistillationTrainer(DistillationTrainer):
             ``processing_class``, ``callbacks``, ``optimizers``, ``quantization_config``,
             ``peft_config``, ``tools``.
 
-    Overridden are ``compute_loss`` and ``_generate_and_score_completions`` (its result gets the
-    positions that count and, from a server, the teacher's entries); ``_forward_redirection`` is
-    used. Other than in TRL models get ``position_ids`` without the padding on the left, as in
-    generation. Checked with TRL 1.16.0. Run and tested in one process and
-    under DDP; FSDP and DeepSpeed have not been run: the loss is computed inside of the wrapped
-    model's forward, where their parameters are whole, and nothing is passed through that forward,
-    which may round its inputs. Under ``bf16`` or ``fp16`` the loss runs under autocast, as the
-    forward of a ``Trainer`` does.
+    It overrides ``compute_loss`` and ``_generate_and_score_completions`` (its result gets the
+    positions that count and, from a server, the teacher's entries), and uses
+    ``_forward_redirection``. Unlike in TRL, models get ``position_ids`` without the padding on the
+    left, as in generation. Checked with TRL 1.16.0. Run and tested in one process and under DDP.
+    FSDP and DeepSpeed have not been run. The loss is computed inside the wrapped model's forward,
+    where their parameters are whole. Nothing is passed through that forward, which may round its
+    inputs. Under ``bf16`` or ``fp16`` the loss runs under autocast, as the forward of a ``Trainer``
+    does.
 
     Errors: ``ImportError`` for a TRL without these methods; ``TypeError`` for another config;
     ``ValueError`` for no teacher or two, for a teacher that shares what the student trains, for
@@ -154,7 +154,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             teacher_model = args.teacher_model_name_or_path
         if args.teacher_server_url is not None:
             teacher_server = server_of(args.teacher_server_url, args)
-        # Without a teacher, whose vocabulary TRL would require to be the student's.
+        # TRL gets no teacher: it would require the teacher's vocabulary to be the student's.
         super().__init__(model, None, args, **options)
         self.teacher_server = teacher_server
         if isinstance(teacher_model, str):
@@ -171,7 +171,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             self.teacher_model = self._prepared(teacher_model)
         check_k(args.k, args.banned_ids or [], limit)
         if teacher_processing_class is not None:
-            # What a teacher behind a server stops at is not known: only tokenizers are compared.
+            # It is not known where a teacher behind a server stops: only tokenizers are compared.
             eos_ids = None if teacher_eos_ids is None else self.eos_token_ids
             warn_if_different(self._tokenizer, teacher_processing_class, eos_ids, teacher_eos_ids)
         self._masked_ids = list(args.masked_ids or [])
@@ -284,13 +284,13 @@ class TopKDistillationTrainer(DistillationTrainer):
         return self._inside(self.teacher_model, teacher, select)
 
     def _inside(self, wrapped: nn.Module, unwrapped: nn.Module, call: Callable[[], Any]) -> Any:
-        """What a call gives inside of a model's wrapped forward, where its parameters are whole."""
-        # No tensor goes through the wrapper, which may round it; DDP on a GPU wants some argument.
+        """Runs a call inside a model's wrapped forward, where its parameters are whole."""
+        # No tensor goes through the wrapper, which may round it. DDP on a GPU needs some argument.
         return self._forward_redirection(wrapped, unwrapped, _run, call)
 
     @torch.no_grad()
     def _check_heads(self, model: nn.Module, student: nn.Module) -> None:
-        """Each model's logits are those of its hidden states and the head that was found."""
+        """Raises unless each model's logits are those of its hidden states and its head."""
         tokens = torch.arange(PROBE, device=self.accelerator.device)[None]
         probe = Sequences(tokens, torch.ones_like(tokens), PROBE - 1, {})
 
@@ -306,7 +306,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         self._heads_are_checked = True
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch with ``loss_mask``, its count, and what a server says of the responses."""
+        """TRL's batch with ``loss_mask``, its count, and a server's entries for the responses."""
         batch = super()._generate_and_score_completions(inputs)
         generated = batch["completion_mask"].bool()
         if "tool_mask" in batch:
@@ -329,7 +329,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         return batch
 
     def _readable(self, batch: dict[str, Any]) -> Tensor:
-        """Before which tokens of the response (B, C) the teacher knows every token."""
+        """Whether the teacher knows every token before a token of the response; bool (B, C)."""
         sequences = Sequences.of(batch, [])
         unknown = sequences.unknown_to(self._teacher_rows)
         readable = unknown.cumsum(-1) == unknown
@@ -343,7 +343,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         return readable[:, readable.shape[1] - sequences.keep :]
 
     def _nothing_counts(self, asked: int) -> Exception:
-        """The error for a generated batch of which no response token has a part in the loss."""
+        """The error for a generated batch in which no response token takes part in the loss."""
         if self.teacher_server is not None:
             return TeacherServerError(
                 f"the teacher's server has entries for none of the batch's {asked} response "
