@@ -571,7 +571,7 @@ def _ordered(
 def _ordered_on_host(
     ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float
 ) -> tuple[Tensor, Tensor]:
-    """The same in NumPy, faster on a CPU: it sorts without places, in the cache."""
+    """``_ordered`` in NumPy, which is faster on a CPU: it sorts entries alone, in the cache."""
     # The sentinel as the dtype rounds it; what is narrower than float32 is compared in float32.
     sentinel = float(torch.tensor(sentinel, dtype=values.dtype))
     width = max(ids.shape[-1], 1)
@@ -584,10 +584,12 @@ def _ordered_on_host(
     out = [tensor.view(-1, width).numpy() for tensor in (best_ids, best)]
     rows, seen = max(PIECE // width, 1), False
     for start in range(0, len(flat_ids), rows):
-        here = slice(start, start + rows)
-        some = values[here] if values.dtype == torch.float64 else values[here].float()
-        arrays = (*(array[here] for array in (*out, flat_ids)), some.numpy())
-        seen = _order_rows(*arrays, *(array[here] for array in flags), sentinel=sentinel, seen=seen)
+        piece = slice(start, start + rows)
+        widened = values[piece] if values.dtype == torch.float64 else values[piece].float()
+        arrays = (*(array[piece] for array in (*out, flat_ids)), widened.numpy())
+        seen = _order_rows(
+            *arrays, *(array[piece] for array in flags), sentinel=sentinel, seen=seen
+        )
     return best_ids, best
 
 
@@ -696,8 +698,8 @@ def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
         raise IndexError(
             f"TopK has {row_dims} leading dimensions, but {row_dims - free} were indexed"
         )
-    at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
-    return (*parts[:at], *[slice(None)] * free, *parts[at + 1 :])
+    ellipsis = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
+    return (*parts[:ellipsis], *[slice(None)] * free, *parts[ellipsis + 1 :])
 
 
 def _as_tensor(part: Any) -> Any:
