@@ -86,11 +86,11 @@ def _cuda_version(number: int) -> str:
 def describe(device: torch.device) -> str:
     """A line on a device."""
     if device.type == "cpu":
-        sets = ", ".join(cpu.instruction_sets()) or "none"
-        use = cpu.INSTRUCTION_SET or "no kernels"
+        sets = ", ".join(cpu.instruction_sets())
+        use = f"uses {cpu.INSTRUCTION_SET} of {sets}" if sets else "no compiled kernels"
         count = torch.get_num_threads() if cpu.single_threaded() is None else 1
         threads = "1 thread" if count == 1 else f"{count} threads"
-        return f"cpu: {_cpu_name()}, {threads}, uses {use} of {sets}"
+        return f"cpu: {_cpu_name()}, {threads}, {use}"
     properties = getattr(torch, device.type).get_device_properties(device)
     line = f"{device}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     if device.type == "cuda":
