@@ -16,7 +16,7 @@ OLDEST := build/triton-$(OLDEST_TRITON)
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize bench clean
+.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize sanitize-numbers sanitize-calls sanitized bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ comparison: $(VENV)/.demo ## eight objectives on three tasks, 2.5 hours and the 
 
 # Two parts at a time; threads that wait leave the core to the other.
 test: $(VENV)/.test $(OLDEST)/.installed ## all tests: the suite, Triton in its interpreter, sanitizers, fuzzers
-	OMP_WAIT_POLICY=passive $(MAKE) -j2 --output-sync=target suite test-triton sanitize fuzz-briefly
+	OMP_WAIT_POLICY=passive $(MAKE) -j2 --output-sync=target suite test-triton sanitize-numbers sanitize-calls fuzz-briefly
 
 suite: $(VENV)/.test ## the suite alone
 	$(BIN)/pytest
@@ -91,16 +91,21 @@ bench: $(VENV)/.test ## benchmarks on the CPU
 
 # The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
 # folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels.
-sanitize: $(VENV)/.test ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
-	OPD_KERNELS_SANITIZE=1 OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
-	  --build-base build/sanitize --build-lib $(SANITIZED)
+sanitize: sanitize-numbers sanitize-calls ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
+
+# Two parts, for two cores.
+sanitize-numbers: SANITIZED_TESTS := differential
+sanitize-calls: SANITIZED_TESTS := linear boundaries errors cuda semantics memory linear_memory
+sanitize-numbers sanitize-calls: sanitized
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
-	  -p no:cacheprovider tests/test_boundaries.py tests/test_errors.py tests/test_cuda.py \
-	  tests/test_differential.py tests/test_semantics.py \
-	  tests/test_memory.py tests/test_linear.py tests/test_linear_memory.py \
+	  -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py) \
 	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
+
+sanitized: $(VENV)/.test
+	OPD_KERNELS_SANITIZE=1 OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
+	  --build-base build/sanitize --build-lib $(SANITIZED)
 
 clean: ## removes what was built and installed here
 	rm -rf build $(VENV) *.egg-info opd_kernels/_C*.so opd_kernels/_cuda*.so opd_kernels/_build.*.json
