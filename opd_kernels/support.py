@@ -32,7 +32,7 @@ SENTINEL = -1e3
 
 MAX_ID = 2**31 - 1
 # Entries that are put in order at a time on the CPU.
-PIECE = 1 << 15
+PIECE = 1 << 16
 _SIGN = np.int32(-(2**31))
 # An absent entry as _ordered sorts it: -inf and the id -1.
 _ABSENT = (0x7F800000 << 32) | 0xFFFFFFFF
@@ -544,7 +544,7 @@ def _ordered(
     """
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         try:
-            ids, values = _ordered_on_host(ids, values, valid, sentinel)
+            ids, values = _ordered_on_host(ids, values, valid, sentinel, k)
             return _resized(ids, values, k)
         except RuntimeError:  # no memory of its own: under vmap, or a fake tensor
             pass
@@ -569,7 +569,7 @@ def _ordered(
 
 
 def _ordered_on_host(
-    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float
+    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
 ) -> tuple[Tensor, Tensor]:
     """``_ordered`` in NumPy, which is faster on a CPU: it sorts entries alone, in the cache."""
     # The sentinel as the dtype rounds it; what is narrower than float32 is compared in float32.
@@ -579,9 +579,10 @@ def _ordered_on_host(
     values = values.reshape(-1, width)
     tensors = (ids,) if valid is None else (ids, valid)
     flat_ids, *flags = (tensor.reshape(-1, width).numpy() for tensor in tensors)
-    best_ids = torch.empty(ids.shape, dtype=torch.int32)
-    best = torch.empty(ids.shape, dtype=torch.float32)
-    out = [tensor.view(-1, width).numpy() for tensor in (best_ids, best)]
+    kept = min(ids.shape[-1], k)
+    best_ids = torch.empty(*ids.shape[:-1], kept, dtype=torch.int32)
+    best = torch.empty(*ids.shape[:-1], kept, dtype=torch.float32)
+    out = [tensor.view(-1, max(kept, 1)).numpy() for tensor in (best_ids, best)]
     rows, seen = max(PIECE // width, 1), False
     for start in range(0, len(flat_ids), rows):
         piece = slice(start, start + rows)
@@ -605,7 +606,7 @@ def _order_rows(
     sentinel: float,
     seen: bool,
 ) -> bool:
-    """Writes the entries of rows (N, K) in order, as ``_ordered`` says.
+    """Writes the first entries of rows (N, K) in order, as ``_ordered`` says.
 
     An entry is a uint64 here, and an absent one has all bits set. Rows that list no id twice need
     one sort of entries, and one of ids to know it. ``seen`` says that rows before these had
@@ -644,9 +645,9 @@ def _order_rows(
         numbers |= all_bits
     entries = _joined_halves(rising, numbers)
     entries.sort(-1)
+    entries = entries[:, : out_ids.shape[1]]
     np.copyto(out_ids, entries, casting="unsafe")  # the lower half
-    entries >>= 32
-    rising = entries.astype(np.uint32)
+    rising = (entries >> 32).astype(np.uint32)
     # Of an absent entry it is that of minus infinity.
     infinity = 0x7F800000 | (0x80000000 if has_sign else 0)
     np.minimum(rising, np.uint32(infinity), out=rising)
