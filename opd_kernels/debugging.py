@@ -38,14 +38,14 @@ def _wanted(environment: Mapping[str, str]) -> bool:
     return value == "1"
 
 
-# Of the process. One attribute to read in each call; a context variable would cost more.
+# One switch for the whole process: a call reads one attribute. A context variable would cost more.
 ON = _wanted(os.environ)
 
 
 def on_outside_of_operators() -> bool:
     """Whether a function that a compiler may trace checks values; traced, it never does.
 
-    A compiler that sees ``ON`` would compile anew when it changes.
+    A compiler that sees ``ON`` would compile again when it changes.
     """
     return not torch.compiler.is_compiling() and ON
 
