@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, check_flag
+from opd_kernels._ordering import repeats
 from opd_kernels.reference import unpack_bitmap
-from opd_kernels.support import repeats
 
 __all__ = ["debug"]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from opd_kernels._ordering import repeats
 from opd_kernels.head import LinearLogits, as_autocast, head_logits, shaped
 from opd_kernels.reference import compute_dtype, unpack_bitmap
-from opd_kernels.support import TopK, repeats
+from opd_kernels.support import TopK
 
 __all__ = ["Stats"]
 

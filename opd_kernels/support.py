@@ -23,19 +23,13 @@ from opd_kernels._checks import (
     check_number,
     check_vocab_size,
 )
+from opd_kernels._ordering import MAX_ID, ordered, resized
 
 __all__ = ["TopK"]
 
 # Servers and trainers write "no entry" as -1e3, -1e4, -9999 or -inf; no log-prob of a token that a
 # model lists among its best is near that.
 SENTINEL = -1e3
-
-MAX_ID = 2**31 - 1
-# Entries that are put in order at a time on the CPU.
-PIECE = 1 << 16
-_SIGN = np.int32(-(2**31))
-# An absent entry as _ordered sorts it: -inf and the id -1.
-_ABSENT = (0x7F800000 << 32) | 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -337,7 +331,7 @@ class TopK:
         if sentinel < torch.finfo(logprobs.dtype).min:
             sentinel = -torch.inf
         width = max(ids.shape[-1], 1) if k is None else k
-        best_ids, best = _ordered(ids, logprobs, valid, sentinel, width)
+        best_ids, best = ordered(ids, logprobs, valid, sentinel, width)
         return TopK(best_ids, best, _normalised(best_ids, best))
 
     @property
@@ -502,14 +496,6 @@ def _rows_of(tensor: Any, other: Any, name: str) -> Tensor:
     return tensor.values()
 
 
-def repeats(ids: Tensor) -> Tensor:
-    """True at every later occurrence of an id in its row."""
-    ordered, order = torch.sort(ids, dim=-1, stable=True)
-    repeat = torch.zeros_like(ordered, dtype=torch.bool)
-    repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
-    return torch.empty_like(repeat).scatter(-1, order, repeat)
-
-
 def _normalised(ids: Tensor, values: Tensor) -> Tensor:
     """Log-sum-exp of log-probs: 0 where a row has entries, NaN where not."""
     return values.new_zeros(values.shape[:-1]).masked_fill(ids[..., 0] < 0, torch.nan)
@@ -522,172 +508,12 @@ def _canonical(
     if id_array.shape == (0,):  # an empty list: no positions, not one position without entries
         id_array, value_array = id_array[:, None], value_array[:, None]
     ids, values = torch.from_numpy(id_array), torch.from_numpy(value_array)
-    ids, values = _ordered(ids, values, None, SENTINEL, ids.shape[-1] if k is None else k)
+    ids, values = ordered(ids, values, None, SENTINEL, ids.shape[-1] if k is None else k)
     if k is None:
         present = (ids >= 0).sum(-1)
         k = max(1, int(present.max())) if present.numel() else 1
-        ids, values = _resized(ids, values, k)
+        ids, values = resized(ids, values, k)
     return ids, values
-
-
-def _ordered(
-    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k first entries (..., k) in order (value descending, id ascending), each id once.
-
-    Ids int32 and values float32; -1 and -inf where there is no entry. NaN comes first. Ids that
-    int32 does not hold are absent, as those outside of any vocabulary are.
-
-    An entry is one int64 of two halves, so that sorting moves no second array: the bits of the
-    value, turned so that larger values come first, and the id. Sorted by (id, value) the first of
-    each id is the one that stays; sorted by (value, id) they are in order.
-    """
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        try:
-            ids, values = _ordered_on_host(ids, values, valid, sentinel, k)
-            return _resized(ids, values, k)
-        except RuntimeError:  # no memory of its own: under vmap, or a fake tensor
-            pass
-    absent = (values <= sentinel) | (ids < 0) | (ids > MAX_ID)
-    if valid is not None:
-        absent |= ~valid
-    # Adding 0 turns -0 into 0.
-    values = values.float() + 0.0
-    values = values.masked_fill(values.isnan(), torch.nan).masked_fill(absent, -torch.inf)
-    # Once more: what rounds to -inf is absent.
-    ids = ids.long().masked_fill(values == -torch.inf, -1)
-    bits = values.view(torch.int32)
-    falling = torch.where(bits < 0, bits & 0x7FFFFFFF, ~bits).long()
-    by_id = ((ids << 32) + (falling + 2**31)).sort(dim=-1).values
-    ids, falling = by_id >> 32, (by_id & 0xFFFFFFFF) - 2**31
-    repeat = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
-    entries = ((falling << 32) | (ids & 0xFFFFFFFF)).masked_fill(repeat, _ABSENT)
-    entries = entries.sort(dim=-1).values[..., :k]
-    falling = (entries >> 32).int()
-    values = torch.where(falling < 0, ~falling, falling | -(2**31)).view(torch.float32)
-    return _resized(((entries << 32) >> 32).int(), values, k)
-
-
-def _ordered_on_host(
-    ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
-) -> tuple[Tensor, Tensor]:
-    """``_ordered`` in NumPy, which is faster on a CPU: it sorts entries alone, in the cache."""
-    # The sentinel as the dtype rounds it; what is narrower than float32 is compared in float32.
-    sentinel = float(torch.tensor(sentinel, dtype=values.dtype))
-    width = max(ids.shape[-1], 1)
-    # Narrow values are widened by piece, in the cache.
-    values = values.reshape(-1, width)
-    tensors = (ids,) if valid is None else (ids, valid)
-    flat_ids, *flags = (tensor.reshape(-1, width).numpy() for tensor in tensors)
-    kept = min(ids.shape[-1], k)
-    best_ids = torch.empty(*ids.shape[:-1], kept, dtype=torch.int32)
-    best = torch.empty(*ids.shape[:-1], kept, dtype=torch.float32)
-    out = [tensor.view(-1, max(kept, 1)).numpy() for tensor in (best_ids, best)]
-    rows, seen = max(PIECE // width, 1), False
-    for start in range(0, len(flat_ids), rows):
-        piece = slice(start, start + rows)
-        widened = values[piece] if values.dtype == torch.float64 else values[piece].float()
-        arrays = (*(array[piece] for array in (*out, flat_ids)), widened.numpy())
-        seen = _order_rows(
-            *arrays, *(array[piece] for array in flags), sentinel=sentinel, seen=seen
-        )
-    return best_ids, best
-
-
-# A float64 beyond float32 is minus infinity, so absent; a signalling NaN is a NaN.
-@np.errstate(over="ignore", invalid="ignore")
-def _order_rows(
-    out_ids: np.ndarray,
-    out_values: np.ndarray,
-    ids: np.ndarray,
-    values: np.ndarray,
-    valid: np.ndarray | None = None,
-    *,
-    sentinel: float,
-    seen: bool,
-) -> bool:
-    """Writes the first entries of rows (N, K) in order, as ``_ordered`` says.
-
-    An entry is a uint64 here, and an absent one has all bits set. Rows that list no id twice need
-    one sort of entries, and one of ids to know it. ``seen`` says that rows before these had
-    repeats: then it is not asked. Returns whether repeats were seen.
-    """
-    absent = values <= values.dtype.type(sentinel)
-    absent |= ids.view(np.uint64 if ids.dtype == np.int64 else np.uint32) > MAX_ID
-    if valid is not None:
-        absent |= ~valid
-    # Subtracted from 0, so that rising bits are falling values; -0 becomes 0.
-    negated = np.subtract(np.float32(0), values, dtype=np.float32, casting="same_kind")
-    if values.dtype == np.float64:
-        absent |= negated == np.inf
-    bits = negated.view(np.int32)
-    nan = negated != negated
-    has_nan = bool(nan.any())
-    if has_nan:
-        bits[nan] = -1  # a NaN that comes before all numbers
-    # Log-probs have none: bits of positive numbers are in their order.
-    has_sign = bits.size > 0 and bool(bits.min() < 0)
-    if has_sign:
-        bits ^= bits >> 31 | _SIGN
-    rising, numbers = bits.view(np.uint32), ids.astype(np.uint32)
-    if absent.any():
-        all_bits = np.negative(absent.view(np.int8)).astype(np.uint32)
-        rising |= all_bits
-        numbers |= all_bits
-    seen = seen or bool(_marked_repeats(np.sort(numbers, -1)).any())
-    if seen:
-        entries = _joined_halves(numbers, rising)
-        entries.sort(-1)
-        numbers = (entries >> 32).astype(np.uint32)
-        all_bits = np.negative(_marked_repeats(numbers).view(np.int8)).astype(np.uint32)
-        rising = entries.astype(np.uint32)
-        rising |= all_bits
-        numbers |= all_bits
-    entries = _joined_halves(rising, numbers)
-    entries.sort(-1)
-    entries = entries[:, : out_ids.shape[1]]
-    np.copyto(out_ids, entries, casting="unsafe")  # the lower half
-    rising = (entries >> 32).astype(np.uint32)
-    # Of an absent entry it is that of minus infinity.
-    infinity = 0x7F800000 | (0x80000000 if has_sign else 0)
-    np.minimum(rising, np.uint32(infinity), out=rising)
-    bits = rising.view(np.int32)
-    if has_sign:
-        bits ^= ~(bits >> 31) | _SIGN
-    np.subtract(np.float32(0), bits.view(np.float32), out=out_values)
-    if has_nan:
-        out_values[out_values != out_values] = np.nan
-    return seen
-
-
-def _marked_repeats(numbers: np.ndarray) -> np.ndarray:
-    """Flags (N, K) of ids, in order in each row, that are present and equal to the one before.
-
-    All rows are compared as one, which is faster; the first of each row is no repeat.
-    """
-    flat = numbers.reshape(-1)
-    flags = np.empty(flat.shape, dtype=bool)
-    np.equal(flat[1:], flat[:-1], out=flags[1:])
-    flags[:: numbers.shape[1]] = False
-    flags &= flat <= MAX_ID
-    return flags.reshape(numbers.shape)
-
-
-def _joined_halves(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """uint64 of two uint32."""
-    whole = high.astype(np.uint64)
-    whole <<= 32
-    whole |= low.astype(np.uint64)
-    return whole
-
-
-def _resized(ids: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k entries of each row, filled up with absent ones."""
-    pad = (0, k - ids.shape[-1])  # negative padding cuts
-    if pad[1] == 0:
-        return ids, values
-    ids = torch.nn.functional.pad(ids, pad, value=-1)
-    return ids, torch.nn.functional.pad(values, pad, value=-torch.inf)
 
 
 def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_kernels import TopK, support, topk_rkl
+from opd_kernels import TopK, _ordering, topk_rkl
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,7 +65,7 @@ IDS = st.one_of(st.integers(-2, 6), st.sampled_from([2**31 - 1, 2**31, 2**32 + 3
 
 def elsewhere(*arguments: Any) -> TopK:
     """``from_tensors`` as devices other than the CPU compute it."""
-    with mock.patch.object(support, "_ordered_on_host", side_effect=RuntimeError):
+    with mock.patch.object(_ordering, "_ordered_on_host", side_effect=RuntimeError):
         return TopK.from_tensors(*arguments)
 
 
@@ -91,7 +91,8 @@ def test_rows_are_those_of_a_plain_loop(make: Any, data: st.DataObject) -> None:
 
 
 def test_many_rows_in_pieces_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "PIECE", 64)
+    monkeypatch.setattr(_ordering, "PIECE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     generator = torch.Generator().manual_seed(0)
     logprobs = torch.randn(7, 11, 9, generator=generator).mul_(4).round_().div_(4)
     ids = torch.randint(-1, 12, (7, 11, 9), generator=generator, dtype=torch.int32)
@@ -109,7 +110,8 @@ def test_pieces_with_and_without_repeats_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
     """Rows that list no id twice go another way; an absent id may stand there often."""
-    monkeypatch.setattr(support, "PIECE", 24)  # three rows
+    monkeypatch.setattr(_ordering, "PIECE", 24)  # three rows
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(12, generator=generator)[:8] for _ in range(12)])
     logprobs = torch.randn(12, 8, generator=generator).sub_(1 if kind == "none" else 5).to(dtype)
