@@ -1,25 +1,26 @@
 """Builds the compiled kernels with ninja; everything else is in pyproject.toml.
 
-Two modules, ``opd_kernels._C`` for CPUs and ``opd_kernels._cuda`` for NVIDIA GPUs: one object per
-source, each with its own flags, linked once. Neither torch nor a GPU is needed to build. A module
-that cannot be built is left out: the package still installs and runs on its other backends.
+There are two modules: ``opd_kernels._C`` for CPUs and ``opd_kernels._cuda`` for NVIDIA GPUs. Each
+source is compiled to one object with its own flags; one link makes the module. The build needs
+neither torch nor a GPU. If a module cannot be built, the package installs without it and runs on
+its other backends.
 
-What was left out, and why, goes to standard error and to a file beside the modules,
-``_build.<Python>.json``. pip hides the output of a build that succeeds; ``python -m opd_kernels``
-and the first slow call read the file.
+The build writes what it left out, and why, to standard error and to a file beside the modules,
+``_build.<Python>.json``. pip hides the output of a build that succeeds, so ``python -m
+opd_kernels`` and the first slow call read the file.
 
 Environment:
 
-- ``CXX``: the C++ compiler, nvcc's host compiler as well; default ``c++``.
-- ``MAX_JOBS``: bounds parallel compilation.
-- ``CUDA_HOME``, ``CUDA_PATH``: where nvcc is sought first, in their ``bin``; then on ``PATH``, in
-  /usr/local/cuda and among NVIDIA's wheels.
-- ``OPD_KERNELS_CUDA_ARCHS``: compile for other GPUs than the default, such as ``90a`` or
-  ``8.0;9.0+PTX``, separated by ``;``, ``,`` or spaces.
-- ``OPD_KERNELS_BUILD_CUDA``: 0 leaves the CUDA kernels out; 1 makes it an error that nvcc is
-  missing or their compilation fails; unset, they are built where nvcc is found.
-- ``OPD_KERNELS_REQUIRE_NATIVE``: 1 makes a failed compilation of the CPU kernels an error.
-- ``OPD_KERNELS_SANITIZE``: 1 builds the CPU kernels alone, with AddressSanitizer and
+- ``CXX``: the C++ compiler, also nvcc's host compiler; default ``c++``.
+- ``MAX_JOBS``: the largest number of parallel compilations.
+- ``CUDA_HOME``, ``CUDA_PATH``: nvcc is looked for in their ``bin`` first, then on ``PATH``, in
+  /usr/local/cuda and in NVIDIA's wheels.
+- ``OPD_KERNELS_CUDA_ARCHS``: the GPUs to compile for instead of the default ones, such as ``90a``
+  or ``8.0;9.0+PTX``, separated by ``;``, ``,`` or spaces.
+- ``OPD_KERNELS_BUILD_CUDA``: 0 leaves the CUDA kernels out. 1 makes a missing nvcc or a failed
+  compilation an error. Unset, the CUDA kernels are built if nvcc is found.
+- ``OPD_KERNELS_REQUIRE_NATIVE``: 1 makes it an error if the CPU kernels cannot be built.
+- ``OPD_KERNELS_SANITIZE``: 1 builds only the CPU kernels, with AddressSanitizer and
   UndefinedBehaviorSanitizer.
 """
 
@@ -49,7 +50,7 @@ X86 = platform.machine().lower() in {"x86_64", "amd64"}
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mbmi2 -mprefer-vector-width=512"
 AVX2 = "-mavx2 -mbmi2"
 
-# Each source and the flags that only it gets.
+# source: the flags that only this source gets
 CPU_SOURCES = {
     "bindings/cpu.cpp": "",
     "cpu/instruction_sets.cpp": "-DOPD_X86_VARIANTS" if X86 else "",
@@ -70,14 +71,14 @@ CUDA_SOURCES = dict.fromkeys(
     ),
     "",
 )
-# The GPUs compiled for, as far as nvcc knows them. Later ones compile the PTX that the last plain
-# one comes with.
+# The default GPUs; those that nvcc does not support are left out. The last one without a letter
+# gets PTX too, from which the driver compiles for later GPUs.
 ARCHITECTURES = ("80", "90", "90a", "100", "120")
 
 SANITIZED = os.environ.get("OPD_KERNELS_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
 
-# What a compiler has to build: C++17, then with -fopenmp.
+# A small library to try the compiler with: it needs C++17, and OpenMP where -fopenmp is given.
 PROBE = """
 #include <string_view>
 int probe(std::string_view text) {
@@ -90,7 +91,7 @@ int probe(std::string_view text) {
 
 
 class NotBuiltError(OSError):
-    """Why a module cannot be built and what would help, in sentences for the user."""
+    """A module cannot be built; the message says why and what would help."""
 
 
 @dataclass
@@ -101,27 +102,28 @@ class Module:
     compile: list[str]
     link: list[str]
     nvcc: list[str] = field(default_factory=list)  # the command for .cu files
-    without_openmp: str | None = None  # why, and what would help
+    without_openmp: str | None = None  # why it lacks OpenMP, and what would help
 
 
 def cpu_module() -> Module:
     require_compiler()
-    # No contraction: every instruction set then computes the same bits.
-    # Nobody asks for floating-point exceptions, which would keep loops with choices scalar.
+    # Without contraction every instruction set computes the same bits. Nothing reads floating-point
+    # exceptions; if they counted, the compiler could not vectorise loops with conditions.
     flags = ["-ffp-contract=off", "-fno-trapping-math", *SANITIZERS]
     link = list(SANITIZERS)
+    without_openmp = None
     error = compile_error("-fopenmp")
     if error is None:
         flags, link = ["-fopenmp", *flags], ["-fopenmp", *link]
     else:
         flags += ["-Wno-unknown-pragmas", "-Wno-unused-variable"]
-        error = (
+        without_openmp = (
             f"{compiler()} does not build with -fopenmp ({error}). Install g++ with libgomp, or "
             "libomp for clang, and reinstall."
         )
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
-    return Module(CPU_SOURCES, flags, link, without_openmp=error)
+    return Module(CPU_SOURCES, flags, link, without_openmp=without_openmp)
 
 
 def cuda_module() -> Module:
@@ -129,9 +131,9 @@ def cuda_module() -> Module:
     require_compiler()
     archs = architectures(nvcc)
     command = [nvcc, "-ccbin", host_compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo"]
-    # As on the CPU: what a kernel computes does not depend on what is contracted.
+    # No contraction, as on the CPU: results do not depend on what the compiler would contract.
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", *gencode(archs)]
-    # The runtime is linked in and its symbols are hidden: the one that torch loads is another.
+    # The CUDA runtime is linked statically and its symbols are hidden: torch loads its own runtime.
     link = [*library_folders(nvcc), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     return Module(
         CUDA_SOURCES,
@@ -141,7 +143,7 @@ def cuda_module() -> Module:
     )
 
 
-# Each module, what it is to the user, the variable that requires it, and what serves instead.
+# module: (how it is built, its name in messages, the variable that requires it, what runs instead)
 MODULES = {
     "opd_kernels._C": (
         cpu_module,
@@ -163,12 +165,12 @@ def compiler() -> str:
 
 
 def host_compiler() -> str:
-    """The compiler without a launcher such as ccache, which nvcc would take for the compiler."""
+    """The compiler without launchers such as ccache, which nvcc would take for the compiler."""
     return [word for word in shlex.split(compiler()) if not word.startswith("-")][-1]
 
 
 def compile_error(*flags: str) -> str | None:
-    """What the compiler says of a small library with these flags; None if it builds it."""
+    """The compiler's error on a small library with these flags; None if it builds."""
     words = shlex.split(compiler())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
@@ -184,14 +186,14 @@ def compile_error(*flags: str) -> str | None:
 
 
 def first_error(output: str) -> str:
-    """The line of a tool's output that says most about its failure."""
+    """The first line with an error in a tool's output; without one, the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search("error:|fatal|cannot find", line)]
     return (errors or lines[-1:] or ["no message"])[0][:300]
 
 
 def require_compiler() -> None:
-    """Raises without a compiler that makes C++17, and without Python's headers."""
+    """Raises if there is no C++17 compiler or no Python headers."""
     error = compile_error()
     if error is not None:
         raise NotBuiltError(
@@ -206,13 +208,13 @@ def require_compiler() -> None:
 
 
 def compiler_version() -> str:
-    """The first line that the compiler prints about itself."""
+    """The first line of the compiler's ``--version``."""
     command = [*shlex.split(compiler()), "--version"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
-        said = ""
-    return next(iter(said.splitlines()), compiler())
+        output = ""
+    return next(iter(output.splitlines()), compiler())
 
 
 def find_nvcc() -> str:
@@ -220,29 +222,32 @@ def find_nvcc() -> str:
     folders = [f"{home}/bin" for home in homes if home]
     folders += [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     folders += ["/usr/local/cuda/bin"]
-    # Where pip builds in an environment of its own, sys.path is that environment's.
+    # In pip's isolated build sys.path has the build's packages, platlib those of the installation.
     packages = [sysconfig.get_paths()["platlib"], *sys.path]
     folders += [f"{package}/nvidia/cu13/bin" for package in packages]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         raise NotBuiltError(
-            "no nvcc. Install CUDA 12 or later with its nvcc, or set CUDA_HOME to where it is, and "
-            "reinstall."
+            "no nvcc. Install CUDA 12 or later with nvcc, or set CUDA_HOME to the folder that has "
+            "bin/nvcc, and reinstall."
         )
     return nvcc
 
 
 def dry_run(nvcc: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """What nvcc says it would do, without doing it."""
+    """Runs ``nvcc --dryrun``, which prints nvcc's commands and compiles nothing."""
     command = [nvcc, "-ccbin", host_compiler(), "--dryrun", "-x", "cu", "-c", os.devnull]
     return subprocess.run([*command, "-o", "none.o", *flags], capture_output=True, text=True)
 
 
 def library_folders(nvcc: str) -> list[str]:
-    """Linker flags; NVIDIA's wheels have the libraries in lib, where their nvcc does not look."""
-    said = dry_run(nvcc).stderr
-    flags = [flag for line in re.findall("LIBRARIES=(.*)", said) for flag in shlex.split(line)]
-    return [*flags, *(f"-L{top.strip()}/lib" for top in re.findall("#\\$ TOP=(.*)", said))]
+    """Linker flags for CUDA's libraries.
+
+    NVIDIA's wheels have the libraries in ``lib``, where their nvcc does not look.
+    """
+    output = dry_run(nvcc).stderr
+    flags = [flag for line in re.findall("LIBRARIES=(.*)", output) for flag in shlex.split(line)]
+    return [*flags, *(f"-L{top.strip()}/lib" for top in re.findall("#\\$ TOP=(.*)", output))]
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -256,39 +261,42 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """What to compile for: as asked, or those of the default that nvcc knows."""
+    """The GPUs to compile for: the user's, or the default ones that nvcc supports."""
 
-    def known(arch: str) -> bool:
+    def supported(arch: str) -> bool:
         return dry_run(nvcc, *gencode([arch])).returncode == 0
 
-    asked = re.findall(r"[^;,\s]+", os.environ.get("OPD_KERNELS_CUDA_ARCHS", ""))
+    words = re.findall(r"[^;,\s]+", os.environ.get("OPD_KERNELS_CUDA_ARCHS", ""))
     archs = []
-    for word in asked:
+    for word in words:
         match = re.fullmatch(r"(\d\d?)\.?(\d[af]?)(\+PTX)?", word)
         archs.append("".join(match.groups("")) if match else "")
-        if not match or not known(archs[-1]):
+        if not match or not supported(archs[-1]):
             raise SetupError(
-                f"OPD_KERNELS_CUDA_ARCHS names {word!r}; what is allowed are GPUs that {nvcc} "
-                "compiles for, as in '90a' or '8.0 9.0+PTX'"
+                f"OPD_KERNELS_CUDA_ARCHS names {word!r}; allowed are GPUs that {nvcc} compiles "
+                "for, such as '90a' or '8.0 9.0+PTX'"
             )
     if not archs:
-        archs = [arch for arch in ARCHITECTURES if known(arch)]
-        unknown = [arch for arch in ARCHITECTURES if arch not in archs]
-        last = max((at for at, arch in enumerate(archs) if arch.isdigit()), default=None)
+        archs = [arch for arch in ARCHITECTURES if supported(arch)]
+        unsupported = [arch for arch in ARCHITECTURES if arch not in archs]
+        last = max((i for i, arch in enumerate(archs) if arch.isdigit()), default=None)
         if last is None:
-            said = first_error(dry_run(nvcc, *gencode(["90"])).stderr)
+            error = first_error(dry_run(nvcc, *gencode(["90"])).stderr)
             raise NotBuiltError(
-                f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)} ({said}). Install CUDA 12 "
-                "or later and reinstall."
+                f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)} ({error}). Install CUDA "
+                "12 or later and reinstall."
             )
         archs[last] += "+PTX"
-        if unknown:
-            say(f"{nvcc} knows no {', '.join(unknown)}; compiling for {', '.join(archs)}")
+        if unsupported:
+            say(
+                f"{nvcc} does not support {', '.join(unsupported)}; "
+                f"compiling for {', '.join(archs)}"
+            )
     return list(dict.fromkeys(archs))
 
 
 def ninja_file(module: Module, output: str) -> str:
-    """The build as ninja text: compile every source, link once."""
+    """The text of ``build.ninja``: compile every source, link once."""
     try:
         import pybind11
     except ImportError as error:
@@ -339,11 +347,11 @@ class NinjaBuild(build_ext):
         self.left_out = []
         self.missing: dict[str, str] = {}
         for ext in list(self.extensions):
-            # None of an earlier build where this one fails; a new file where it does not, as a
-            # process may be running the old one.
+            # If this build fails, no module of an earlier one must stay. If it succeeds, the module
+            # must be a new file: a process may be running the old one.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             name = ext.name.rpartition(".")[2]
-            _, kernels, required, instead = MODULES[ext.name]
+            _, kernels, required, fallback = MODULES[ext.name]
             try:
                 if name == "_cuda" and (cuda == "0" or SANITIZED):
                     variable = "OPD_KERNELS_SANITIZE" if SANITIZED else "OPD_KERNELS_BUILD_CUDA"
@@ -355,8 +363,8 @@ class NinjaBuild(build_ext):
                 if os.environ.get(required) == "1":
                     raise
                 self.missing[name] = str(error)
-                say(f"the {kernels} were not built: {error} {instead}")
-            # setuptools would look for its file.
+                say(f"the {kernels} were not built: {error} {fallback}")
+            # setuptools expects a file for every extension in its list.
             self.extensions.remove(ext)
             self.left_out.append(ext)
         self.record().parent.mkdir(parents=True, exist_ok=True)
@@ -369,7 +377,8 @@ class NinjaBuild(build_ext):
         if module.without_openmp is not None:
             self.missing["openmp"] = module.without_openmp
             say(f"the CPU kernels run on one thread: {module.without_openmp}")
-        # pip's folder for editable installations does not live until the next one.
+        # pip deletes its build folder after an editable installation. With a folder of its own, the
+        # next installation compiles only what has changed.
         base = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
         folder = base.resolve() / ext.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +404,7 @@ class NinjaBuild(build_ext):
 
 
 def run_ninja(folder: Path) -> None:
-    """Builds, showing ninja's output as it comes."""
+    """Runs ninja and prints its output as it comes."""
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
     try:
         ninja = subprocess.Popen(
@@ -413,10 +422,11 @@ def run_ninja(folder: Path) -> None:
             sys.stdout.write(line)
             output.append(line)
     if ninja.returncode:
-        # Ninja's own "FAILED" and the command come before what the compiler says.
-        said = "".join(line for line in output if not line.startswith(("[", "FAILED", "ninja:")))
+        # Ninja's own lines could be taken for the compiler's error.
+        own = ("[", "FAILED", "ninja:")
+        error = first_error("".join(line for line in output if not line.startswith(own)))
         raise NotBuiltError(
-            f"their compilation failed ({first_error(said)}). `pip install -v .` shows all of it."
+            f"their compilation failed ({error}). `pip install -v .` shows the whole output."
         )
 
 

@@ -1,8 +1,9 @@
-"""``python -m opd_kernels``: what is installed, and whether it computes right here.
+"""``python -m opd_kernels``: prints what is installed and checks that it computes right.
 
-Prints versions, devices and backends, and what the build left out and why. Then checks every
-available backend on every device against float64, for some ten seconds or longer on a slow machine.
-Exit status: 0 all right, 1 a check failed, 2 nothing could be checked or wrong arguments.
+Prints versions, devices and backends, what the build left out, and why. Then checks every backend
+on every device that it serves against float64. The checks take ten seconds, or longer on a slow
+machine. Exit status: 0 no check failed, 1 a check failed, 2 nothing could be checked or the
+arguments are wrong.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from opd_kernels.testing import Case
 from opd_kernels.testing.cases import REAL_WIDTHS, draw_case, snippet
 
 FLOAT32 = (torch.float32,)
-# The fewest cases that a backend has to pass, however slow the machine. Triton compiles kernels,
-# in seconds, for nearly each.
+# The fewest cases that each backend is checked on, however slow the machine. Triton has fewer: it
+# compiles kernels for seconds before nearly every case.
 LEAST_CASES = 30
 LEAST_COMPILED_CASES = len(REAL_WIDTHS)
 
@@ -45,7 +46,7 @@ def devices() -> list[torch.device]:
 
 
 def versions() -> Iterator[str]:
-    """Lines on what is installed."""
+    """The lines about versions and compiled kernels."""
     system = f"{platform.system()} {platform.machine()}"
     yield f"opd_kernels {opd_kernels.__version__} in {Path(opd_kernels.__file__).parent}"
     yield f"Python {platform.python_version()}, {system}"
@@ -59,7 +60,7 @@ def versions() -> Iterator[str]:
     try:
         module = importlib.import_module("opd_kernels._cuda")
     except ImportError:
-        yield "CUDA kernels missing, for a reason given below"
+        yield "CUDA kernels missing; the list of backends says why"
         return
     runtime, driver = module.runtime_version, module.driver_version()
     yield (
@@ -69,9 +70,9 @@ def versions() -> Iterator[str]:
 
 
 def cpu_kernels() -> str:
-    """A line on the compiled module for CPUs."""
+    """The line about the compiled module for CPUs."""
     if cpu.unavailable() is not None:
-        return "CPU kernels missing, for a reason given below"
+        return "CPU kernels missing; the list of backends says why"
     reason = cpu.single_threaded()
     threads = "OpenMP" if reason is None else f"one thread: {reason}"
     compiler = _build.record().get("compiler", "an unknown compiler")
@@ -79,18 +80,18 @@ def cpu_kernels() -> str:
 
 
 def _cuda_version(number: int) -> str:
-    """13000 is 13.0."""
+    """CUDA's version number as text: 13000 gives 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def describe(device: torch.device) -> str:
-    """A line on a device."""
+    """The line about a device: its name, its size and what it can run."""
     if device.type == "cpu":
         sets = ", ".join(cpu.instruction_sets())
-        use = f"uses {cpu.INSTRUCTION_SET} of {sets}" if sets else "no compiled kernels"
+        kernels = f"uses {cpu.INSTRUCTION_SET} of {sets}" if sets else "no compiled kernels"
         count = torch.get_num_threads() if cpu.single_threaded() is None else 1
         threads = "1 thread" if count == 1 else f"{count} threads"
-        return f"cpu: {_cpu_name()}, {threads}, {use}"
+        return f"cpu: {_cpu_name()}, {threads}, {kernels}"
     properties = getattr(torch, device.type).get_device_properties(device)
     line = f"{device}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     if device.type == "cuda":
@@ -109,7 +110,7 @@ def _cpu_name() -> str:
 
 
 def availability(name: str, found: list[torch.device]) -> str:
-    """Where a backend serves calls, and why not where it could be expected to."""
+    """The devices that a backend serves, and why it does not serve others that it is made for."""
     module = backends.load(name)
     kinds = [kind for kind, natives in backends.NATIVE.items() if name in natives]
     refusals = {device: module.refusal(device, FLOAT32, 1) for device in found}
@@ -127,7 +128,7 @@ def availability(name: str, found: list[torch.device]) -> str:
 
 
 def default(device: torch.device, needed: str = "divergence") -> str:
-    """The backend that ``backend=None`` takes for a function."""
+    """The name of the backend that ``backend=None`` takes for the function ``needed``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = backends.resolve(backends.AUTO, device, FLOAT32, 1, needed=needed)
@@ -135,7 +136,7 @@ def default(device: torch.device, needed: str = "divergence") -> str:
 
 
 def defaults(device: torch.device) -> str:
-    """A line on what ``backend=None`` takes, for hidden states too where that is another."""
+    """The line about ``backend=None``; hidden states are named if they get another backend."""
     for_logits, for_hidden = default(device), default(device, "gather_dot")
     line = f"backend=None on {device} takes {for_logits!r}"
     return line if for_hidden == for_logits else f"{line}, for hidden states {for_hidden!r}"
@@ -143,7 +144,7 @@ def defaults(device: torch.device) -> str:
 
 @dataclass
 class Outcome:
-    """What came out of checking a backend on a device."""
+    """The cases that a backend passed on a device, and the one that failed."""
 
     backend: str
     device: torch.device
@@ -152,11 +153,12 @@ class Outcome:
 
 
 def check(name: str, device: torch.device, seconds: float) -> Outcome:
-    """Checks cases until one fails, or time is up and there were enough of them."""
-    end, drawn, outcome = time.monotonic() + seconds, random.Random(0), Outcome(name, device)
+    """Checks cases until one fails, or until time is up and enough cases have passed."""
+    outcome = Outcome(name, device)
+    end, generator = time.monotonic() + seconds, random.Random(0)
     least = LEAST_COMPILED_CASES if name == "triton" else LEAST_CASES
-    endless = (draw_case(drawn, float64=name == "reference") for _ in itertools.count())
-    for number, case in enumerate(itertools.chain(REAL_WIDTHS, endless)):
+    random_cases = (draw_case(generator, float64=name == "reference") for _ in itertools.count())
+    for number, case in enumerate(itertools.chain(REAL_WIDTHS, random_cases)):
         if testing.serves(case, name, device):
             try:
                 testing.check(case, name, device)
@@ -164,14 +166,14 @@ def check(name: str, device: torch.device, seconds: float) -> Outcome:
                 outcome.failure = case, error
                 break
             outcome.cases += 1
-        # A backend may refuse every case.
+        # A backend that refuses every case would never pass enough of them.
         if time.monotonic() > end and (outcome.cases >= least or number >= 100 * least):
             break
     return outcome
 
 
 def check_all(found: list[torch.device], seconds: float) -> int:
-    """Checks every backend where it serves and prints what comes out; returns the exit status."""
+    """Checks and prints every backend on every device that it serves; returns the exit status."""
     pairs = [
         (name, device)
         for device in found
@@ -208,16 +210,21 @@ def check_all(found: list[torch.device], seconds: float) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m opd_kernels", description=__doc__)
-    parser.add_argument("--no-check", action="store_true", help="print, check nothing")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of checks, at least (default: 10)"
+        "--no-check", action="store_true", help="print versions and backends, check nothing"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="time for all checks; slow machines take longer (default: 10)",
     )
     options = parser.parse_args(arguments)
     if not (options.seconds > 0 and math.isfinite(options.seconds)):
         parser.error(f"--seconds is {options.seconds}, allowed are finite numbers above 0")
 
-    for said in ("k=1: a support of one entry", "opd_kernels runs on one thread"):
-        warnings.filterwarnings("ignore", message=said)
+    for message in ("k=1: a support of one entry", "opd_kernels runs on one thread"):
+        warnings.filterwarnings("ignore", message=message)
     found = devices()
     for line in versions():
         print(line)

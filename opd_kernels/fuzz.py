@@ -1,9 +1,9 @@
-"""``python -m opd_kernels.fuzz``: random cases against float64 on your own machine and build.
+"""``python -m opd_kernels.fuzz``: checks random cases against float64 on your machine and build.
 
-Draws cases from the same generators as the test suite, checks ids, values, losses and gradients
-against the oracle of ``opd_kernels.testing``, shrinks a failure to a small case and writes a
-snippet that reproduces it. Exit status: 0 nothing found, 1 a failure, 2 wrong arguments, no such
-backend or no hypothesis.
+Draws cases from the generators of the test suite. Checks ids, values, losses and gradients against
+the oracle of ``opd_kernels.testing``. Shrinks a failing case to a small one and writes a program
+that reproduces it. Exit status: 0 no failure, 1 a failure, 2 wrong arguments, no such backend or
+no hypothesis.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ except ImportError as error:
     raise ImportError(_MISSING) from error
 
 _BATCH = 200
-# How long a failing case is shrunk; where each attempt compiles, hypothesis would take minutes.
+# The time limit for shrinking a failing case. Where each attempt compiles a kernel, hypothesis
+# would take minutes.
 _SHRINKING_SECONDS = 60.0
-# Backends that compile a kernel, in seconds, for each combination of these.
+# Backends that compile a kernel, which takes seconds, for each combination of the parts below.
 _COMPILING = ("triton",)
 _COMPILED_FOR: dict[str, tuple[tuple[Any, ...], ...]] = {
     "vocab": ((1, 128), (129, 512), (513, 1024), (1025, 2048), (2049, 5000)),
@@ -56,13 +58,13 @@ _COMPILED_FOR: dict[str, tuple[tuple[Any, ...], ...]] = {
 
 
 def family(seed: str) -> dict[str, tuple[Any, ...]]:
-    """A part of each choice, so that the cases drawn from it share a handful of kernels."""
+    """One part of each choice at random; all cases drawn from these parts share a few kernels."""
     choose = random.Random(seed).choice
     return {name: choose(parts) for name, parts in _COMPILED_FOR.items()}
 
 
 class _Drawing:
-    """Hypothesis as a source of random numbers."""
+    """Gives ``draw_case`` choices that hypothesis draws and can shrink."""
 
     def __init__(self, draw: Any) -> None:
         self._draw = draw
@@ -86,10 +88,10 @@ def cases(
 
 
 class Fuzzer:
-    """Runs batches of cases and keeps count; ``failure`` is (case, error) of the smallest found."""
+    """Checks batches of cases and counts them; ``failure`` is the smallest (case, error)."""
 
     def __init__(self, backend: str, device: str, seed: int, end: float = math.inf) -> None:
-        """Nothing runs yet; nothing will that begins after ``end`` on the monotonic clock."""
+        """Takes the settings. No case starts after ``end``, a time of ``time.monotonic``."""
         self.backend, self.device, self.seed = backend, device, seed
         self.cases = self.rows = 0
         self.failure: tuple[Case, Exception] | None = None
@@ -97,7 +99,7 @@ class Fuzzer:
         self._failing: dict[Case, Exception] = {}
 
     def run_batch(self, number: int, size: int = _BATCH) -> bool:
-        """Checks one batch; False if it found something."""
+        """Checks one batch; returns False if a case failed."""
         only = family(f"{self.seed} {number}") if self.backend in _COMPILING else {}
         if not hasattr(backends.load(self.backend), "gather_dot"):
             only["form"] = ("logits",)
@@ -115,19 +117,19 @@ class Fuzzer:
         def batch(case: Case) -> None:
             error = self._error_of(case)
             if error is not None:
-                self.failure = (case, error)  # hypothesis ends on the smallest it finds
+                self.failure = (case, error)  # the last one is the smallest
                 raise AssertionError from error
 
         try:
             batch()
         except Exception:
-            if self.failure is None:  # not a finding: the fuzzer itself is broken
+            if self.failure is None:  # no case failed: the fuzzer itself is broken
                 raise
             return False
         return True
 
     def _error_of(self, case: Case) -> Exception | None:
-        """What is wrong with a case; when time is up, no other than those that are known fail."""
+        """The error of a case, or None. After the time limit, only errors already found count."""
         if case in self._failing or time.monotonic() > self._end:
             return self._failing.get(case)
         self.cases += 1
@@ -136,9 +138,9 @@ class Fuzzer:
             testing.check(case, self.backend, self.device)
         except Exception as error:
             if not self._failing:
-                # After an error of CUDA's every call of the process fails: nothing to shrink.
-                sticky = "CUDA" in str(error)
-                self._end = time.monotonic() + (0.0 if sticky else _SHRINKING_SECONDS)
+                # After a CUDA error every call of the process fails, so shrinking is impossible.
+                limit = 0.0 if "CUDA" in str(error) else _SHRINKING_SECONDS
+                self._end = time.monotonic() + limit
             self._failing[case] = error
             return error
         return None
@@ -149,13 +151,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m opd_kernels.fuzz", description=__doc__)
     names = ", ".join(backends.MODULES)
     parser.add_argument("--backend", default="cpu", help=f"{names} (default: cpu)")
-    parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="device of the tensors (default: cpu)")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="start of the random cases (default: 0)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path(), help="folder for a failure's snippet"
+        "--output",
+        type=Path,
+        default=Path(),
+        help="folder for the program that reproduces a failure (default: the current one)",
     )
     options = parser.parse_args(arguments)
     if not (options.minutes > 0 and math.isfinite(options.minutes)):
@@ -167,13 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    import warnings
-
     warnings.filterwarnings("ignore", message="k=1")
-    end, number, sound = time.monotonic() + 60 * options.minutes, 0, True
+    end, number, passed = time.monotonic() + 60 * options.minutes, 0, True
     fuzzer = Fuzzer(options.backend, options.device, options.seed, end)
-    while sound and time.monotonic() < end:
-        sound = fuzzer.run_batch(number)
+    while passed and time.monotonic() < end:
+        passed = fuzzer.run_batch(number)
         number += 1
     print(
         f"{fuzzer.cases} cases, {fuzzer.rows} rows, backend {options.backend}, seed {options.seed}"

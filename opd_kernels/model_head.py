@@ -229,7 +229,7 @@ def _check_whole(module: Any) -> None:
         )
     if parametrize.is_parametrized(module):
         raise ValueError(
-            f"{name} is parametrised: its weight is computed anew at each use; call "
+            f"{name} is parametrised: its weight is computed at each use; call "
             "torch.nn.utils.parametrize.remove_parametrizations, or make LinearLogits of a weight "
             "that you compute"
         )

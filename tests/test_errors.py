@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable
@@ -415,6 +416,19 @@ def test_a_missing_module_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu, "_IMPORT_ERROR", "No module named _C", raising=False)
     with pytest.raises(ValueError, match=r"compiled module is missing.*compiler.*reinstall"):
         topk_rkl(S, T, backend="cpu")
+
+
+@pytest.mark.skipif(not cpu.instruction_sets(), reason="the CPU kernels are not built")
+def test_a_wrong_instruction_set_names_its_variable_and_the_allowed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPD_KERNELS_CPU_ISA", "foo")
+    loaded = importlib.util.module_from_spec(cpu.__spec__)
+    cpu.__spec__.loader.exec_module(loaded)
+    allowed = ", ".join(cpu.instruction_sets())
+    message = f"OPD_KERNELS_CPU_ISA is 'foo', allowed on this CPU and build are {allowed};"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loaded.select(torch.zeros(1, 9), 3, 9, None, None)
 
 
 def test_without_the_module_the_reference_runs_and_says_once_why(

@@ -24,15 +24,15 @@ def expected_rows(
     sentinel: float,
     k: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """A plain loop over rows (N, K)."""
+    """(ids, values) of each row (N, K), from a plain loop."""
     all_ids, all_values = [], []
     for row in range(ids.shape[0]):
         best: dict[int, float] = {}
         for place in range(ids.shape[1]):
             token, value = int(ids[row, place]), float(logprobs[row, place])
-            there = valid is None or bool(valid[row, place])
+            is_valid = valid is None or bool(valid[row, place])
             value = float(np.float32(value))
-            if not there or not 0 <= token < 2**31 or value <= sentinel or value == -INF:
+            if not is_valid or not 0 <= token < 2**31 or value <= sentinel or value == -INF:
                 continue
             if token not in best or value != value or value > best[token]:
                 best[token] = value
@@ -63,13 +63,13 @@ VALUES = st.one_of(
 IDS = st.one_of(st.integers(-2, 6), st.sampled_from([2**31 - 1, 2**31, 2**32 + 3, -(2**40)]))
 
 
-def elsewhere(*arguments: Any) -> TopK:
-    """``from_tensors`` as devices other than the CPU compute it."""
+def from_tensors_off_cpu(*arguments: Any) -> TopK:
+    """``from_tensors`` on the path of devices other than the CPU."""
     with mock.patch.object(_ordering, "_ordered_on_host", side_effect=RuntimeError):
         return TopK.from_tensors(*arguments)
 
 
-@pytest.mark.parametrize("make", [TopK.from_tensors, elsewhere])
+@pytest.mark.parametrize("make", [TopK.from_tensors, from_tensors_off_cpu])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_rows_are_those_of_a_plain_loop(make: Any, data: st.DataObject) -> None:
@@ -109,7 +109,7 @@ def test_many_rows_in_pieces_are_those_of_a_plain_loop(monkeypatch: pytest.Monke
 def test_pieces_with_and_without_repeats_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
-    """Rows that list no id twice go another way; an absent id may stand there often."""
+    """Rows without a repeated id take another path; repeats of an absent id do not count."""
     monkeypatch.setattr(_ordering, "PIECE", 24)  # three rows
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     generator = torch.Generator().manual_seed(0)
@@ -143,13 +143,13 @@ def test_a_sentinel_is_found_in_any_dtype(dtype: torch.dtype, sentinel: float) -
     assert topk.ids.tolist() == [[3, -1]]
 
 
-@pytest.mark.parametrize("make", [TopK.from_tensors, elsewhere])
+@pytest.mark.parametrize("make", [TopK.from_tensors, from_tensors_off_cpu])
 def test_what_float32_rounds_to_minus_infinity_is_absent(make: Any) -> None:
     logprobs = torch.tensor([[-1e300, -0.5]], dtype=torch.float64)
     assert make(logprobs, torch.tensor([[3, 4]]), None, -INF).ids.tolist() == [[4, -1]]
 
 
-@pytest.mark.parametrize("make", [TopK.from_tensors, elsewhere])
+@pytest.mark.parametrize("make", [TopK.from_tensors, from_tensors_off_cpu])
 def test_nan_of_any_bits_comes_first(make: Any) -> None:
     bits = torch.tensor([[0, -1, -(2**22), 2**31 - 1, 0x7F800001]], dtype=torch.int32)
     topk = make(bits.view(torch.float32), torch.arange(5)[None].flip(-1))
@@ -162,7 +162,7 @@ def test_the_loss_of_sentinels_and_repeats_is_that_without_them() -> None:
     student, teacher = torch.randn(2, 6, 50, generator=generator)
     best = teacher.log_softmax(-1).topk(8)
     expected = topk_rkl(student, TopK(best.indices, best.values))
-    # The sampled token, which is the third best, once more; and two entries that are none.
+    # The sampled token, which is the third best, is listed twice. The last two are sentinels.
     ids = torch.cat([best.indices[:, 2:3], best.indices, torch.zeros(6, 2).long()], -1)
     logprobs = torch.cat([best.values[:, 2:3], best.values, torch.full((6, 2), -1e4)], -1)
     assert topk_rkl(student, TopK(ids, logprobs)) > 10 * expected
@@ -210,7 +210,7 @@ def test_nested_tensors_that_do_not_match_are_refused() -> None:
     flat = make(torch.jagged, (2,), (3,))
     with pytest.raises(ValueError, match=r"expected sequences \(T, K\)"):
         TopK.from_tensors(flat, flat.long())
-    # A narrowed one has gaps; its values are more than its rows.
+    # A narrowed nested tensor has gaps: it stores more values than its rows have.
     whole = torch.zeros(2, 5, 4)
     gaps = torch.nested.narrow(whole, 1, torch.tensor([0, 0]), torch.tensor([2, 3]), torch.jagged)
     with pytest.raises(ValueError, match="gaps"):
@@ -247,7 +247,7 @@ def test_what_is_refused(arguments: tuple[Any, ...], error: type[Exception], mes
 
 
 def test_no_value_is_read() -> None:
-    """Meta tensors have none."""
+    """Meta tensors have no values, so reading one would raise."""
     topk = TopK.from_tensors(*(x.to("meta") for x in (ZEROS, NUMBERS, NUMBERS == 0)), k=5)
     assert topk.ids.is_meta
     assert topk.ids.shape == (2, 5)

@@ -1,7 +1,7 @@
-"""No two threads of the CUDA kernels touch the same memory without a barrier between.
+"""The CUDA kernels have no data race: barriers order what their threads do to shared memory.
 
-ThreadSanitizer watches the emulation: a thread of a block is a thread to it, and barriers alone
-order what they do (emulation.cpp). Unlike a schedule that goes wrong it needs no luck.
+ThreadSanitizer watches the emulated kernels. It takes each thread of a block for a thread that only
+barriers order (emulation.cpp). So it reports a race even if the schedule of this run hides it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opd_kernels.backends import cuda
 
 
 def library() -> str:
-    """ThreadSanitizer's, of the compiler that builds the emulation; "" if it has none."""
+    """The path of ThreadSanitizer's library, or "" if the emulation's compiler has none."""
     command = [os.environ.get("CXX", "c++"), "-print-file-name=libtsan.so"]
     try:
         path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Before the first barrier of a cluster blocks have nothing in common but that they run.
+# The first barrier of a cluster only waits until all its blocks run. Without it there is no race.
 STARTS = re.compile(r"\bcluster_(arrive|wait)\(\)")  # the halves of that barrier
 LINES = {path.name: path.read_text().splitlines() for path in SOURCES.glob("*.cuh")}
 RACING = [
@@ -52,19 +52,20 @@ assert len(RACING) < len(BARRIERS), "expected the first barrier of a cluster amo
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit status and report of all scenarios up to the first race, by the barrier that is missing.
+    """{barrier: (exit status, report)} of the run without this barrier; "" stands for no barrier.
 
-    "" is no barrier. One process loads torch, which takes seconds under ThreadSanitizer, and forks.
+    A run does all scenarios up to the first race. One process loads torch, which takes seconds
+    under ThreadSanitizer, and forks a child for each run.
     """
     build("races")
     folder = tmp_path_factory.mktemp("races")
     environment = os.environ | {
         "OPD_KERNELS_EMULATED": "races",
-        "OMP_NUM_THREADS": "1",  # torch's own threads are not seen
+        "OMP_NUM_THREADS": "1",  # ThreadSanitizer cannot follow torch's own threads
         "LD_PRELOAD": library(),
         "TSAN_OPTIONS": "halt_on_error=1 history_size=0 report_signal_unsafe=0",
     }
-    # It wants memory where it expects it.
+    # ThreadSanitizer needs the usual addresses.
     command = ["setarch", "--addr-no-randomize", sys.executable, __file__, str(folder)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     for reason in ("unexpected memory mapping", "failed to set personality"):
@@ -78,7 +79,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
 
 
 def name_of(barrier: str) -> str:
-    """Of the file with the report."""
+    """The name of the file with the report of the run without this barrier."""
     return barrier.replace(":", "-") or "all"
 
 
@@ -98,7 +99,7 @@ def test_without_any_one_barrier_there_is_a_race(
 
 
 def run_without(barrier: str, report: Path) -> int:
-    """The exit status of a child that runs all scenarios."""
+    """Runs all scenarios in a child without this barrier; returns its exit status."""
     child = os.fork()
     if child == 0:
         os.environ["OPD_EMULATION_WITHOUT"] = barrier

@@ -145,11 +145,11 @@ def counters(device: torch.device) -> tuple[Callable[[], object], Callable[[], o
 def main() -> None:
     """The process that is profiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--vocab", type=int)
-    parser.add_argument("--k", type=int)
-    parser.add_argument("--device")
+    parser.add_argument("backend", help="the backend that is called, such as cuda or triton")
+    parser.add_argument("--rows", type=int, required=True, help="number of tokens, N")
+    parser.add_argument("--vocab", type=int, required=True, help="size of the vocabulary, V")
+    parser.add_argument("--k", type=int, required=True, help="size of the support, K")
+    parser.add_argument("--device", required=True, help="device of the tensors, such as cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
     call(options.backend, options.rows, options.vocab, options.k, device)

@@ -237,7 +237,12 @@ def softmax(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Every kernel at every shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="a GPU, or the CPU for a dry run in the emulation (default: cuda)",
+    )
     options = parser.parse_args(arguments)
     loaded = load(options.device)
     shapes = SHAPES if options.device == "cuda" else DRY_SHAPES

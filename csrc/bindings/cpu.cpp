@@ -17,7 +17,12 @@ std::vector<std::string> instruction_sets() {
 const cpu::KernelsByDType& kernels(const std::string& name) {
   for (const auto& isa : cpu::instruction_sets())
     if (name == isa.name && isa.supported) return *isa.kernels;
-  throw std::invalid_argument("this CPU or build has no instruction set '" + name + "'");
+  std::string allowed;
+  for (const auto& supported : instruction_sets())
+    allowed += (allowed.empty() ? "" : ", ") + supported;
+  throw std::invalid_argument("OPD_KERNELS_CPU_ISA is '" + name +
+                              "', allowed on this CPU and build are " + allowed +
+                              "; unset it for the fastest");
 }
 
 }  // namespace
