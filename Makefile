@@ -50,14 +50,14 @@ fuzz-briefly: $(VENV)/.test
 # oldest Triton as well.
 test-triton: $(VENV)/.test $(OLDEST)/.installed ## the suite in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest
-	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_semantics.py
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/test_aot.py -k "headline or barriers"
+	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/semantics/test_semantics.py
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest tests/kernels/test_aot.py -k "headline or barriers"
 
 # Every configuration of the Triton kernels compiled for GPUs that need not be here: half an hour on
 # two cores with `make -j2 test-aot`; Triton keeps what it has compiled by its source.
 test-aot: $(AOT) ## compiles every Triton kernel for four GPUs, half an hour
 $(AOT): test-aot-%: $(VENV)/.test
-	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/test_aot.py
+	OPD_KERNELS_AOT=$* $(BIN)/pytest tests/kernels/test_aot.py
 
 # On a machine with a GPU, in the environment that is there: needs torch, triton, pytest, hypothesis,
 # pybind11 and ninja, and no network. Part 1 takes six minutes, part 2 four; `make gpu ARGS=--help`.
@@ -69,13 +69,13 @@ gpu: ## on a GPU machine: checks, then measures; PART=2 for the rest
 # no packages for trainers. Not in `make test`: 2.6 GB to download and half an hour on two cores.
 # `make test-gpu-host PYTHON312=/path/to/python3.12` where no Python 3.12 is found.
 test-gpu-host: $(HOST)/.built ## the suite on the software of the GPU machines, without a GPU
-	$(HOST)/bin/python -m pytest --ignore=tests/test_benchmark.py --ignore=tests/test_gpu_run.py
-	PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest tests/test_benchmark.py tests/test_gpu_run.py
+	$(HOST)/bin/python -m pytest --ignore=tests/tools/test_benchmark.py --ignore=tests/tools/test_gpu_run.py
+	PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest tests/tools/test_benchmark.py tests/tools/test_gpu_run.py
 	TRITON_INTERPRET=1 PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest \
-	  tests/test_semantics.py tests/test_memory.py tests/test_linear.py
+	  tests/semantics/test_semantics.py tests/semantics/test_memory.py tests/semantics/test_linear.py
 
 cubins: $(VENV)/.test ## registers, resident blocks and instructions of the CUDA kernels, without a GPU
-	$(BIN)/python tests/cubins.py
+	$(BIN)/python tests/helpers/cubins.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
@@ -95,12 +95,12 @@ sanitize: sanitize-numbers sanitize-calls ## the suite under AddressSanitizer an
 
 # Two parts, for two cores.
 sanitize-numbers: SANITIZED_TESTS := differential
-sanitize-calls: SANITIZED_TESTS := linear boundaries errors cuda semantics memory linear_memory
+sanitize-calls: SANITIZED_TESTS := linear boundaries errors cuda semantics memory linear_memory gather
 sanitize-numbers sanitize-calls: sanitized
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
-	  -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py) \
+	  -p no:cacheprovider $(SANITIZED_TESTS:%=tests/*/test_%.py) \
 	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
 
 sanitized: $(VENV)/.test

@@ -55,6 +55,7 @@ CPU_SOURCES = {
     "bindings/cpu.cpp": "",
     "cpu/instruction_sets.cpp": "-DOPD_X86_VARIANTS" if X86 else "",
     "cpu/select.cpp": "",
+    "cpu/gather.cpp": "",
     "cpu/divergence.cpp": "",
     "cpu/scatter.cpp": "",
     "cpu/linear.cpp": "",
@@ -65,6 +66,7 @@ CUDA_SOURCES = dict.fromkeys(
     (
         "bindings/cuda.cpp",
         "cuda/select.cu",
+        "cuda/gather.cu",
         "cuda/divergence.cu",
         "cuda/scatter.cu",
         "cuda/device.cu",

@@ -12,6 +12,7 @@ from timing import Run, Runs
 from torch import Tensor
 
 from opd_kernels import _ops, select_topk, topk_rkl
+from opd_kernels._arguments import Allowed, Objective
 
 try:
     import triton
@@ -142,9 +143,8 @@ def host_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:
     loss = functools.partial(topk_rkl, student, teacher, k, reduction="none", backend=backend)
     rows, upstream = loss(), torch.ones(len(student), device=student.device)
     vocab = student.shape[-1]
-    options = (None, None, 1.0, None, 1.0, None, backend)
     support = functools.partial(
-        _ops.divergence, student.detach(), teacher, None, k, vocab, *options
+        _ops.select_divergence, student.detach(), teacher, k, Allowed(vocab), Objective(), backend
     )
     _, ids, entries = support()
     return {

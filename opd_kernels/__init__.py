@@ -1,10 +1,10 @@
 """Fused kernels for top-K on-policy distillation.
 
-``topk_rkl`` is the loss, ``linear_topk_rkl`` the same from hidden states and a head, of which
-``LinearLogits`` is a teacher's; ``head_of`` reads the head of a model. ``select_topk`` is the
-teacher's support by itself, ``TopK`` a support that was cached or came from a server,
-``TopKReverseKL`` the ``torch.autograd.Function`` underneath and ``add_topk_grad_`` a way to add its
-gradient to another loss's.
+``topk_rkl`` is the loss. Each side is logits or ``LinearLogits``, hidden states and a head, which
+``head_of`` reads from a model; ``linear_topk_rkl`` takes the parts of a student's head by name.
+``select_topk`` is the teacher's support by itself, ``TopK`` a support that was cached or came from
+a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath and ``EntryGradient`` a way
+to add its gradient to another loss's.
 
 Around the loss: ``response_mask``, ``special_token_mask`` and ``predicting`` say which positions
 take part, ``compare_tokenizers`` and ``token_ids`` which ids. ``sampled_token_loss``, with
@@ -14,26 +14,27 @@ calls look at values and raise with the first bad row.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from opd_kernels._autograd import TopKReverseKL, anchor_of
+from opd_kernels._autograd import TopKReverseKL
+from opd_kernels.api import linear_topk_rkl, topk_rkl
 from opd_kernels.debugging import debug
-from opd_kernels.gradient import add_topk_grad_
+from opd_kernels.gradient import EntryGradient
 from opd_kernels.head import LinearLogits
-from opd_kernels.linear import linear_topk_rkl
-from opd_kernels.losses import topk_rkl
-from opd_kernels.masking import (
-    TokenizerComparison,
-    compare_tokenizers,
+from opd_kernels.model_head import head_of
+from opd_kernels.selection import select_topk
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+from opd_kernels.tokens.masks import (
     first_occurrences,
     predicting,
     response_mask,
     special_token_mask,
-    token_ids,
 )
-from opd_kernels.model_head import head_of
-from opd_kernels.sampled_token import returns_to_go, sampled_token_advantages, sampled_token_loss
-from opd_kernels.selection import select_topk
-from opd_kernels.stats import Stats
-from opd_kernels.support import TopK
+from opd_kernels.tokens.sampled_token import (
+    returns_to_go,
+    sampled_token_advantages,
+    sampled_token_loss,
+)
+from opd_kernels.tokens.tokenizers import TokenizerComparison, compare_tokenizers, token_ids
 
 try:
     __version__ = version("opd_kernels")
@@ -41,13 +42,12 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "EntryGradient",
     "LinearLogits",
     "Stats",
     "TokenizerComparison",
     "TopK",
     "TopKReverseKL",
-    "add_topk_grad_",
-    "anchor_of",
     "compare_tokenizers",
     "debug",
     "first_occurrences",

@@ -71,7 +71,7 @@ def versions() -> Iterator[str]:
 
 def cpu_kernels() -> str:
     """The line about the compiled module for CPUs."""
-    if cpu.unavailable() is not None:
+    if cpu.backend.unavailable() is not None:
         return "CPU kernels missing; the list of backends says why"
     reason = cpu.single_threaded()
     threads = "OpenMP" if reason is None else f"one thread: {reason}"
@@ -127,7 +127,7 @@ def availability(name: str, found: list[torch.device]) -> str:
     return "; ".join(parts)
 
 
-def default(device: torch.device, needed: str = "divergence") -> str:
+def default(device: torch.device, needed: str = "select_divergence") -> str:
     """The name of the backend that ``backend=None`` takes for the function ``needed``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

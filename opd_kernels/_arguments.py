@@ -1,13 +1,15 @@
 """What travels whole from the public functions to the kernels: one value for what belongs together.
 
-The compiled modules have a struct of the same name for each (csrc/common/arguments.h). A new option
-is a field here and there.
+Operators take such a value apart and put it together again (``_ops``), and the compiled modules
+have a struct of the same name (csrc/common/arguments.h). So a new option is a field here and there.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from opd_kernels.divergences import Divergence, reverse_kl
@@ -16,8 +18,8 @@ from opd_kernels.divergences import Divergence, reverse_kl
 class Allowed(NamedTuple):
     """What may enter a support.
 
-    Ids in [0, ``limit``) that the bitmap ``banned`` does not name: uint8, bit b of byte i standing
-    for id 8 i + b, in whole 64-bit words. Rows (...) whose ``mask``, bool, is True.
+    Ids in [0, ``limit``) that the bitmap ``banned`` does not name, in rows (...) whose ``mask``,
+    bool, is True.
     """
 
     limit: int
@@ -38,3 +40,65 @@ class Objective(NamedTuple):
     temperature: Temperature = Temperature()
     teacher_temperature: Temperature = Temperature()
     divergence: Divergence = reverse_kl()
+
+
+class Background(NamedTuple):
+    """What a dense gradient holds where no entry is: factor p, with p = exp(z / T - logsumexp).
+
+    ``factors`` (...), or None for zeros everywhere; ``logsumexp`` (...) of z / T over the ids in
+    [0, ``limit``), beyond which the gradient is 0; ``logits`` z (..., V), or None where the
+    gradient's own memory holds them. Where the factor is 0, so is the gradient, whatever z is.
+    """
+
+    factors: Tensor | None = None
+    logsumexp: Tensor | None = None
+    limit: int = 0
+    logits: Tensor | None = None
+    temperature: Temperature = Temperature()
+
+
+class Head(NamedTuple):
+    """Hidden states (..., H) and a head: weight (V, H), bias (V,) or None, scale and softcap."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def flat(values: Iterable[Any]) -> list[Any]:
+    """The fields of values that travel whole, in order."""
+    fields = []
+    for value in values:
+        if isinstance(value, tuple):
+            fields += flat(value)
+        else:
+            fields.append(value)
+    return fields
+
+
+def pack_bitmap(ids: Tensor, limit: int) -> Tensor:
+    """uint8 bitmap of the ids in [0, limit), padded to whole 64-bit words; others are ignored.
+
+    Bit b of byte i stands for id 8 i + b. Built on the device without reading a value on the host.
+    """
+    words = (limit + 63) // 64
+    outside = (ids < 0) | (ids >= limit)
+    # Ids outside go to one more flag behind the bitmap.
+    slots = torch.where(outside, words * 64, ids.long())
+    flags = torch.zeros(words * 64 + 1, dtype=torch.uint8, device=ids.device)
+    flags = flags.index_fill(0, slots, 1)[:-1].view(-1, 8)
+    bits = torch.arange(8, dtype=torch.uint8, device=ids.device)
+    return (flags << bits).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bitmap(bitmap: Tensor, limit: int) -> Tensor:
+    """Bool (limit,): which ids a bitmap names."""
+    bits = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
+    return ((bitmap[:, None] >> bits) & 1).flatten()[:limit].bool()
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 where an input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -7,19 +7,19 @@ the student logits, because the gradient takes their memory. For hidden states a
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_kernels import _ops
-from opd_kernels._checks import check_inplace
-from opd_kernels._ops import leading
+from opd_kernels._arguments import Allowed, Background, Objective
+from opd_kernels._checks import DEFAULT_K, check_inplace
+from opd_kernels._ops import mapped
+from opd_kernels._signature import cached
+from opd_kernels.backends import AUTO
 
-__all__ = ["GatherDot", "TopKReverseKL"]
+__all__ = ["GatherDot", "Request", "TopKReverseKL"]
 
 _TWICE = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant; "
@@ -27,83 +27,61 @@ _TWICE = (
 )
 
 
-class _Complete(inspect.BoundArguments):
-    """Bound arguments that were all given by position, so that no default is missing."""
+class Request(NamedTuple):
+    """What ``TopKReverseKL`` computes, besides student, teacher and k.
 
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}  # noqa: RUF012
+    ``ids`` (..., K) are those of a support that is given; the teacher then holds its values there.
+    Without ``allowed`` every id may enter the support that both sides have.
+    """
 
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _Signature(inspect.Signature):
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        bound = _Complete(self, dict(zip(self.parameters, args, strict=True)))
-        bound.args = args
-        return bound
-
-
-def _signed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches the signature: ``Function.apply`` would inspect and bind it at every call, 30 µs."""
-    parameters = inspect.signature(forward).parameters.values()
-    forward.__signature__ = _Signature(list(parameters))  # type: ignore[attr-defined]
-    return forward
+    ids: Tensor | None = None
+    allowed: Allowed | None = None
+    objective: Objective = Objective()
+    inplace: bool = False
+    backend: str = AUTO
 
 
 class TopKReverseKL(torch.autograd.Function):
     """Per-row renormalised reverse KL over the teacher's top-K support.
 
-    ``apply`` returns ``(loss, ids, entry_grad)``: loss (...) with a gradient for ``student``, and
-    the constant support ids and gradient entries (..., K). ``anchor`` is ``anchor_of(student)``:
-    through it a second differentiation reaches the Function that refuses it.
+    ``TopKReverseKL.apply(student, teacher, k)`` takes the logits of both sides, (..., V) and
+    (..., V_t), and returns ``(loss, ids, entry_grad)``: the loss (...), which has a gradient for
+    ``student``, and the constant ids of the support and gradient entries, (..., K) each, of which
+    ``EntryGradient`` makes a dense gradient. k is 32 if it is left out.
     """
 
     @staticmethod
-    @_signed
+    @cached
     def forward(
-        student: Tensor,
-        anchor: Tensor,
-        teacher: Tensor,
-        teacher_ids: Tensor | None,
-        mask: Tensor | None,
-        row_temperature: Tensor | None,
-        row_teacher_temperature: Tensor | None,
-        banned: Tensor | None,
-        temperature: float,
-        teacher_temperature: float,
-        k: int,
-        limit: int,
-        inplace: bool,
-        backend: str,
+        student: Tensor, teacher: Tensor, k: int | None = None, request: Request | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the fused operator."""
-        return _ops.divergence(
-            student,
-            teacher,
-            teacher_ids,
-            k,
-            limit,
-            banned,
-            mask,
-            temperature,
-            row_temperature,
-            teacher_temperature,
-            row_teacher_temperature,
-            backend,
-        )
+        """Runs the fused operator, or that of entries on a given support."""
+        _refuse_compiled_transform()
+        if not isinstance(teacher, Tensor):
+            raise TypeError(
+                f"teacher is a {type(teacher).__name__}, expected a tensor of logits; topk_rkl and "
+                "EntryGradient.of take every kind of teacher"
+            )
+        ids, allowed, objective, _, backend = Request() if request is None else request
+        if allowed is None:
+            sides = (student, teacher) if ids is None else (student,)
+            allowed = Allowed(min(side.shape[-1] for side in sides))
+        if ids is not None:
+            return _ops.entry_divergence(student, teacher, ids, allowed, objective, backend)
+        k = min(DEFAULT_K, teacher.shape[-1]) if k is None else k
+        return _ops.select_divergence(student, teacher, k, allowed, objective, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps (ids, entry gradients), never anything (N, V) unless in place."""
-        student, anchor, *_, inplace, backend = inputs
+        student, _, _, request = inputs
         _, ids, entry_grad = output
+        inplace, backend = (False, AUTO) if request is None else request[-2:]
         if inplace:
             check_inplace(student)
         ctx.mark_non_differentiable(ids, entry_grad)
         ctx.set_materialize_grads(False)
+        anchor = _anchor(student)
         ctx.save_for_backward(ids, entry_grad, anchor, student if inplace else None)
         ctx.width, ctx.dtype, ctx.backend = student.shape[-1], student.dtype, backend
 
@@ -111,41 +89,38 @@ class TopKReverseKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """The dense gradient for ``student``, None for everything else."""
         if upstream is None or not ctx.needs_input_grad[0]:
-            return (None,) * 14
+            return None, None, None, None
         ids, entry_grad, anchor, student = ctx.saved_tensors
         grad = _ScatterGradient.apply(
-            upstream, entry_grad, ids, anchor, student, ctx.width, ctx.dtype, ctx.backend
+            anchor, upstream, entry_grad, ids, student, (ctx.width, ctx.dtype, ctx.backend)
         )
-        return (grad, _anchors_gradient(anchor), *(None,) * 12)
+        return grad, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
         """A mapped dimension is one more leading dimension."""
-        if in_dims[7] is not None:
-            raise ValueError("banned_ids cannot be mapped by vmap; pass one list for all")
-        rows = [leading(arg, dim, info) for arg, dim in zip(args[:7], in_dims[:7], strict=True)]
-        return TopKReverseKL.apply(*rows, *args[7:]), (0, 0, 0)
+        names = ("student", "teacher", "k", "request")
+        return TopKReverseKL.apply(*mapped(info, in_dims, args, names)), (0, 0, 0)
 
 
 class _ScatterGradient(torch.autograd.Function):
     """Backward of ``TopKReverseKL`` as a Function, so that differentiating it again raises."""
 
     @staticmethod
-    @_signed
+    @cached
     def forward(
+        anchor: Tensor | None,
         upstream: Tensor,
         entry_grad: Tensor,
         ids: Tensor,
-        anchor: Tensor,
         student: Tensor | None,
-        width: int,
-        dtype: torch.dtype,
-        backend: str,
+        out: tuple[int, torch.dtype, str],
     ) -> Tensor:
+        width, dtype, backend = out
         if student is None:
             return _ops.scatter(entry_grad, ids, upstream, width, dtype, backend)
         grad = student.detach()
-        _ops.scatter_(grad, entry_grad, ids, upstream, backend)
+        _ops.scatter_(grad, entry_grad, ids, upstream, Background(), backend)
         return grad
 
     @staticmethod
@@ -157,10 +132,11 @@ class _ScatterGradient(torch.autograd.Function):
         raise RuntimeError(_TWICE.format("topk_rkl"))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if args[4] is not None:
             raise ValueError("inplace_grad=True does not work under vmap; pass inplace_grad=False")
-        rows = [leading(arg, dim, info) for arg, dim in zip(args[:4], in_dims[:4], strict=True)]
+        names = ("anchor", "upstream", "entry_grad", "ids")
+        rows = mapped(info, in_dims[:4], args[:4], names)
         return _ScatterGradient.apply(*rows, *args[4:]), 0
 
 
@@ -174,24 +150,23 @@ class GatherDot(torch.autograd.Function):
     """
 
     @staticmethod
-    @_signed
+    @cached
     def forward(
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        mask: Tensor | None,
-        banned: Tensor | None,
-        limit: int,
+        allowed: Allowed,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """Runs the operator."""
-        return _ops.gather_dot(hidden, weight, bias, ids, limit, banned, mask, backend)
+        _refuse_compiled_transform()
+        return _ops.gather_dot(hidden, weight, bias, ids, allowed, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps references to inputs."""
-        hidden, weight, bias, ids, *_, backend = inputs
+        hidden, weight, bias, ids, _, backend = inputs
         for_hidden, for_weight, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -202,7 +177,7 @@ class GatherDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients for hidden, weight and bias; None where none is needed."""
-        grads: list[Tensor | None] = [None] * 8
+        grads: list[Tensor | None] = [None] * 6
         if upstream is None:
             return tuple(grads)
         ids, hidden, weight = ctx.saved_tensors
@@ -222,22 +197,17 @@ class GatherDot(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
         """A mapped dimension is one more leading dimension."""
-        if any(dim is not None for dim in (*in_dims[1:3], in_dims[5])):
-            raise ValueError(
-                "student_weight, student_bias and banned_ids cannot be mapped by vmap; pass one "
-                "for all"
-            )
-        hidden, ids, mask = (leading(args[i], in_dims[i], info) for i in (0, 3, 4))
-        return GatherDot.apply(hidden, *args[1:3], ids, mask, *args[5:]), (0, 0)
+        names = ("hidden", "weight", "bias", "ids", "allowed", "backend")
+        return GatherDot.apply(*mapped(info, in_dims, args, names)), (0, 0)
 
 
 class _HiddenGradient(torch.autograd.Function):
     """dL/dh in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
 
     @staticmethod
-    @_signed
+    @cached
     def forward(
         upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
     ) -> Tensor:
@@ -252,8 +222,8 @@ class _HiddenGradient(torch.autograd.Function):
         raise RuntimeError(_TWICE.format("linear_topk_rkl"))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = [leading(arg, dim, info) for arg, dim in zip(args[:2], in_dims[:2], strict=True)]
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        rows = mapped(info, in_dims[:2], args[:2], ("upstream", "ids"))
         return _HiddenGradient.apply(*rows, *args[2:]), 0
 
 
@@ -261,7 +231,7 @@ class _WeightGradient(torch.autograd.Function):
     """dL/dW in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
 
     @staticmethod
-    @_signed
+    @cached
     def forward(
         upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
     ) -> Tensor:
@@ -276,27 +246,38 @@ class _WeightGradient(torch.autograd.Function):
         raise RuntimeError(_TWICE.format("linear_topk_rkl"))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = [leading(arg, dim, info) for arg, dim in zip(args[:3], in_dims[:3], strict=True)]
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        rows = mapped(info, in_dims[:3], args[:3], ("upstream", "ids", "hidden"))
         examples = zip(*(row.unbind(0) for row in rows), strict=True)
         return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in examples]), 0
 
 
-def _anchors_gradient(anchor: Tensor) -> Tensor | None:
-    """None; zeros where compiled autograd runs an eager graph, which cannot add None.
+def _refuse_compiled_transform() -> None:
+    """Raises where a compiler would drop the gradient: it traces a transform of torch.func.
 
-    Zeros cost a pass over the student's gradient, so only that case gets them.
+    Inside of a transform Dynamo (torch 2.13) ignores an autograd Function's backward, so that
+    ``compile(func.grad(loss))`` returns zeros, or the gradient of other operators.
     """
-    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled is None or not compiled.in_compiled_autograd_region:
-        return None
-    return anchor.new_zeros(anchor.shape)
+    if (
+        torch._C._are_functorch_transforms_active()
+        and torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+    ):
+        raise RuntimeError(
+            "torch.compile over torch.func.grad or vmap drops the gradient of this loss; compile "
+            "inside of the transform, torch.func.grad(torch.compile(loss)), or call it under "
+            "torch.no_grad() where no gradient is needed"
+        )
 
 
-def anchor_of(student: Tensor) -> Tensor:
+def _anchor(student: Tensor) -> Tensor | None:
     """An empty tensor that depends on the student in the graph but does not share its memory.
 
-    A second differentiation has to reach ``_ScatterGradient`` through the student. A slice saved
-    for backward would do that too, but it would keep the logits alive.
+    A second differentiation has to reach ``_ScatterGradient`` through the student. The logits
+    themselves, or a slice of them, would do that too, but saving these keeps them alive. A compiler
+    refuses a second differentiation by itself.
     """
-    return student[..., :0].clone()
+    if not student.requires_grad or torch.compiler.is_compiling():
+        return None
+    with torch.enable_grad():
+        return student.narrow(-1, 0, 0).clone()

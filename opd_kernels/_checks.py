@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd_kernels.divergences import Divergence, reverse_kl
+
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 # What TopKReverseKL.apply returns besides the loss, (..., K) each.
@@ -19,7 +21,9 @@ REDUCTIONS = ("none", "sum", "mean")
 # Temperatures that float32 arithmetic can divide by.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
+DEFAULT_K = 32  # arXiv 2603.25562
 MAX_LENGTH = 2**63 - 1
+_COMPUTED = reverse_kl()
 LARGEST_FLOAT = int(torch.finfo(torch.float64).max)
 # What to do about a DTensor, by what it holds.
 DTENSOR_ROWS = (
@@ -188,6 +192,12 @@ def check_bitmap(banned: Tensor, limit: int) -> None:
             f"the bitmap of banned ids is {banned.dtype} {tuple(banned.shape)}, expected uint8 in "
             f"whole words of 64 bits, one bit for each of {limit} ids"
         )
+
+
+def check_divergence(divergence: Divergence) -> None:
+    """The divergence is one that this version computes."""
+    if divergence != _COMPUTED:
+        raise ValueError(f"{divergence} is not computed yet, allowed is {_COMPUTED}")
 
 
 def check_bias(bias: Tensor, weight: Tensor) -> None:
@@ -509,12 +519,12 @@ def check_inplace(student: Tensor) -> None:
     if base.requires_grad and base.is_leaf:
         kind = "is" if base is student else "is a view of"
         raise ValueError(
-            f"inplace_grad=True would overwrite student_logits, which {kind} a leaf of the graph; "
+            f"inplace_grad=True would overwrite student, which {kind} a leaf of the graph; "
             "pass the output of a layer, or inplace_grad=False"
         )
     if _overlaps(student):
         raise ValueError(
-            "inplace_grad=True needs elements of their own, but those of student_logits "
+            "inplace_grad=True needs elements of their own, but those of student "
             f"overlap (shape {tuple(student.shape)}, strides {student.stride()}: expanded or "
             "unfolded); pass inplace_grad=False"
         )

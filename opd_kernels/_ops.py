@@ -3,132 +3,165 @@
 They are registered with ``torch.library`` define/impl/fake. Autograd is outside, in ``_autograd``,
 so that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator
 runs, never while it is traced.
+
+Here an operator is a function of values that travel whole, such as ``Allowed``. PyTorch's schema is
+flat: ``_register`` derives it from the function's types, and takes values apart and puts them
+together again. ``OPERATORS``, at the end, has one record for each.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from opd_kernels import backends, debugging
+from opd_kernels._arguments import Allowed, Background, Head, Objective, Temperature, compute_dtype
 from opd_kernels._checks import (
+    ID_DTYPES,
     check_bias,
     check_bitmap,
     check_buffer,
+    check_divergence,
     check_entries_dtype,
     check_row_shape,
     check_same_device,
     check_same_entries,
+    check_same_rows,
     check_upstream_dtype,
 )
-from opd_kernels.head import head_logits, shaped
-from opd_kernels.reference import compute_dtype
-from opd_kernels.stats import row_logsumexp
+from opd_kernels.backends import plain
+from opd_kernels.divergences import Divergence
 
-_LIBRARY = torch.library.Library("opd_kernels", "DEF")
 _LOST_GRAPH = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant, and "
     "torch {} would return the gradient of this compiled function without a graph; leave out "
     "create_graph=True, or build the loss from torch.topk, gather and log_softmax"
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
-_SCHEMAS = {
-    "select": "(Tensor logits, SymInt k, SymInt limit, Tensor? banned, Tensor? mask, str backend)"
-    " -> (Tensor ids, Tensor values)",
-    "divergence": "(Tensor student, Tensor teacher, Tensor? teacher_ids, SymInt k, SymInt limit,"
-    " Tensor? banned, Tensor? mask, float temperature, Tensor? row_temperature,"
-    " float teacher_temperature, Tensor? row_teacher_temperature, str backend)"
-    " -> (Tensor loss, Tensor ids, Tensor entry_grad)",
-    "scatter": "(Tensor entry_grad, Tensor ids, Tensor upstream, SymInt width, ScalarType dtype,"
-    " str backend) -> Tensor",
-    "scatter_": "(Tensor(a!) out, Tensor entry_grad, Tensor ids, Tensor upstream, str backend)"
-    " -> ()",
-    "scatter_add_": "(Tensor(a!) out, Tensor entry_grad, Tensor ids, Tensor upstream, str backend)"
-    " -> ()",
-    "select_linear": "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap,"
-    " SymInt k, SymInt limit, Tensor? banned, Tensor? mask, bool with_logsumexp, str backend)"
-    " -> (Tensor ids, Tensor values, Tensor logsumexp)",
-    "gather_dot": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, SymInt limit,"
-    " Tensor? banned, Tensor? mask, str backend) -> (Tensor logits, Tensor slots)",
-    "gather_dot_hidden": "(Tensor upstream, Tensor ids, Tensor weight, ScalarType dtype,"
-    " str backend) -> Tensor",
-    "gather_dot_weight": "(Tensor upstream, Tensor ids, Tensor hidden, SymInt vocab,"
-    " ScalarType dtype, str backend) -> Tensor",
-}
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=_TAGS)
-
-select = torch.ops.opd_kernels.select.default
-divergence = torch.ops.opd_kernels.divergence.default
-scatter = torch.ops.opd_kernels.scatter.default
-scatter_ = torch.ops.opd_kernels.scatter_.default
-scatter_add_ = torch.ops.opd_kernels.scatter_add_.default
-select_linear = torch.ops.opd_kernels.select_linear.default
-gather_dot = torch.ops.opd_kernels.gather_dot.default
-gather_dot_hidden = torch.ops.opd_kernels.gather_dot_hidden.default
-gather_dot_weight = torch.ops.opd_kernels.gather_dot_weight.default
 
 
 def _select(
-    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    _check_rows(mask, "mask", logits)
-    _check_banned(banned, limit, logits)
+    logits: Tensor, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_allowed(allowed, logits, logits.shape[-1])
     if debugging.ON:
-        debugging.check_select(logits, limit, banned, mask)
-    module = backends.resolve(backend, logits.device, (logits.dtype,), k, limit)
-    return module.select(logits, k, limit, banned, mask)
+        debugging.check_select(logits, allowed)
+    module = backends.resolve(backend, logits.device, (logits.dtype,), k, allowed.limit)
+    ids, values = module.select(logits, k, allowed)
+    if with_logsumexp:
+        return ids, values, plain.logsumexp(logits, allowed.limit, allowed.mask)
+    return ids, values, _no_sums(logits)
 
 
 def _select_fake(
-    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None, backend: str
+    logits: Tensor, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[:-1], compute_dtype(logits)
+    ids = logits.new_empty((*rows, k), dtype=torch.int32)
+    sums = logits.new_empty(rows, dtype=dtype) if with_logsumexp else _no_sums(logits)
+    return ids, torch.empty_like(ids, dtype=dtype), sums
+
+
+def _select_linear(
+    head: Head, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``select`` on the logits of a head, which are computed a few rows at a time."""
+    hidden, weight, bias, scale, softcap = head
+    limit, banned, mask = allowed
+    _check_head(hidden, weight, bias, allowed)
+    if debugging.ON:
+        debugging.check_head(head, allowed)
+    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
+    module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
+    ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
+    values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
+    logsumexp = hidden.new_zeros(rows, dtype=dtype) if with_logsumexp else _no_sums(hidden)
+    out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
+    weight, bias = weight[:limit], None if bias is None else bias[:limit]
+    for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
+        out_ids[piece], picked = module.select(logits, k, Allowed(limit, banned, piece_mask))
+        out_values[piece] = plain.shaped(picked, scale, softcap)
+        if with_logsumexp:
+            out_sums[piece] = plain.logsumexp(logits, limit, piece_mask, (scale, softcap))
+    if debugging.ON:
+        debugging.check_selected(values, mask)
+    return ids, values, logsumexp
+
+
+def _select_linear_fake(
+    head: Head, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _select_fake(head.hidden, k, allowed, with_logsumexp, backend)
+
+
+def _no_sums(logits: Tensor) -> Tensor:
+    """In place of log-sum-exps that nobody asked for: no element in each row."""
+    return logits.new_empty((*logits.shape[:-1], 0), dtype=compute_dtype(logits))
+
+
+def _gather(student: Tensor, ids: Tensor, allowed: Allowed, backend: str) -> tuple[Tensor, Tensor]:
+    _check_allowed(allowed, student, student.shape[-1])
+    _check_ids(ids, (*student.shape[:-1], ids.shape[-1]), student)
+    module = backends.resolve(backend, student.device, (student.dtype,), ids.shape[-1])
+    return module.gather(student, ids, allowed)
+
+
+def _gather_fake(
+    student: Tensor, ids: Tensor, allowed: Allowed, backend: str
 ) -> tuple[Tensor, Tensor]:
-    shape = (*logits.shape[:-1], k)
-    ids = logits.new_empty(shape, dtype=torch.int32)
-    return ids, logits.new_empty(shape, dtype=compute_dtype(logits))
+    values = student.new_empty(ids.shape, dtype=compute_dtype(student))
+    return values, torch.empty_like(values, dtype=torch.int32)
 
 
-def _divergence(
+def _entry_divergence(
     student: Tensor,
     teacher: Tensor,
-    teacher_ids: Tensor | None,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    row_temperature: Tensor | None,
-    teacher_temperature: float,
-    row_teacher_temperature: Tensor | None,
+    ids: Tensor,
+    allowed: Allowed,
+    objective: Objective,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rows(mask, "mask", student)
-    _check_rows(row_temperature, "row_temperature", student)
-    _check_rows(row_teacher_temperature, "row_teacher_temperature", student)
-    _check_device(teacher, "teacher", student)
-    _check_device(teacher_ids, "teacher_ids", student)
-    _check_banned(banned, limit, student)
-    student_t = temperature if row_temperature is None else row_temperature
-    teacher_t = teacher_temperature if row_teacher_temperature is None else row_teacher_temperature
+    _check_sides(student, teacher, allowed, objective)
+    _check_ids(ids, teacher.shape, student)
     if debugging.ON:
-        debugging.check_divergence(
-            student, teacher, teacher_ids, limit, banned, mask, student_t, teacher_t
+        debugging.check_divergence(student, teacher, ids, allowed, objective)
+    dtypes = (student.dtype, teacher.dtype)
+    module = backends.resolve(backend, student.device, dtypes, ids.shape[-1])
+    return module.entry_divergence(student, teacher, ids, allowed, objective)
+
+
+def _entry_divergence_fake(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    allowed: Allowed,
+    objective: Objective,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _select_divergence_fake(student, teacher, ids.shape[-1], allowed, objective, backend)
+
+
+def _select_divergence(
+    student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``select``, ``gather`` and ``entry_divergence`` at once, with the same bits."""
+    _check_sides(student, teacher, allowed, objective)
+    if allowed.limit > teacher.size(-1):
+        raise ValueError(
+            f"limit is {allowed.limit}, allowed is 0 to the teacher's vocabulary of "
+            f"{teacher.shape[-1]}"
         )
-    vocab = limit if teacher_ids is None else 0
-    module = backends.resolve(backend, student.device, (student.dtype, teacher.dtype), k, vocab)
-    return module.divergence(
-        student, teacher, teacher_ids, k, limit, banned, mask, student_t, teacher_t
-    )
+    if debugging.ON:
+        debugging.check_divergence(student, teacher, None, allowed, objective)
+    dtypes = (student.dtype, teacher.dtype)
+    module = backends.resolve(backend, student.device, dtypes, k, allowed.limit)
+    return module.select_divergence(student, teacher, k, allowed, objective)
 
 
-def _divergence_fake(
-    student: Tensor, teacher: Tensor, teacher_ids: Tensor | None, k: int, *_: object
+def _select_divergence_fake(
+    student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = student.shape[:-1], compute_dtype(student, teacher)
     ids = student.new_empty((*rows, k), dtype=torch.int32)
@@ -150,12 +183,30 @@ def _scatter_fake(
 
 
 def _scatter_inplace(
-    out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, backend: str
+    out: Tensor,
+    entry_grad: Tensor,
+    ids: Tensor,
+    upstream: Tensor,
+    background: Background,
+    backend: str,
 ) -> None:
+    """The dense gradient, written over what ``out`` holds: zeros or the background, and entries."""
     _refuse_lost_graph("topk_rkl")
-    module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
     _check_device(out, "out", ids)
-    module.scatter_(out, entry_grad, ids, upstream)
+    if out.shape[:-1] != ids.shape[:-1]:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}, expected the entries' leading shape "
+            f"{tuple(ids.shape[:-1])}"
+        )
+    if background.factors is None:
+        module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
+        module.scatter_(out, entry_grad, ids, upstream)
+    else:
+        _check_background(background, out)
+        module = _scatter_backend(
+            backend, entry_grad, ids, upstream, out.dtype, needed="scatter_background_"
+        )
+        module.scatter_background_(out, entry_grad, ids, upstream, background)
     _tell_autograd(out)
 
 
@@ -170,11 +221,103 @@ def _scatter_add(
     _tell_autograd(out)
 
 
-def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
-    """Raises unless ``tensor`` has one element per row, on the logits' device.
+def _nothing(*_: Any) -> None:
+    """Shapes of an operator that returns none."""
 
-    Kernels take addresses, so they would read beyond the end of a shorter one.
-    """
+
+def _scatter_backend(
+    backend: str,
+    entry_grad: Tensor,
+    ids: Tensor,
+    upstream: Tensor,
+    dtype: torch.dtype,
+    *,
+    needed: str = "scatter",
+) -> Any:
+    """The backend, once dtypes, shapes and devices are known to fit: hooks may change them."""
+    check_entries_dtype(ids, "ids")
+    check_entries_dtype(entry_grad, "entry_grad")
+    check_same_entries(ids, entry_grad)
+    check_row_shape(upstream, ids.shape[:-1], "upstream", "the entries'")
+    _check_device(entry_grad, "entry_grad", ids)
+    _check_device(upstream, "upstream", ids)
+    dtypes = (dtype, entry_grad.dtype)
+    return backends.resolve(backend, ids.device, dtypes, ids.shape[-1], needed=needed)
+
+
+def _gather_dot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    allowed: Allowed,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``gather`` on the logits of a head, of which no others are computed."""
+    _check_head(hidden, weight, bias, allowed)
+    _check_device(ids, "ids", hidden)
+    if debugging.ON:
+        debugging.check_gather(hidden, weight, bias, ids, allowed)
+    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+    module = backends.resolve_linear(backend, hidden.device, dtypes, ids.shape[-1])
+    return module.gather_dot(hidden, weight, bias, ids, allowed)
+
+
+def _gather_dot_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    allowed: Allowed,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    logits = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight))
+    return logits, torch.empty_like(logits, dtype=torch.int32)
+
+
+def _gather_dot_hidden(
+    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    module = _gradient_backend(backend, upstream, ids, weight, dtype)
+    return module.gather_dot_hidden(upstream, ids, weight, dtype)
+
+
+def _gather_dot_hidden_fake(
+    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return weight.new_empty((*ids.shape[:-1], weight.shape[1]), dtype=dtype)
+
+
+def _gather_dot_weight(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    module = _gradient_backend(backend, upstream, ids, hidden, dtype)
+    return module.gather_dot_weight(upstream, ids, hidden, vocab, dtype)
+
+
+def _gather_dot_weight_fake(
+    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return hidden.new_empty((vocab, hidden.shape[-1]), dtype=dtype)
+
+
+def _gradient_backend(
+    backend: str, upstream: Tensor, ids: Tensor, factor: Tensor, dtype: torch.dtype
+) -> backends.LinearBackend:
+    """The backend, once dtypes and devices are known to fit. ``factor``: hidden or weight."""
+    check_upstream_dtype(upstream)
+    _check_device(upstream, "upstream", ids)
+    _check_device(factor, "hidden states or weight", ids)
+    _refuse_lost_graph("linear_topk_rkl")
+    dtypes = (upstream.dtype, factor.dtype, dtype)
+    return backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
+
+
+# --- checks of what kernels would read: they take addresses
+
+
+def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
+    """Raises unless ``tensor`` has one element per row, on the logits' device."""
     if tensor is not None:
         check_row_shape(tensor, logits.shape[:-1], name)
         check_same_device(tensor, logits.device, name)
@@ -186,38 +329,62 @@ def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
         check_same_device(tensor, other.device, name, "the other tensors are")
 
 
-def _check_banned(banned: Tensor | None, limit: int, other: Tensor) -> None:
-    """Raises unless it is a bitmap up to the limit, on another tensor's device."""
+def _check_ids(ids: Tensor, shape: Sequence[int], student: Tensor) -> None:
+    """Raises unless the ids of a given support are integers of that shape."""
+    _check_device(ids, "ids", student)
+    if ids.shape != tuple(shape):
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, expected {tuple(shape)}")
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"ids have dtype {ids.dtype}, allowed are int32 and int64")
+
+
+def _check_allowed(allowed: Allowed, logits: Tensor, vocab: int) -> None:
+    """Raises unless the mask has the logits' rows and the limit lies in vocabulary and bitmap."""
+    limit, banned, mask = allowed
+    if not 0 <= limit <= vocab:
+        raise ValueError(f"limit is {limit}, allowed is 0 to the vocabulary of {vocab}")
+    _check_rows(mask, "mask", logits)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}, expected bool")
     if banned is not None:
         check_bitmap(banned, limit)
-        check_same_device(banned, other.device, "banned")
+        check_same_device(banned, logits.device, "banned")
 
 
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-) -> None:
+def _check_sides(student: Tensor, teacher: Tensor, allowed: Allowed, objective: Objective) -> None:
+    """Raises unless student, teacher and what belongs to their rows fit together."""
+    check_divergence(objective.divergence)
+    check_same_rows(student.shape[:-1], teacher.shape[:-1])
+    _check_allowed(allowed, student, student.size(-1))
+    _check_device(teacher, "teacher", student)
+    _check_rows(objective.temperature.rows, "temperature", student)
+    _check_rows(objective.teacher_temperature.rows, "teacher_temperature", student)
+
+
+def _check_background(background: Background, out: Tensor) -> None:
+    """Raises unless a background has the rows of the gradient ``out``, and logits of its width."""
+    if background.logsumexp is None:
+        raise ValueError("logsumexp is None, expected one per row beside factors")
+    if not 1 <= background.limit <= out.shape[-1]:
+        raise ValueError(
+            f"limit is {background.limit}, allowed is 1 to the vocabulary of {out.shape[-1]}"
+        )
+    _check_rows(background.factors, "factors", out)
+    _check_rows(background.logsumexp, "logsumexp", out)
+    _check_rows(background.temperature.rows, "temperature", out)
+    logits = background.logits
+    if logits is not None:
+        _check_device(logits, "logits", out)
+        check_row_shape(logits, out.shape, "logits", "the gradient's")
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, allowed: Allowed) -> None:
     """Raises unless a head's parts and what belongs to its rows fit together."""
     _check_device(weight, "weight", hidden)
     if bias is not None:
         check_bias(bias, weight)
         _check_device(bias, "bias", hidden)
-    _check_rows(mask, "mask", hidden)
-    _check_banned(banned, limit, hidden)
-
-
-def _check_entries(entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """Raises unless dtypes, shapes and devices are those the loss saved: hooks may change them."""
-    check_entries_dtype(ids, "ids")
-    check_entries_dtype(entry_grad, "entry_grad")
-    check_same_entries(ids, entry_grad)
-    check_row_shape(upstream, ids.shape[:-1], "upstream", "the entries'")
-    _check_device(entry_grad, "entry_grad", ids)
-    _check_device(upstream, "upstream", ids)
+    _check_allowed(allowed, hidden, weight.shape[0])
 
 
 def _refuse_lost_graph(function: str) -> None:
@@ -236,208 +403,172 @@ def _tell_autograd(out: Tensor) -> None:
     torch.autograd.graph.increment_version(out)
 
 
-def _scatter_backend(
-    backend: str, entry_grad: Tensor, ids: Tensor, upstream: Tensor, dtype: torch.dtype
-) -> backends.Backend:
-    _check_entries(entry_grad, ids, upstream)
-    return backends.resolve(backend, ids.device, (dtype, entry_grad.dtype), ids.shape[-1])
+# --- vmap: a mapped dimension is one more leading dimension
+
+_SHARED = {"banned": "banned_ids", "weight": "a head's weight", "bias": "a head's bias"}
 
 
-def _select_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    with_logsumexp: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``select`` on the logits of a head, which are computed a few rows at a time."""
-    _check_head(hidden, weight, bias, limit, banned, mask)
-    if debugging.ON:
-        debugging.check_head(hidden, weight, bias, limit, banned, mask)
-    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
-    module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
-    ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
-    values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
-    logsumexp = hidden.new_zeros(rows if with_logsumexp else 0, dtype=dtype)
-    out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
-    weight, bias = weight[:limit], None if bias is None else bias[:limit]
-    for piece, logits, piece_mask in head_logits(hidden, weight, bias, mask):
-        out_ids[piece], picked = module.select(logits, k, limit, banned, piece_mask)
-        out_values[piece] = shaped(picked, scale, softcap)
-        if with_logsumexp:
-            out_sums[piece] = row_logsumexp(logits, limit, piece_mask, (scale, softcap))
-    if debugging.ON:
-        debugging.check_selected(values, mask)
-    return ids, values, logsumexp
+def mapped(info: Any, in_dims: Sequence[Any], args: Sequence[Any], names: Sequence[str]) -> Any:
+    """The arguments with their mapped dimension in front; what all rows share stays as it is."""
+    return [
+        _leading(arg, dim, name, info) for arg, dim, name in zip(args, in_dims, names, strict=True)
+    ]
 
 
-def _select_linear_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    with_logsumexp: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
-    ids = hidden.new_empty((*rows, k), dtype=torch.int32)
-    sums = hidden.new_empty(rows if with_logsumexp else (0,), dtype=dtype)
-    return ids, torch.empty_like(ids, dtype=dtype), sums
+def _leading(arg: Any, dim: Any, name: str, info: Any) -> Any:
+    if isinstance(arg, tuple):
+        fields: Any = arg
+        return type(arg)(*mapped(info, dim, arg, fields._fields))
+    if name in _SHARED:
+        if dim is not None:
+            raise ValueError(f"{_SHARED[name]} cannot be mapped by vmap; pass one for all")
+        return arg
+    if not isinstance(arg, Tensor):
+        return arg
+    return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
 
-def _gather_dot(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check_head(hidden, weight, bias, limit, banned, mask)
-    _check_device(ids, "ids", hidden)
-    if debugging.ON:
-        debugging.check_gather(hidden, weight, bias, ids, limit, banned, mask)
-    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-    module = backends.resolve_linear(backend, hidden.device, dtypes, ids.shape[-1])
-    return module.gather_dot(hidden, weight, bias, ids, limit, banned, mask)
+def _mapped_out(out: Tensor, dim: int | None, info: Any) -> Tensor:
+    """What ``scatter_add_`` adds to: it must be mapped, without overlap."""
+    if dim is None:
+        raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
+    return check_buffer(out.movedim(dim, 0))
 
 
-def _gather_dot_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: object
-) -> tuple[Tensor, Tensor]:
-    logits = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight))
-    return logits, torch.empty_like(logits, dtype=torch.int32)
+# --- registration
+
+_LIBRARY = torch.library.Library("opd_kernels", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+_WHOLE = (Allowed, Background, Divergence, Head, Objective, Temperature)
 
 
-def _gather_dot_hidden(
-    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    check_upstream_dtype(upstream)
-    _check_device(upstream, "upstream", ids)
-    _check_device(weight, "weight", ids)
-    dtypes = (upstream.dtype, weight.dtype, dtype)
-    _refuse_lost_graph("linear_topk_rkl")
-    module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
-    return module.gather_dot_hidden(upstream, ids, weight, dtype)
+class Operator(NamedTuple):
+    """``impl``, the shapes of its results for tracing, their names, whether vmap may map rows.
 
-
-def _gather_dot_hidden_fake(
-    upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return weight.new_empty((*ids.shape[:-1], weight.shape[1]), dtype=dtype)
-
-
-def _gather_dot_weight(
-    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    check_upstream_dtype(upstream)
-    _check_device(upstream, "upstream", ids)
-    _check_device(hidden, "hidden", ids)
-    dtypes = (upstream.dtype, hidden.dtype, dtype)
-    _refuse_lost_graph("linear_topk_rkl")
-    module = backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
-    return module.gather_dot_weight(upstream, ids, hidden, vocab, dtype)
-
-
-def _gather_dot_weight_fake(
-    upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return hidden.new_empty((vocab, hidden.shape[-1]), dtype=dtype)
-
-
-def _on_one_device(fake: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    """Shapes for tracing, of tensors that lie on one device.
-
-    One meta tensor is enough for the dispatcher to trace a call, whose results would then be
-    memory that nobody has written.
+    An argument ``out`` is written to.
     """
 
-    @functools.wraps(fake)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    impl: Callable[..., Any]
+    fake: Callable[..., Any]
+    results: str
+    by_rows: bool = False
+
+
+def _register(name: str, record: Operator) -> Callable[..., Any]:
+    """Defines an operator; returns it as a function of values that travel whole."""
+    hints = get_type_hints(record.impl)
+    hints.pop("return")
+    leaves = dict(leaf for item in hints.items() for leaf in _leaves(*item))
+    names = tuple(leaves)
+    schema = ", ".join(
+        f"Tensor(a!) {leaf}" if leaf == "out" else f"{_TYPES[hint]} {leaf}"
+        for leaf, hint in leaves.items()
+    )
+    _LIBRARY.define(f"{name}({schema}) -> ({record.results})", tags=_TAGS)
+    overload = getattr(torch.ops.opd_kernels, name).default
+    # As source text, so that a call costs what it would if somebody had written it out.
+    whole = ", ".join(_whole(*item) for item in hints.items())
+    apart = ", ".join(field for item in hints.items() for field in _apart(*item))
+    types = {hint.__name__: hint for hint in _WHOLE}
+    together = eval(f"lambda {', '.join(names)}: ({whole},)", types)
+    impl = eval(f"lambda {', '.join(names)}: impl({whole})", types | {"impl": record.impl})
+    call = eval(f"lambda {', '.join(hints)}: overload({apart})", {"overload": overload})
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
         named = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: arg for name, arg in named.items() if isinstance(arg, Tensor)}
+        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         first = next(iter(tensors.values()))
-        for name, tensor in tensors.items():
-            _check_device(tensor, name, first)
-        return fake(*args, **kwargs)
+        # One meta tensor is enough for the dispatcher to trace a call, whose results would then be
+        # memory that nobody has written.
+        for key, tensor in tensors.items():
+            _check_device(tensor, key, first)
+        return record.fake(*together(**named))
 
-    return checked
+    def by_rows(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
+        args, dims = together(*values), together(*in_dims)
+        moved = mapped(info, dims, args, tuple(hints))
+        if "out" in hints:
+            moved[0] = _mapped_out(args[0], dims[0], info)
+            call(*moved)
+            return None, None
+        results = call(*moved)
+        return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
-
-for _name, _impl, _fake in (
-    ("select", _select, _select_fake),
-    ("divergence", _divergence, _divergence_fake),
-    ("scatter", _scatter, _scatter_fake),
-    ("scatter_", _scatter_inplace, lambda *_: None),
-    ("scatter_add_", _scatter_add, lambda *_: None),
-    ("select_linear", _select_linear, _select_linear_fake),
-    ("gather_dot", _gather_dot, _gather_dot_fake),
-    ("gather_dot_hidden", _gather_dot_hidden, _gather_dot_hidden_fake),
-    ("gather_dot_weight", _gather_dot_weight, _gather_dot_weight_fake),
-):
-    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-    _traced = _on_one_device(_fake, tuple(inspect.signature(_impl).parameters))
-    torch.library.register_fake(f"opd_kernels::{_name}", _traced, lib=_LIBRARY)
-
-
-def _select_vmap(
-    info: Any, in_dims: tuple[int | None, ...], logits: Tensor, *rest: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """A mapped dimension is one more leading dimension."""
-    k, limit, banned, mask, backend = rest
-    if in_dims[3] is not None:
-        raise ValueError("banned_ids cannot be mapped by vmap; pass one list for all")
-    logits, mask = leading(logits, in_dims[0], info), leading(mask, in_dims[4], info)
-    return select(logits, k, limit, banned, mask, backend), (0, 0)
+    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"opd_kernels::{name}", fake, lib=_LIBRARY)
+    if record.by_rows:
+        torch.library.register_vmap(f"opd_kernels::{name}", by_rows, lib=_LIBRARY)
+    return call
 
 
-def _select_linear_vmap(
-    info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, *rest: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """A mapped dimension is one more leading dimension; the head is not mapped."""
-    *middle, mask, with_logsumexp, backend = rest
-    if any(dim is not None for dim in (*in_dims[1:3], in_dims[7])):
-        raise ValueError("a head and banned_ids cannot be mapped by vmap; pass one for all")
-    hidden, mask = leading(hidden, in_dims[0], info), leading(mask, in_dims[8], info)
-    results = select_linear(hidden, *middle, mask, with_logsumexp, backend)
-    return results, (0, 0, 0 if with_logsumexp else None)
+def _leaves(name: str, hint: Any) -> Iterator[tuple[str, Any]]:
+    """(name, type) of the arguments of the flat schema that an argument becomes."""
+    if hint not in _WHOLE:
+        yield name, hint
+        return
+    for field, inner in get_type_hints(hint).items():
+        yield from _leaves(f"{name}_{field}", inner)
 
 
-def _scatter_add_vmap(
-    info: Any, in_dims: tuple[int | None, ...], out: Tensor, *rest: Any
-) -> tuple[None, None]:
-    """A mapped dimension is one more leading dimension; ``out`` must be mapped, without overlap."""
-    if in_dims[0] is None:
-        raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
-    *entries, backend = rest
-    out = check_buffer(leading(out, in_dims[0], info))
-    rows = (leading(arg, dim, info) for arg, dim in zip(entries, in_dims[1:4], strict=True))
-    scatter_add_(out, *rows, backend)
-    return None, None
+def _whole(name: str, hint: Any) -> str:
+    """The expression that puts an argument together: Allowed(allowed_limit, ...)."""
+    if hint not in _WHOLE:
+        return name
+    fields = (_whole(f"{name}_{field}", inner) for field, inner in get_type_hints(hint).items())
+    return f"{hint.__name__}({', '.join(fields)})"
 
 
-torch.library.register_vmap("opd_kernels::select", _select_vmap, lib=_LIBRARY)
-torch.library.register_vmap("opd_kernels::scatter_add_", _scatter_add_vmap, lib=_LIBRARY)
-torch.library.register_vmap("opd_kernels::select_linear", _select_linear_vmap, lib=_LIBRARY)
+def _apart(path: str, hint: Any) -> Iterator[str]:
+    """The expressions of the leaves of an argument: allowed[0], ..."""
+    if hint not in _WHOLE:
+        yield path
+        return
+    for i, inner in enumerate(get_type_hints(hint).values()):
+        yield from _apart(f"{path}[{i}]", inner)
 
 
-def leading(arg: Any, dim: int | None, info: Any) -> Any:
-    """The mapped dimension moved to the front, or added there without a copy."""
-    if arg is None:
-        return None
-    if dim is None:
-        return arg.expand(info.batch_size, *arg.shape)
-    return arg.movedim(dim, 0)
+_SELECTED = "Tensor ids, Tensor values, Tensor logsumexp"
+_DIVERGENCE = "Tensor loss, Tensor ids, Tensor entry_grad"
+_GATHERED = "Tensor values, Tensor slots"
+_GRADIENT = "Tensor grad"
+
+OPERATORS = {
+    "select": Operator(_select, _select_fake, _SELECTED, by_rows=True),
+    "select_linear": Operator(_select_linear, _select_linear_fake, _SELECTED, by_rows=True),
+    "gather": Operator(_gather, _gather_fake, _GATHERED, by_rows=True),
+    "gather_dot": Operator(_gather_dot, _gather_dot_fake, _GATHERED, by_rows=True),
+    "entry_divergence": Operator(
+        _entry_divergence, _entry_divergence_fake, _DIVERGENCE, by_rows=True
+    ),
+    "select_divergence": Operator(
+        _select_divergence, _select_divergence_fake, _DIVERGENCE, by_rows=True
+    ),
+    "scatter": Operator(_scatter, _scatter_fake, _GRADIENT, by_rows=True),
+    "scatter_": Operator(_scatter_inplace, _nothing, ""),
+    "scatter_add_": Operator(_scatter_add, _nothing, "", by_rows=True),
+    "gather_dot_hidden": Operator(_gather_dot_hidden, _gather_dot_hidden_fake, _GRADIENT),
+    "gather_dot_weight": Operator(_gather_dot_weight, _gather_dot_weight_fake, _GRADIENT),
+}
+_CALLS = {name: _register(name, record) for name, record in OPERATORS.items()}
+
+select = _CALLS["select"]
+select_linear = _CALLS["select_linear"]
+gather = _CALLS["gather"]
+gather_dot = _CALLS["gather_dot"]
+entry_divergence = _CALLS["entry_divergence"]
+select_divergence = _CALLS["select_divergence"]
+scatter = _CALLS["scatter"]
+scatter_ = _CALLS["scatter_"]
+scatter_add_ = _CALLS["scatter_add_"]
+gather_dot_hidden = _CALLS["gather_dot_hidden"]
+gather_dot_weight = _CALLS["gather_dot_weight"]

@@ -16,9 +16,9 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
+from opd_kernels._arguments import Allowed, Head, Objective, flat, unpack_bitmap
 from opd_kernels._checks import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, check_flag
 from opd_kernels._ordering import repeats
-from opd_kernels.reference import unpack_bitmap
 
 __all__ = ["debug"]
 
@@ -68,8 +68,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
     - NaN and infinities in hidden states, in a teacher's head at these ids and in the student's
       head at the ids of the support; a bias may be -inf;
     - NaN and infinities in ``weight``, a ``normalizer`` that is not above 0 and finite;
-    - ``add_topk_grad_``: ids outside of [0, V) but for -1, repeated ids, NaN and infinities in
-      ``entry_grad`` and ``upstream``;
+    - ``EntryGradient.add_to_``: ids outside of [0, V) but for -1, repeated ids, NaN and infinities
+      in ``entry_grad`` and ``upstream``;
     - ``sampled_token_loss``: NaN and infinities, but for ``logprobs`` of -inf.
 
     The message names the argument, the row by its leading indices, what is there and what is
@@ -87,7 +87,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
     Example::
 
         with opd_kernels.debug():
-            loss = topk_rkl(student_logits, teacher, mask=mask)
+            loss = topk_rkl(student, teacher, mask=mask)
     """
     global ON
     check_flag(enabled, "enabled")
@@ -115,7 +115,7 @@ def _looks(check: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(check)
     def looked(*args: P.args, **kwargs: P.kwargs) -> None:
-        if all(map(_readable, args)):
+        if all(map(_readable, flat(args))):
             with torch.no_grad():
                 check(*args, **kwargs)
 
@@ -123,55 +123,41 @@ def _looks(check: Callable[P, None]) -> Callable[P, None]:
 
 
 @_looks
-def check_select(logits: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None) -> None:
+def check_select(logits: Tensor, allowed: Allowed) -> None:
     """Logits that a support is selected from."""
-    _check_mask(mask)
-    _check_logits(logits, limit, banned, _rows(logits, mask), "teacher logits")
+    _check_mask(allowed.mask)
+    _check_logits(logits, allowed, _rows(logits, allowed.mask), "teacher logits")
 
 
 @_looks
 def check_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    teacher_ids: Tensor | None,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor,
+    student: Tensor, teacher: Tensor, ids: Tensor | None, allowed: Allowed, objective: Objective
 ) -> None:
-    """What the fused loss gets."""
-    _check_mask(mask)
-    rows = _rows(student, mask)
-    for value, name in (
-        (temperature, "temperature"),
-        (teacher_temperature, "teacher_temperature"),
+    """What the divergence gets, on a given support or on one that it selects."""
+    _check_mask(allowed.mask)
+    rows = _rows(student, allowed.mask)
+    for (value, values), name in (
+        (objective.temperature, "temperature"),
+        (objective.teacher_temperature, "teacher_temperature"),
     ):
-        if isinstance(value, Tensor):
-            _check_temperatures(value, rows, name)
-        else:
+        if values is None:
             _check_temperature(value, name)
-    if teacher_ids is None:
-        _check_logits(teacher, limit, banned, rows, "teacher logits")
+        else:
+            _check_temperatures(values, rows, name)
+    if ids is None:
+        _check_logits(teacher, allowed, rows, "teacher logits")
     else:
-        _check_ids(teacher_ids, teacher, student.shape[-1], rows)
-        _check_entries(teacher, teacher_ids, limit, banned, rows)
-    _check_logits(student, limit, banned, rows, "student_logits")
+        _check_ids(ids, teacher, student.shape[-1], rows)
+        _check_entries(teacher, ids, allowed, rows)
+    _check_logits(student, allowed, rows, "student")
 
 
 @_looks
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-) -> None:
+def check_head(head: Head, allowed: Allowed) -> None:
     """A teacher's hidden states and head."""
-    _check_mask(mask)
-    _check_finite(hidden, _rows(hidden, mask), "LinearLogits hidden")
-    _check_head(weight, bias, _allowed(limit, banned, weight.device), "LinearLogits ")
+    _check_mask(allowed.mask)
+    _check_finite(head.hidden, _rows(head.hidden, allowed.mask), "LinearLogits hidden")
+    _check_head(head.weight, head.bias, _allowed(allowed, head.weight.device), "LinearLogits ")
 
 
 @_looks
@@ -183,25 +169,19 @@ def check_selected(values: Tensor, mask: Tensor | None) -> None:
 
 @_looks
 def check_gather(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
 ) -> None:
     """A student's hidden states and head, and the ids of the support."""
-    _check_mask(mask)
-    rows = _rows(hidden, mask)
+    limit = allowed.limit
+    _check_mask(allowed.mask)
+    rows = _rows(hidden, allowed.mask)
     _check_ids(ids, None, weight.shape[0], rows)
     _check_finite(hidden, rows, "student_hidden")
     used = torch.zeros(limit + 1, dtype=torch.bool, device=ids.device)
     for index in rows.pieces(ids.shape[-1]):
         some = rows.of(ids, index).long()
         used[torch.where((some >= 0) & (some < limit), some, limit)] = True
-    used = used[:limit] & _allowed(limit, banned, ids.device)
-    _check_head(weight, bias, used, "student_")
+    _check_head(weight, bias, used[:limit] & _allowed(allowed, ids.device), "student_")
 
 
 @_looks
@@ -324,11 +304,11 @@ def _not_finite(values: Tensor, _: Tensor) -> Tensor:
     return ~values.isfinite()
 
 
-def _allowed(limit: int, banned: Tensor | None, device: torch.device) -> Tensor:
+def _allowed(allowed: Allowed, device: torch.device) -> Tensor:
     """Bool (limit,): the ids that may be selected."""
-    if banned is None:
-        return torch.ones(limit, dtype=torch.bool, device=device)
-    return ~unpack_bitmap(banned, limit)
+    if allowed.banned is None:
+        return torch.ones(allowed.limit, dtype=torch.bool, device=device)
+    return ~unpack_bitmap(allowed.banned, allowed.limit)
 
 
 def _check_mask(mask: Tensor | None) -> None:
@@ -339,30 +319,26 @@ def _check_mask(mask: Tensor | None) -> None:
         )
 
 
-def _check_logits(
-    logits: Tensor, limit: int, banned: Tensor | None, rows: _Rows, name: str
-) -> None:
+def _check_logits(logits: Tensor, allowed: Allowed, rows: _Rows, name: str) -> None:
     """NaN and +inf at ids that may be selected."""
-    allowed = None if banned is None else _allowed(limit, banned, logits.device)
+    selectable = None if allowed.banned is None else _allowed(allowed, logits.device)
 
     def bad(some: Tensor, _: Tensor) -> Tensor:
         flags = ~(some < torch.inf)
-        return flags if allowed is None else flags & allowed
+        return flags if selectable is None else flags & selectable
 
     remedy = "look for overflow in the model, or mask the row"
-    _check(logits[..., :limit], rows, bad, name, _LOGITS, remedy)
+    _check(logits[..., : allowed.limit], rows, bad, name, _LOGITS, remedy)
 
 
-def _check_entries(
-    values: Tensor, ids: Tensor, limit: int, banned: Tensor | None, rows: _Rows
-) -> None:
+def _check_entries(values: Tensor, ids: Tensor, allowed: Allowed, rows: _Rows) -> None:
     """NaN and +inf at entries that are present."""
-    allowed = _allowed(limit, banned, ids.device)
+    limit, selectable = allowed.limit, _allowed(allowed, ids.device)
 
     def bad(some: Tensor, index: Tensor) -> Tensor:
         row_ids = rows.of(ids, index)
         inside = (row_ids >= 0) & (row_ids < limit)
-        return ~(some < torch.inf) & inside & allowed[torch.where(inside, row_ids, 0).long()]
+        return ~(some < torch.inf) & inside & selectable[torch.where(inside, row_ids, 0).long()]
 
     remedy = "write the id -1 where there is no entry"
     _check(values, rows, bad, "teacher logits (TopK)", _LOGITS, remedy)

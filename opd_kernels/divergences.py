@@ -31,4 +31,5 @@ class Divergence(NamedTuple):
 
 def reverse_kl() -> Divergence:
     """KL(p || q), the paper's: the sum of p (log p - log q)."""
-    return Divergence(reverse=1.0)
+    # Written out: of a default, torch.compile with dynamic=True would make an input of the graph.
+    return Divergence(1.0, 0.0, 0.0, 0.0, 0.5, False, None, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +13,12 @@ from opd_kernels import _checks
 
 __all__ = ["LinearLogits"]
 
-# Memory for the logits of a few rows. On GPUs the matrix product is compute-bound from about 500
-# rows on; re-reading the weight for each piece is hidden.
-WORKSPACE_BYTES = {"cpu": 64 << 20}
-GPU_WORKSPACE_BYTES = 256 << 20
-# Rows of a matrix product's tile, of which a piece has a multiple.
-TILE_ROWS = 128
-
 
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
-    """The teacher's logits as hidden states and a head: they are computed a few rows at a time.
+    """Logits as hidden states and a head: they are never whole.
+
+    A teacher's are computed a few rows at a time. Of a student's only those of the support are.
 
     With hidden states h, weight W, bias b, scale s and softcap c::
 
@@ -67,6 +61,14 @@ class LinearLogits:
         if self.softcap is not None:
             _checks.check_factor(self.softcap, "LinearLogits softcap")
 
+    @staticmethod
+    def _unchecked(*fields: Any) -> LinearLogits:
+        """Of the fields in their order, whatever they are."""
+        head = object.__new__(LinearLogits)
+        for name, value in zip(LinearLogits.__dataclass_fields__, fields, strict=True):
+            object.__setattr__(head, name, value)
+        return head
+
     @property
     def shape(self) -> torch.Size:
         """Leading shape: one element per row."""
@@ -83,13 +85,6 @@ class LinearLogits:
         return self.hidden.device
 
 
-def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """cap(scale * logits), differentiable."""
-    if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as ``linear`` would take them: in autocast's dtype where it is on."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
@@ -100,40 +95,6 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tensors if wide else tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose logits fit the workspace."""
-    nbytes = WORKSPACE_BYTES.get(device.type, GPU_WORKSPACE_BYTES)
-    rows = max(nbytes // (max(vocab, 1) * dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-
-
-def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
-    """Yields (rows, their logits, their mask); rows count over all leading dimensions.
-
-    On the CPU masked rows are left out. Elsewhere that would synchronise, so their mask is yielded.
-    One workspace holds the logits: the next rows overwrite it.
-    """
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    mask = None if mask is None else mask.reshape(-1)
-    kept: Tensor | None = None
-    if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        kept, mask = mask.nonzero().squeeze(-1), None
-    count, vocab = hidden.shape[0] if kept is None else len(kept), weight.shape[0]
-    memory: Tensor | None = None
-    for piece in pieces(count, vocab, hidden.dtype, hidden.device):
-        rows = piece if kept is None else kept[piece]
-        if memory is None:
-            memory = hidden.new_empty(piece.stop, vocab)
-        logits = memory[: piece.stop - piece.start]
-        if bias is None:
-            torch.mm(hidden[rows], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[rows], weight.t(), out=logits)
-        yield rows, logits, None if mask is None else mask[rows]
-
-
 def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, float]]:
     leaves = [head.hidden, head.weight]
     return leaves if head.bias is None else [*leaves, head.bias], (head.softcap, head.scale)
@@ -142,11 +103,7 @@ def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, floa
 def _unflatten(leaves: Any, context: tuple[float | None, float]) -> LinearLogits:
     # Not through __init__: tree_map may put anything at the leaves.
     hidden, weight, *bias = leaves
-    head = object.__new__(LinearLogits)
-    values = (hidden, weight, bias[0] if bias else None, *context)
-    for name, value in zip(("hidden", "weight", "bias", "softcap", "scale"), values, strict=True):
-        object.__setattr__(head, name, value)
-    return head
+    return LinearLogits._unchecked(hidden, weight, bias[0] if bias else None, *context)
 
 
 def _flatten_with_keys(

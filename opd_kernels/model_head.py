@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from opd_kernels import _checks
-from opd_kernels.head import LinearLogits, shaped
+from opd_kernels.backends.plain import shaped
+from opd_kernels.head import LinearLogits
 
 __all__ = ["Head", "head_of"]
 

@@ -6,10 +6,13 @@ best allowed ids:
     p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
 
-Every backend has three primitives: ``select``, ``divergence`` and ``scatter``. ``scatter_`` writes
-into given memory and ``scatter_add_`` adds to it. ``gather_dot`` and its two gradients are for
-students that are hidden states and a head. Shapes: student (..., V), teacher (..., V_t) or
-(..., K), ids int32 (..., K), hidden (..., H), weight (V, H), everything per row (...).
+The loss is a pipeline of entries: ``select`` the support, ``gather`` the student's values there,
+``entry_divergence``, ``scatter`` the gradient. ``select_divergence`` is the first three at once.
+``scatter_`` writes into given memory and ``scatter_add_`` adds to it. ``gather_dot`` and its two
+gradients are for students that are hidden states and a head.
+
+Shapes: student (..., V), teacher (..., V_t) or (..., K), ids int32 (..., K), hidden (..., H),
+weight (V, H), everything per row (...).
 
 Arithmetic is float32, or float64 where an input is. It is float64 for a row's K entries: late in
 training p is nearly q, and l is a small difference of large logarithms. Temporaries are as large as
@@ -27,23 +30,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_kernels._arguments import (
+    Allowed,
+    Background,
+    Objective,
+    Temperature,
+    compute_dtype,
+    unpack_bitmap,
+)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEVER = float("-inf")
 # Gathered rows of a head are widened in pieces of this many elements.
 _PIECE_ELEMENTS = 1 << 22
 
 
-def refusal(device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0) -> None:
-    """The reference serves every device, dtype and K."""
+def refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
+) -> str | None:
+    """The reference serves every device, and every floating dtype and K that there is."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"{dtype} is not float16, bfloat16, float32 or float64"
+    return f"k is {k}, allowed is 1 or more" if k < 1 else None
 
 
-def select(
-    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The k best ids of [0, limit) in order of (value descending, id ascending), and their values.
+def select(logits: Tensor, k: int, allowed: Allowed) -> tuple[Tensor, Tensor]:
+    """The k best allowed ids in order of (value descending, id ascending), and their values.
 
     A stable sort: ties go to the lower id, -0 equals +0, NaN ranks highest. Where fewer than k can
     be selected, and in masked rows, the id is -1 and the value -inf.
     """
+    limit, banned, mask = allowed
     values = logits[..., :limit].to(compute_dtype(logits))
     ids = torch.arange(values.shape[-1], device=logits.device)
     if banned is not None:
@@ -66,55 +84,73 @@ def select(
     return ids.to(torch.int32), values.contiguous()
 
 
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    teacher_ids: Tensor | None,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor,
+def gather(student: Tensor, ids: Tensor, allowed: Allowed) -> tuple[Tensor, Tensor]:
+    """The student's values at the ids, and the slots (..., K).
+
+    Slot k is k, or -1 where the id takes no part; the value is 0 there. With the slots as ids, the
+    values are a student with a vocabulary of K.
+    """
+    ids = _allowed_ids(ids, allowed)
+    values = student.gather(-1, ids.clamp(min=0).long()).to(compute_dtype(student))
+    return _with_slots(values, ids)
+
+
+def select_divergence(
+    student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``entry_divergence`` on the support that ``select`` finds in the teacher's logits."""
+    ids, values = select(teacher, k, allowed)
+    loss, ids, grad = _divergence(student, values, ids, objective)
+    return loss, ids, _finite(grad, loss.dtype)
+
+
+def entry_divergence(
+    student: Tensor, teacher: Tensor, ids: Tensor, allowed: Allowed, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (...), ids (..., K) and entry gradients (..., K) of the renormalised reverse KL.
 
-    In the returned ids every id occurs once: gradients of repeated ids are added into the first,
-    and absent entries are -1 with gradient 0.
+    ``teacher`` holds its values at the ids. In the returned ids every id occurs once: gradients of
+    repeated ids are added into the first, and absent entries are -1 with gradient 0.
     """
-    dtype = compute_dtype(student, teacher)
-    if teacher_ids is None:
-        ids, values = select(teacher, k, limit, banned, mask)
-    else:
-        ids, values = _allowed_ids(teacher_ids, limit, banned, mask), teacher
+    loss, ids, grad = _divergence(student, teacher, _allowed_ids(ids, allowed), objective)
+    ids, grad = _merge_duplicates(ids, grad)
+    return loss, ids, _finite(grad, loss.dtype)
+
+
+def _divergence(
+    student: Tensor, values: Tensor, ids: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas at the top of this page; gradients of repeated ids are not added yet."""
+    dtype = compute_dtype(student, values)
     present = (ids >= 0) & (values != NEVER)
     ids = torch.where(present, ids, -1)
     t = torch.where(present, _wide(values), NEVER)
     z = _wide(student.gather(-1, ids.clamp(min=0).long()))
     z = torch.where(present, z, NEVER)
 
-    student_t = _per_row(temperature)
-    log_p = _log_softmax(z, student_t)
-    log_ratio = log_p - _log_softmax(t, _per_row(teacher_temperature))
+    temperature = _per_row(objective.temperature)
+    log_p = _log_softmax(z, temperature)
+    log_ratio = log_p - _log_softmax(t, _per_row(objective.teacher_temperature))
     p = log_p.exp()
     # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
     loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
-    grad = torch.where(p == 0, 0, p * (log_ratio - loss) / student_t)
+    grad = torch.where(p == 0, 0, p * (log_ratio - loss) / temperature)
     grad = _finite(grad, grad.dtype)
 
     empty = (z == NEVER).all(-1, keepdim=True)
     poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
     loss = loss.masked_fill(empty, 0).masked_fill(poisoned, torch.nan)
     grad = grad.masked_fill(empty, 0).masked_fill(poisoned, torch.nan).masked_fill(~present, 0)
-    if teacher_ids is not None:
-        ids, grad = _merge_duplicates(ids, grad)
-    return loss.squeeze(-1).to(dtype), ids, _finite(grad, dtype)
+    return loss.squeeze(-1).to(dtype), ids, grad
 
 
 def scatter(
     entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
 ) -> Tensor:
-    """The dense gradient (..., V): upstream * entry gradient at the ids, 0 elsewhere."""
+    """The dense gradient (..., V): upstream * entry gradient at the ids, 0 elsewhere.
+
+    Ids outside [0, V) are absent.
+    """
     out = torch.empty(*ids.shape[:-1], width, dtype=dtype, device=ids.device)
     scatter_(out, entry_grad, ids, upstream)
     return out
@@ -122,10 +158,32 @@ def scatter(
 
 def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
     """As ``scatter``, written over what ``out`` holds."""
-    present = ids >= 0
+    present = (ids >= 0) & (ids < out.shape[-1])
     values = torch.where(present, upstream[..., None] * entry_grad, 0).to(out.dtype)
     # Absent entries add 0 to id 0; present ids are unique, so nothing is rounded twice.
-    out.zero_().scatter_add_(-1, ids.clamp(min=0).long(), values)
+    out.zero_().scatter_add_(-1, torch.where(present, ids, 0).long(), values)
+
+
+def scatter_background_(
+    out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background
+) -> None:
+    """As ``scatter_``, over a background: factor * p in place of zeros, p = exp(z / T - logsumexp).
+
+    z are the background's logits, or what ``out`` holds; p is 0 from the background's limit on.
+    """
+    factors, logsumexp, limit, logits, temperature = background
+    assert factors is not None
+    assert logsumexp is not None
+    z = _wide(out if logits is None else logits)[..., :limit]
+    p = (z / _per_row(temperature) - _wide(logsumexp)[..., None]).exp()
+    scaled = (upstream * factors)[..., None]
+    values = torch.where(scaled == 0, 0, scaled * p)
+    width = out.shape[-1]
+    # Absent entries go to one more column, which is cut off.
+    grad = torch.nn.functional.pad(values, (0, width + 1 - values.shape[-1]))
+    places = torch.where((ids < 0) | (ids >= width), width, ids).long()
+    grad.scatter_(-1, places, (upstream[..., None] * entry_grad).to(grad.dtype))
+    out.copy_(grad[..., :width])
 
 
 def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
@@ -142,28 +200,16 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
 
 
 def gather_dot(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
 ) -> tuple[Tensor, Tensor]:
-    """The head's logits at the ids: z_k = W[id_k] . h + b[id_k], and the slots (..., K).
-
-    Slot k is k, or -1 where the id takes no part; z_k is 0 there. With the slots as ids, z is a
-    student with a vocabulary of K.
-    """
-    ids = _allowed_ids(ids, limit, banned, mask)
-    dtype, present = compute_dtype(hidden, weight), ids >= 0
+    """The head's logits at the ids: z_k = W[id_k] . h + b[id_k], and the slots, as ``gather``."""
+    ids, dtype = _allowed_ids(ids, allowed), compute_dtype(hidden, weight)
     logits = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     for piece in _pieces(ids, hidden.shape[-1]):
         piece_ids = ids[piece].clamp(min=0).long()
         z = (weight[piece_ids].to(dtype) * hidden[..., None, :].to(dtype)).sum(-1)
         logits[piece] = z if bias is None else z + bias[piece_ids].to(dtype)
-    slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
-    return torch.where(present, logits, 0), torch.where(present, slots, -1)
+    return _with_slots(logits, ids)
 
 
 def gather_dot_hidden(upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,26 +247,22 @@ def _pieces(ids: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
     return ((..., slice(start, start + step)) for start in range(0, k, step))
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where an input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def unpack_bitmap(bitmap: Tensor, width: int) -> Tensor:
-    """Bool (width,) of a uint8 bitmap, bit b of byte i standing for id 8 i + b."""
-    bits = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
-    return ((bitmap[:, None] >> bits) & 1).flatten()[:width].bool()
-
-
-def _allowed_ids(ids: Tensor, limit: int, banned: Tensor | None, mask: Tensor | None) -> Tensor:
+def _allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
     """A given support's ids as int32, -1 for those that take no part."""
-    allowed = (ids >= 0) & (ids < limit)
+    limit, banned, mask = allowed
+    known = (ids >= 0) & (ids < limit)
     if banned is not None:
         excluded = unpack_bitmap(banned, limit)
-        allowed &= ~excluded[torch.where(allowed, ids, 0).long()]
+        known &= ~excluded[torch.where(known, ids, 0).long()]
     if mask is not None:
-        allowed &= mask[..., None]
-    return torch.where(allowed, ids, -1).to(torch.int32)
+        known &= mask[..., None]
+    return torch.where(known, ids, -1).to(torch.int32)
+
+
+def _with_slots(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, slots) of entries, 0 and -1 where the id is."""
+    slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
+    return torch.where(ids < 0, 0, values), torch.where(ids < 0, -1, slots)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -228,8 +270,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def _per_row(temperature: float | Tensor) -> float | Tensor:
-    return _wide(temperature[..., None]) if isinstance(temperature, Tensor) else temperature
+def _per_row(temperature: Temperature) -> float | Tensor:
+    value, rows = temperature
+    return value if rows is None else _wide(rows[..., None])
 
 
 def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _checks, _ops
-from opd_kernels.backends import AUTO
+from opd_kernels._arguments import Allowed, Head
 from opd_kernels.head import LinearLogits, as_autocast
-from opd_kernels.stats import row_logsumexp
+from opd_kernels.options import allowed, backend_name, bool_mask
 from opd_kernels.support import TopK
 
 __all__ = ["select_topk"]
@@ -59,69 +59,22 @@ def select_topk(
     _checks.check_k(k, vocab)
     _checks.check_vocab_size(vocab_size)
     _checks.check_flag(with_logsumexp, "with_logsumexp")
-    _checks.check_backend(backend)
-    limit = vocab if vocab_size is None else min(vocab, vocab_size)
+    backend = backend_name(backend)
     mask = bool_mask(mask, rows, device)
-    banned = None if banned_ids is None else ban_bitmap(banned_ids, limit, device)
-    backend = AUTO if backend is None else backend
-    if isinstance(logits, LinearLogits):
-        return select_linear(logits, k, limit, banned, mask, with_logsumexp, backend)
-    ids, values = _ops.select(logits.detach(), k, limit, banned, mask, backend)
-    logsumexp = row_logsumexp(logits, limit, mask) if with_logsumexp else None
-    return TopK(ids, values, logsumexp)
+    which = allowed(vocab, vocab_size, banned_ids, mask, device)
+    ids, values, sums = select(logits, k, which, with_logsumexp, backend)
+    return TopK(ids, values, sums if with_logsumexp else None)
 
 
-def select_linear(
-    head: LinearLogits,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    with_logsumexp: bool,
-    backend: str,
-) -> TopK:
-    """The k best of a head's logits."""
+def select(
+    logits: Tensor | LinearLogits, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, values, log-sum-exps) of the k best; no log-sum-exps unless they are asked for."""
+    if isinstance(logits, Tensor):
+        return _ops.select(logits.detach(), k, allowed, with_logsumexp, backend)
     # Checked again: autocast may have allowed mixed dtypes there and be off here.
-    _checks.check_head(head.hidden, head.weight, head.bias, "LinearLogits ")
-    tensors = as_autocast(head.hidden, head.weight, head.bias)
-    hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
-    ids, values, logsumexp = _ops.select_linear(
-        hidden, weight, bias, head.scale, head.softcap, k, limit, banned, mask, with_logsumexp,
-        backend,
-    )  # fmt: skip
-    return TopK(ids, values, logsumexp if with_logsumexp else None)
-
-
-def bool_mask(mask: Tensor | None, rows: torch.Size, device: torch.device) -> Tensor | None:
-    """The mask as bool, checked against the rows."""
-    if mask is None:
-        return None
-    _checks.check_mask(mask, rows, device)
-    return recordable(mask if mask.dtype == torch.bool else mask != 0)
-
-
-def recordable(tensor: Tensor) -> Tensor:
-    """The per-row tensor, or a copy if autograd cannot save it: it was made in inference mode."""
-    if (
-        torch.compiler.is_compiling()
-        or not tensor.is_inference()
-        or torch.is_inference_mode_enabled()
-    ):
-        return tensor
-    return tensor.clone()
-
-
-def ban_bitmap(banned_ids: Sequence[int] | Tensor, limit: int, device: torch.device) -> Tensor:
-    """uint8 bitmap, bit b of byte i standing for id 8 i + b, padded to whole 64-bit words.
-
-    Ids outside [0, limit) are ignored. Built on the device without reading a value on the host.
-    """
-    banned_ids = _checks.as_banned_ids(banned_ids, device)
-    words = (limit + 63) // 64
-    outside = (banned_ids < 0) | (banned_ids >= limit)
-    # Ids outside go to one more flag behind the bitmap.
-    slots = torch.where(outside, words * 64, banned_ids.long())
-    flags = torch.zeros(words * 64 + 1, dtype=torch.uint8, device=device)
-    flags = flags.index_fill(0, slots, 1)[:-1].view(-1, 8)
-    bits = torch.arange(8, dtype=torch.uint8, device=device)
-    return (flags << bits).sum(-1, dtype=torch.uint8)
+    _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ")
+    hidden, weight, bias = as_autocast(logits.hidden, logits.weight, logits.bias)
+    bias = None if bias is None else bias.detach()
+    head = Head(hidden.detach(), weight.detach(), bias, logits.scale, logits.softcap)
+    return _ops.select_linear(head, k, allowed, with_logsumexp, backend)

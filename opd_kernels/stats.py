@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 
+from opd_kernels._arguments import Allowed, Objective, Temperature, compute_dtype, unpack_bitmap
 from opd_kernels._ordering import repeats
-from opd_kernels.head import LinearLogits, as_autocast, head_logits, shaped
-from opd_kernels.reference import compute_dtype, unpack_bitmap
+from opd_kernels.backends import plain
+from opd_kernels.head import LinearLogits, as_autocast
 from opd_kernels.support import TopK
 
 __all__ = ["Stats"]
-
-# Rows are upcast in pieces of this many elements, so that no float32 copy of the logits exists.
-_PIECE_ELEMENTS = 1 << 22
-
-
-# Scale and softcap of a head. Without defaults, which torch.compile would not treat as constants.
-Shape = tuple[float, float | None]
 
 
 class Stats(NamedTuple):
@@ -49,15 +41,15 @@ def measure(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits | TopK,
     support: TopK,
-    *,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor,
-    limit: int,
+    allowed: Allowed,
+    objective: Objective,
     vocab_size: int | None,
-    mask: Tensor | None,
-    banned: Tensor | None,
 ) -> Stats:
-    """Stats of one call; absent entries of ``support``, the teacher's, are not yet marked."""
+    """Stats of one call; absent entries of ``support``, the teacher's, are not yet marked.
+
+    The full distributions run over the first ``vocab_size`` ids of their own side, or all.
+    """
+    limit, banned, mask = allowed
     present = (support.ids >= 0) & (support.ids < limit) & (support.logits != -torch.inf)
     ids = torch.where(present, support.ids, 0).long()
     if banned is not None:
@@ -66,7 +58,7 @@ def measure(
         present = present & mask[..., None]
     counted = present & ~repeats(torch.where(present, ids, -1))
 
-    def mass_of(logits: Tensor | LinearLogits, temperature: float | Tensor) -> Tensor:
+    def mass_of(logits: Tensor | LinearLogits, temperature: Temperature) -> Tensor:
         if isinstance(logits, LinearLogits):
             return _head_mass(logits, vocab_size, ids, counted, temperature, mask)
         return _mass(logits[..., :vocab_size], ids, counted, temperature, mask)
@@ -74,43 +66,29 @@ def measure(
     if isinstance(teacher, TopK):
         teacher_mass = _given_mass(support.logits, teacher.logsumexp, counted, mask)
     else:
-        teacher_mass = mass_of(teacher, teacher_temperature)
-    return Stats(teacher_mass, mass_of(student, temperature), present.sum(-1))
-
-
-def row_logsumexp(
-    logits: Tensor,
-    width: int,
-    mask: Tensor | None,
-    shape: Shape | None = None,
-) -> Tensor:
-    """log sum exp over [0, width) of each row, float32 (float64); 0 in masked rows."""
-
-    def reduce(rows: Tensor) -> Tensor:
-        return (rows if shape is None else shaped(rows, *shape)).logsumexp(-1)
-
-    return _reduce_rows(reduce, logits[..., :width], mask)
+        teacher_mass = mass_of(teacher, objective.teacher_temperature)
+    return Stats(teacher_mass, mass_of(student, objective.temperature), present.sum(-1))
 
 
 def _mass(
     logits: Tensor,
     ids: Tensor,
     counted: Tensor,
-    temperature: float | Tensor,
+    temperature: Temperature,
     mask: Tensor | None,
-    shape: Shape | None = None,
+    shape: plain.Shape | None = None,
 ) -> Tensor:
     """What softmax(logits / T) holds on the counted ids of each row."""
 
     def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-        rows = rows if shape is None else shaped(rows, *shape)
+        rows = rows if shape is None else plain.shaped(rows, *shape)
         # The maximum is subtracted before dividing: rows / T alone may overflow.
         scaled = rows - rows.amax(-1, keepdim=True)
         # Under vmap a mapped tensor cannot be written into one that is not mapped.
-        scaled = scaled / temperatures if _mapped() else scaled.div_(temperatures)
+        scaled = scaled / temperatures if plain.mapped() else scaled.div_(temperatures)
         return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
 
-    return _reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
+    return plain.reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
 
 
 def _head_mass(
@@ -118,23 +96,23 @@ def _head_mass(
     vocab_size: int | None,
     ids: Tensor,
     counted: Tensor,
-    temperature: float | Tensor,
+    temperature: Temperature,
     mask: Tensor | None,
 ) -> Tensor:
     """``_mass`` of a head's logits, a few rows at a time."""
     rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
     weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     shape = (head.scale, head.softcap)
-    if _mapped():
+    if plain.mapped():
         logits = torch.nn.functional.linear(hidden, weight, bias)
         return _mass(logits, ids, counted, temperature, mask, shape)
     ids, counted = (entries.reshape(-1, entries.shape[-1]) for entries in (ids, counted))
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(rows).reshape(-1)
+    value, values = temperature
+    values = None if values is None else values.reshape(-1)
     out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
-    for piece, logits, piece_mask in head_logits(hidden, weight, bias, mask):
-        piece_t = temperature[piece] if isinstance(temperature, Tensor) else temperature
-        out[piece] = _mass(logits, ids[piece], counted[piece], piece_t, piece_mask, shape)
+    for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
+        some = Temperature(value, None if values is None else values[piece])
+        out[piece] = _mass(logits, ids[piece], counted[piece], some, piece_mask, shape)
     return out.view(rows)
 
 
@@ -150,57 +128,9 @@ def _given_mass(
     return torch.where(counted, shares, 0).sum(-1)
 
 
-def _per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
+def _per_row(temperature: Temperature, logits: Tensor) -> Tensor:
     """Temperatures (..., 1) in the dtype of the arithmetic."""
-    dtype, rows = compute_dtype(logits), logits.shape[:-1]
-    if isinstance(temperature, Tensor):
-        return temperature.to(dtype).expand(rows)[..., None]
-    return logits.new_ones((), dtype=dtype).mul(temperature).expand(*rows, 1)
-
-
-def _reduce_rows(
-    reduce: Callable[..., Tensor], logits: Tensor, mask: Tensor | None, *per_row: Tensor
-) -> Tensor:
-    """reduce(rows in the dtype of the arithmetic, *per_row of these rows), piece by piece.
-
-    Masked rows are 0. On the CPU they are not read; elsewhere leaving them out would synchronise.
-    Under vmap all rows are one piece: mapped tensors cannot be indexed by a mask or written to.
-    """
-    if _mapped():
-        found = reduce(logits.to(compute_dtype(logits)), *per_row)
-        return found if mask is None else found.masked_fill(~mask, 0)
-    out = logits.new_zeros(logits.shape[:-1], dtype=compute_dtype(logits))
-    kept: Any = ...
-    for piece in _pieces(logits.shape):
-        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            kept = mask[piece]
-        rows = logits[piece][kept].to(out.dtype)
-        out[piece][kept] = reduce(rows, *(tensor[piece][kept] for tensor in per_row))
-    return out if mask is None else out.masked_fill(~mask, 0)
-
-
-def _mapped() -> bool:
-    """Whether this runs under vmap."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    # torch.compile knows that there are transforms, but not which.
-    return torch.compiler.is_compiling() or any(
-        level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()
-    )
-
-
-def _pieces(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of leading dimensions that cut (..., V) into views of about _PIECE_ELEMENTS.
-
-    One piece under torch.compile, which fuses the upcast and would unroll the loop.
-    """
-    if len(shape) == 1 or torch.compiler.is_compiling():
-        yield ()
-        return
-    inner = max(1, shape[1:].numel())
-    if inner > _PIECE_ELEMENTS and len(shape) > 2:
-        for i in range(shape[0]):
-            yield from ((i, *rest) for rest in _pieces(shape[1:]))
-        return
-    step = max(1, _PIECE_ELEMENTS // inner)
-    yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+    dtype = compute_dtype(logits)
+    if temperature.rows is not None:
+        return temperature.rows.to(dtype)[..., None]
+    return logits.new_ones((), dtype=dtype).mul(temperature.value).expand(*logits.shape[:-1], 1)

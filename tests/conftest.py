@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import bridge
 import emulated
@@ -28,6 +29,10 @@ FLOAT32 = (torch.device(bridge.DEVICE or "cpu"), (torch.float32,), 1)
 
 if emulated.POSSIBLE and not INTERPRETED and not bridge.DEVICE:
     emulated.install()
+
+# Programs that tests start find the helpers, too.
+HELPERS = str(Path(bridge.__file__).parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
 
 settings.register_profile(
     "suite",
@@ -50,13 +55,14 @@ def names_of_backends() -> list[str]:
 
 def pytest_configure() -> None:
     # A suite that silently tests the reference alone would be worth nothing.
-    reason = cpu.unavailable()
+    reason = cpu.backend.unavailable()
     if reason is not None:
         raise pytest.UsageError(f"the native CPU backend is not there: {reason}")
     # A sanitized run has to test the sanitized build and no other.
     wanted = os.environ.get("OPD_KERNELS_EXPECT", "")
-    if wanted not in cpu._C.__file__:
-        raise pytest.UsageError(f"the tests run on {cpu._C.__file__}, expected it under {wanted}")
+    file = cpu.backend.module.__file__
+    if wanted not in file:
+        raise pytest.UsageError(f"the tests run on {file}, expected it under {wanted}")
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
     if bridge.DEVICE:
         if names_of_backends() == ["reference"]:
@@ -105,7 +111,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def _named(name: str) -> Iterator[str]:
     backends.resolve(name, CPU, (torch.float32,), 1)
-    guarded = {"triton": triton, "cuda": cuda}.get(name)
+    guarded = {"triton": triton, "cuda": cuda.backend}.get(name)
     if guarded is None or bridge.DEVICE:
         yield name
         return

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from opd_kernels import add_topk_grad_, select_topk
+from opd_kernels import EntryGradient, select_topk
 from opd_kernels.testing import Case, check, serves
 
 # Odd, so that rows begin at every misalignment; and as wide as real ones, so that few rows are
@@ -52,7 +52,7 @@ def check_adding(backend: str, k: int, device: str) -> None:
     for name, where in (("reference", "cpu"), (backend, device)):
         ids = select_topk(teacher.to(where), k, backend=name).ids
         there = grad.to(where, copy=True)
-        add_topk_grad_(there, ids, entries.to(where), upstream.to(where), backend=name)
+        EntryGradient(ids, entries.to(where)).add_to_(there, upstream.to(where), backend=name)
         added.append(there.cpu())
     torch.testing.assert_close(added[1], added[0])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-TESTS = Path(__file__).resolve().parents[2] / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "helpers"
 
 
 def build() -> None:

@@ -368,11 +368,11 @@ class Bench:
         student, teacher = self.inputs(self.main)
         student.requires_grad_(False)
         built = variants.load(*self.built_variants())
-        loss, ids, entries = built.divergence("product", student, teacher, self.main.k)
+        loss, ids, entries = built.select_divergence("product", student, teacher, self.main.k)
         grad, upstream = torch.empty_like(student), torch.ones_like(loss)
 
         def forward(name: str) -> tuple[Tensor, ...]:
-            return built.divergence(name, student, teacher, self.main.k)
+            return built.select_divergence(name, student, teacher, self.main.k)
 
         def backward(name: str) -> tuple[Tensor, ...]:
             built.scatter_(name, grad, entries, ids, upstream)

@@ -1,8 +1,8 @@
 """The CUDA kernels through raw pointers, without torch: what a sanitizer runs in seconds.
 
 Every array has an allocation of its own, whose end the sanitizer knows. Results are compared with
-numpy: ids and values of the selection exactly, loss and gradients within float32's rounding. With
-``--device cpu`` the emulated kernels run on numpy's memory.
+numpy: ids and values that are selected or gathered exactly, loss and gradients within float32's
+rounding. With ``--device cpu`` the emulated kernels run on numpy's memory.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ class Host:
 def load(device: str) -> tuple[Any, Any, Any]:
     """(module, memory, the device as launchers take it)."""
     if device == "cpu":
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests" / "helpers"))
         import emulated
 
         emulated.install()
-        module = emulated.cuda._C
+        module = emulated.cuda.backend.module
         return module, Host(), emulated.pretended(8)
     path = ROOT / "opd_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("_cuda", path)
@@ -158,37 +158,52 @@ class Trial:
         """Ids and values, exactly."""
         _, ids, values = self.outputs()
         logits = self.struct(self.teacher, self.dtype, self.memory.put(self.teacher_bits))
-        self.module.select(
-            device=self.device, logits=logits, allowed=self.allowed(), k=self.k, ids=ids[1],
-            values=values[1],
-        )  # fmt: skip
+        self.module.select(self.device, logits, self.allowed(), self.k, ids[1], values[1])
         expected = np.take_along_axis(self.teacher, self.ids, 1)
         rows = self.mask
         assert (self.memory.get(*ids)[rows] == self.ids[rows]).all()
         assert (self.memory.get(*values)[rows] == expected[rows]).all()
         assert (ids[0][~rows] == -1).all()
 
+    def gather(self) -> None:
+        """The student's values at ids and the slots, exactly; ids outside of the vocabulary."""
+        _, slots, values = self.outputs()
+        ids = np.random.default_rng(self.k).integers(-2, self.vocab + 2, self.ids.shape)
+        self.module.gather(
+            self.device,
+            self.struct(self.student, self.dtype, self.memory.put(self.student_bits)),
+            self.struct(ids, "int64", self.memory.put(ids)),
+            self.allowed(), values[1], slots[1],
+        )  # fmt: skip
+        inside = (ids >= 0) & (ids < self.vocab) & self.mask[:, None]
+        ids = np.where(inside, ids, 0)
+        present = inside & ~self.banned[ids]
+        expected = np.where(present, np.take_along_axis(self.student, ids, 1), 0)
+        assert (self.memory.get(*values) == expected).all()
+        assert (self.memory.get(*slots) == np.where(present, np.arange(self.k), -1)).all()
+
     def divergence(self, given: bool) -> None:
         """Loss and entry gradients, the support selected or given; then the dense gradient."""
         loss, ids, grad = self.outputs()
-        teacher_bits, dtype, width = self.teacher_bits, self.dtype, self.vocab
-        support = None
+        student = self.struct(self.student, self.dtype, self.memory.put(self.student_bits))
+        plain = self.module.Divergence(1, 0, 0, 0, 0.5, False, None, None)
+        objective = self.module.Objective(1.5, 0, 1.0, 0, plain)
+        results = loss[1], ids[1], grad[1]
         if given:
             values = np.take_along_axis(self.teacher, self.ids, 1).astype(np.float32)
-            teacher_bits, dtype, width = values, "float32", self.k
             given_ids = self.ids.astype(np.int32)
-            support = self.struct(given_ids, "int32", self.memory.put(given_ids))
-        teacher = self.module.Rows(
-            self.memory.put(teacher_bits), dtype, (self.rows, width), (width, 1)
-        )
-        self.module.divergence(
-            device=self.device,
-            student=self.struct(self.student, self.dtype, self.memory.put(self.student_bits)),
-            teacher=teacher, ids=support, allowed=self.allowed(), k=self.k,
-            temperature=self.module.Temperature(1.5),
-            teacher_temperature=self.module.Temperature(1.0),
-            loss=loss[1], out_ids=ids[1], entry_grad=grad[1],
-        )  # fmt: skip
+            self.module.entry_divergence(
+                self.device, student,
+                self.struct(values, "float32", self.memory.put(values)),
+                self.struct(given_ids, "int32", self.memory.put(given_ids)),
+                self.allowed(), objective, *results,
+            )  # fmt: skip
+        else:
+            self.module.select_divergence(
+                self.device, student,
+                self.struct(self.teacher, self.dtype, self.memory.put(self.teacher_bits)),
+                self.allowed(), self.k, objective, *results,
+            )  # fmt: skip
         p, log_p = softmax(np.take_along_axis(self.student, self.ids, 1) / 1.5)
         _, log_q = softmax(np.take_along_axis(self.teacher, self.ids, 1))
         expected = (p * (log_p - log_q)).sum(1)
@@ -214,9 +229,8 @@ class Trial:
                 before = before + bits_of(np.ones(1), self.dtype)[0]
             address = self.memory.put(before)
             self.module.scatter(
-                device=self.device, out=self.struct(before, self.dtype, address),
-                ids=self.memory.put(ids), entry_grad=self.memory.put(entries),
-                upstream=self.memory.put(upstream), k=self.k, mode=mode,
+                self.device, self.struct(before, self.dtype, address), self.memory.put(ids),
+                self.memory.put(entries), self.memory.put(upstream), self.k, mode,
             )  # fmt: skip
             got = self.memory.get(before, address)
             found = got.view(np.uint16).astype(np.uint32) << 16 if self.dtype == "bfloat16" else got
@@ -250,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*shape, flush=True)
         trial = Trial(loaded, *shape)
         trial.select()
+        trial.gather()
         for given in (False, True):
             trial.divergence(given)
     print(f"{len(shapes)} shapes are right")

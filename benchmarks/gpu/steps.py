@@ -28,7 +28,7 @@ TRITON_PIECES = {
 NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
 SELF = ("{python}", "benchmarks/gpu", "--device", "{device}")
 RAW = ("{python}", "benchmarks/gpu/raw.py", "--device", "{device}")
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_linear.py")
+GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_linear.py")
 SANITIZER_OPTIONS = ("--error-exitcode", str(SANITIZER_EXIT))
 PYTEST = ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-rfEs", "--tb=short")
 
@@ -67,7 +67,12 @@ def gpu_tests(file: str, backend: str, label: str = "", some: str = "") -> Step:
         ", ".join(filter(None, (f"tests: {file}", backend, label))),
         estimate=80,
         limit=110,
-        command=(*PYTEST, f"tests/{file}.py", "-k", " and ".join(filter(None, (others, some)))),
+        command=(
+            *PYTEST,
+            f"tests/kernels/{file}.py",
+            "-k",
+            " and ".join(filter(None, (others, some))),
+        ),
         environment=NO_EMULATION | {"OPD_KERNELS_GPU_BACKENDS": ",".join(BACKENDS)},
         beside=True,
         needs_gpu=True,
@@ -103,7 +108,7 @@ def differential(backend: str, dtype: str) -> Step:
         f"differential: {backend}, {dtype}",
         estimate=60,
         limit=90,
-        command=(*PYTEST, "tests/test_differential.py", "-k", f"{backend} and {some}"),
+        command=(*PYTEST, "tests/semantics/test_differential.py", "-k", f"{backend} and {some}"),
         environment={"OPD_KERNELS_TEST_DEVICE": "{device}"},
         beside=True,
         needs_gpu=True,

@@ -69,9 +69,17 @@ Plan with_double_groups(Plan plan, int64_t width, int k, int size) {
   return plan;
 }
 
-void divergence_of(const std::string& variant, const DivergenceArgs& args, const Device& device) {
+// What a launch runs on: a device, and a variant by its name.
+struct Variant {
+  std::string name;
+  Device device;
+};
+
+void select_divergence_of(const DivergenceArgs& args, const Variant& how) {
+  const std::string& variant = how.name;
+  const Device& device = how.device;
   const int64_t rows = args.teacher.count, width = args.allowed.limit;
-  if (args.teacher.dtype != DType::kBFloat16 || args.given_support)
+  if (args.teacher.dtype != DType::kBFloat16)
     throw std::invalid_argument("variants take a teacher's logits in bfloat16");
   if (rows == 0) return;
   Plan plan = plan_selection(rows, width, args.k, DType::kBFloat16, device);
@@ -92,7 +100,8 @@ void divergence_of(const std::string& variant, const DivergenceArgs& args, const
   run(divergence_kernel<BFloat16>, args);
 }
 
-void scatter_of(const std::string& variant, const ScatterArgs& args, const Device& device) {
+void scatter_of(const ScatterArgs& args, const Variant& how) {
+  const std::string& variant = how.name;
   constexpr int kThreads = 128;
   constexpr int64_t kSize = 2;
   const int64_t rows = args.out.count, elements = args.out.width + 16 / kSize - 1;
@@ -103,7 +112,8 @@ void scatter_of(const std::string& variant, const ScatterArgs& args, const Devic
   const int64_t piece = kilobytes * 1024 / kSize;
   const auto kernel = variant == "stores_streaming" ? scatter_kernel<BFloat16, StreamingStores>
                                                     : scatter_kernel<BFloat16>;
-  launch(kernel, Grid{rows, (elements + piece - 1) / piece}, kThreads, 0, 1, device, args, piece);
+  launch(kernel, Grid{rows, (elements + piece - 1) / piece}, kThreads, 0, 1, how.device, args,
+         piece);
 }
 
 }  // namespace
@@ -114,28 +124,11 @@ using namespace opd;
 PYBIND11_MODULE(_cuda_variants, m) {
   define_arguments(m);
   define_device(m);
+  py::class_<cuda::Variant>(m, "Variant", py::module_local(), "(name, device)")
+      .def(py::init([](const std::string& name, const cuda::Device& device) {
+        return cuda::Variant{name, device};
+      }));
 
-  m.def(
-      "divergence",
-      [](const std::string& variant, const cuda::Device& device, const Rows& student,
-         const Rows& teacher, const std::optional<Rows>& ids, const Allowed& allowed, int k,
-         const Temperature& temperature, const Temperature& teacher_temperature, uintptr_t loss,
-         uintptr_t out_ids, uintptr_t entry_grad) {
-        cuda::divergence_of(variant,
-                            divergence_args(student, teacher, ids, allowed, k, temperature,
-                                            teacher_temperature, loss, out_ids, entry_grad),
-                            device);
-      },
-      py::kw_only(), py::arg("variant"), py::arg("device"), py::arg("student"), py::arg("teacher"),
-      py::arg("ids"), py::arg("allowed"), py::arg("k"), py::arg("temperature"),
-      py::arg("teacher_temperature"), py::arg("loss"), py::arg("out_ids"), py::arg("entry_grad"));
-
-  m.def(
-      "scatter",
-      [](const std::string& variant, const cuda::Device& device, const Rows& out, uintptr_t ids,
-         uintptr_t entry_grad, uintptr_t upstream, int k, const std::string& mode) {
-        cuda::scatter_of(variant, scatter_args(out, ids, entry_grad, upstream, k, mode), device);
-      },
-      py::kw_only(), py::arg("variant"), py::arg("device"), py::arg("out"), py::arg("ids"),
-      py::arg("entry_grad"), py::arg("upstream"), py::arg("k"), py::arg("mode"));
+  define(m, "select_divergence", select_divergence_args, cuda::select_divergence_of);
+  define(m, "scatter", scatter_args, cuda::scatter_of);
 }

@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from opd_kernels.backends.native import Native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).resolve().with_name("variants.cu")
@@ -36,7 +39,7 @@ class Variant:
 
     ``predicted`` is the time beside the product's in percent, least and most, of the part that the
     variant changes, for 8192 x 151936 bfloat16 and K = 64 on an H100. ``complete`` says whether
-    ``divergence`` leaves the loss and the gradients, and not only a part of the work's results.
+    the loss and the gradients are computed, and not only a part of the work's results.
     """
 
     decides: str
@@ -116,45 +119,35 @@ class Variants:
         self._module = module
         self._properties = properties
 
-    def divergence(
+    def select_divergence(
         self, variant: str, student: Tensor, teacher: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, ids, entry gradients); a variant that is not complete sets some of them."""
-        from opd_kernels.backends import _native
+        from opd_kernels._arguments import Allowed, Objective
 
-        return _native.divergence(
-            self._module,
-            self._launcher(variant),
-            _native.empty,
-            student,
-            teacher,
-            None,
-            k,
-            min(student.shape[-1], teacher.shape[-1]),
-            None,
-            None,
-            1.0,
-            1.0,
-        )
+        allowed = Allowed(min(student.shape[-1], teacher.shape[-1]))
+        backend = self._backend(variant)
+        return backend.select_divergence(student, teacher, k, allowed, Objective())
 
     def scatter_(
         self, variant: str, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor
     ) -> None:
         """The dense gradient into memory that holds anything."""
-        from opd_kernels.backends import _native
+        self._backend(variant).scatter_(out, entry_grad, ids, upstream)
 
-        launch = self._launcher(variant)
-        _native.scatter(self._module, launch, out, entry_grad, ids, upstream, "clear")
+    def _backend(self, variant: str) -> Native:
+        from opd_kernels.backends.native import Native
 
-    def _launcher(self, variant: str) -> Callable[..., None]:
         if variant not in VARIANTS:
             raise ValueError(f"there is no variant {variant!r}; there are {', '.join(NAMES)}")
+        module, device_of = self._module, self._device
 
-        def launch(name: str, device: Any, **arguments: Any) -> None:
-            function = getattr(self._module, name)
-            function(variant=variant, device=self._device(device), **arguments)
+        class Backend(Native):
+            def _launch(self, operator: str, device: torch.device, *arguments: Any) -> None:
+                how = module.Variant(variant, device_of(device))
+                getattr(module, operator)(how, *arguments)
 
-        return launch
+        return Backend(module)
 
     def _device(self, device: Any) -> Any:
         import torch

@@ -21,6 +21,7 @@ from calls import Point
 
 from gpu import measure
 from gpu.steps import PIECES, WIDTHS
+from opd_kernels._arguments import Allowed, Objective
 from opd_kernels.backends import triton
 
 MANY_ROWS = 512  # more are launched with the same kernels
@@ -40,20 +41,19 @@ def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
     ids = torch.zeros(shape[0], point.k, dtype=torch.int32, device=device)
     values = torch.zeros(shape[0], point.k, device=device)
     upstream = torch.zeros(shape[0], device=device)
-    plain = (None, None, 1.0, 1.0)
+    plain, objective = Allowed(point.vocab), Objective()
     yield lambda: triton.scatter_(logits, values, ids, upstream)
-    yield lambda: triton.select(logits, point.k, point.vocab, None, None)
+    yield lambda: triton.select(logits, point.k, plain)
+    yield lambda: triton.gather(logits, ids, plain)
     # Unusual rows: some masked, some ids banned.
     mask = torch.ones(shape[0], dtype=torch.bool, device=device)
     banned = torch.zeros(-(-point.vocab // 64) * 8, dtype=torch.uint8, device=device)
-    for some in ((None, mask), (banned, None)):
-        yield lambda some=some: triton.divergence(
-            logits, logits, None, point.k, point.vocab, *some, 1.0, 1.0
-        )
-    yield lambda: triton.divergence(logits, values, ids, point.k, point.vocab, *plain)
+    for some in (plain._replace(mask=mask), plain._replace(banned=banned)):
+        yield lambda some=some: triton.select_divergence(logits, logits, point.k, some, objective)
+    yield lambda: triton.entry_divergence(logits, values, ids, plain, objective)
     for settings, _ in measure.TRITON_VARIANTS.values():
         with measure.configured(settings):
-            yield lambda: triton.divergence(logits, logits, None, point.k, point.vocab, *plain)
+            yield lambda: triton.select_divergence(logits, logits, point.k, plain, objective)
 
 
 def linear_calls(
@@ -69,7 +69,7 @@ def linear_calls(
     yield lambda: triton.gather_dot_hidden(upstream, ids, weight, dtype)
     for settings, _ in measure.LINEAR_VARIANTS.values():
         with measure.configured(settings):
-            yield lambda: triton.gather_dot(hidden, weight, None, ids, of.vocab, None, None)
+            yield lambda: triton.gather_dot(hidden, weight, None, ids, Allowed(of.vocab))
             yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
 
 
@@ -95,7 +95,7 @@ def warm_up(number: int, device: str) -> None:
 
 def compile_ahead(number: int, architecture: int) -> None:
     """The same for a GPU that is not here, with as many multiprocessors as an H100 has."""
-    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
     import aot
 
     with (
@@ -107,11 +107,11 @@ def compile_ahead(number: int, architecture: int) -> None:
 
 def compile_cases(number: int, architecture: int) -> None:
     """What the steps that run every kernel first launch, at one of their K."""
-    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
     import aot
 
     from gpu import correct
-    from opd_kernels.testing import launched
+    from opd_kernels.testing import make_inputs, results, selected
 
     with (
         mock.patch.object(triton, "_multiprocessors", return_value=132),
@@ -120,7 +120,10 @@ def compile_cases(number: int, architecture: int) -> None:
     ):
         for piece in PIECES:
             for case in correct.cases(piece, "triton", WIDTHS[number], "cuda"):
-                launched(case, "triton")
+                inputs = make_inputs(case)
+                if isinstance(inputs.teacher, torch.Tensor):
+                    selected(inputs, "triton")
+                results(case, inputs, "triton")
 
 
 def main(device: str) -> int:

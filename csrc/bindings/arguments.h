@@ -1,4 +1,5 @@
-// Arguments that both compiled modules take from Python: addresses and dtypes by name, no torch.
+// Arguments that both compiled modules take from Python: addresses and dtypes by name, no torch. All
+// are positional, which Python passes fastest.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -46,24 +47,50 @@ T* pointer(uintptr_t address) {
 
 // Defines the argument classes; each module has its own.
 inline void define_arguments(py::module_& m) {
-  py::class_<Rows>(m, "Rows", py::module_local())
+  py::class_<Rows>(m, "Rows", py::module_local(), "(data, dtype, shape, strides)")
       .def(py::init([](uintptr_t data, const std::string& dtype, const std::vector<int64_t>& shape,
                        const std::vector<int64_t>& strides) {
-             return make_rows(data, dtype_of(dtype), shape, strides);
-           }),
-           py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+        return make_rows(data, dtype_of(dtype), shape, strides);
+      }));
 
-  py::class_<Allowed>(m, "Allowed", py::module_local())
+  py::class_<Allowed>(m, "Allowed", py::module_local(), "(limit, banned, mask)")
       .def(py::init([](int64_t limit, uintptr_t banned, uintptr_t mask) {
-             return Allowed{limit, pointer<const uint64_t>(banned), pointer<const bool>(mask)};
-           }),
-           py::arg("limit"), py::arg("banned") = 0, py::arg("mask") = 0);
+        return Allowed{limit, pointer<const uint64_t>(banned), pointer<const bool>(mask)};
+      }));
 
-  py::class_<Temperature>(m, "Temperature", py::module_local())
-      .def(py::init([](float value, uintptr_t rows) {
-             return Temperature{value, pointer<const float>(rows)};
-           }),
-           py::arg("value"), py::arg("rows") = 0);
+  py::class_<Divergence>(m, "Divergence", py::module_local(), "Takes the fields of Python's.")
+      .def(py::init([](float reverse, float forward, float skew_reverse, float skew_forward,
+                       float beta, bool stop_ratio, std::optional<float> log_ratio_clip,
+                       std::optional<float> logp_floor) {
+        return Divergence{reverse,
+                          forward,
+                          skew_reverse,
+                          skew_forward,
+                          beta,
+                          stop_ratio,
+                          log_ratio_clip.value_or(INFINITY),
+                          logp_floor.value_or(-INFINITY)};
+      }));
+
+  py::class_<Objective>(m, "Objective", py::module_local(),
+                        "(temperature, its rows, the teacher's, its rows, divergence)")
+      .def(py::init([](float temperature, uintptr_t rows, float teacher_temperature,
+                       uintptr_t teacher_rows, const Divergence& divergence) {
+        return Objective{{temperature, pointer<const float>(rows)},
+                         {teacher_temperature, pointer<const float>(teacher_rows)},
+                         divergence};
+      }));
+}
+
+// Defines an operator: from what it runs on and its arguments it builds a struct, which it launches.
+template <class How, class Args, class... Parameters>
+void define(py::module_& m, const char* name, Args (*build)(Parameters...),
+            void (*launch)(const Args&, const How&)) {
+  m.def(name, [build, launch](const How& how, Parameters... parameters) {
+    const Args args = build(parameters...);
+    py::gil_scoped_release release;
+    launch(args, how);
+  });
 }
 
 inline SelectArgs select_args(const Rows& logits, const Allowed& allowed, int k, uintptr_t ids,
@@ -74,33 +101,54 @@ inline SelectArgs select_args(const Rows& logits, const Allowed& allowed, int k,
   return {logits, allowed, k, pointer<int32_t>(ids), pointer<float>(values)};
 }
 
-inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher,
-                                      const std::optional<Rows>& ids, const Allowed& allowed, int k,
-                                      const Temperature& temperature,
-                                      const Temperature& teacher_temperature, uintptr_t loss,
-                                      uintptr_t out_ids, uintptr_t entry_grad) {
+inline GatherArgs gather_args(const Rows& student, const Rows& ids, const Allowed& allowed,
+                              uintptr_t values, uintptr_t slots) {
+  require(student.count == ids.count, "student and ids differ in rows");
+  require(is_floating(student), "the student is integers");
+  require(!is_floating(ids), "the support's ids are no integers");
+  require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
+  return {student, ids, allowed, pointer<float>(values), pointer<int32_t>(slots)};
+}
+
+inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher, const Rows& ids,
+                                      const Allowed& allowed, int k, const Objective& objective,
+                                      uintptr_t loss, uintptr_t out_ids, uintptr_t entry_grad) {
   require(k >= 1 && k <= kMaxK, "k is outside [1, max_k]");
   require(student.count == teacher.count, "student and teacher differ in rows");
   require(is_floating(student) && is_floating(teacher), "student or teacher are integers");
-  require(!ids || !is_floating(*ids), "the support's ids are no integers");
   require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
-  if (ids) {
-    require(ids->count == student.count && ids->width == k && teacher.width == k,
-            "the support's ids or values are not (rows, k)");
-  } else {
-    require(allowed.limit <= teacher.width, "the limit is beyond the teacher's vocabulary");
-  }
+  require(objective.divergence.is_reverse_kl(),
+          "the divergence is not reverse_kl(), the only one that these kernels compute");
   return {student,
           teacher,
-          ids.value_or(Rows{}),
-          ids.has_value(),
+          ids,
           allowed,
           k,
-          temperature,
-          teacher_temperature,
+          objective,
           pointer<float>(loss),
           pointer<int32_t>(out_ids),
           pointer<float>(entry_grad)};
+}
+
+inline DivergenceArgs select_divergence_args(const Rows& student, const Rows& teacher,
+                                             const Allowed& allowed, int k,
+                                             const Objective& objective, uintptr_t loss,
+                                             uintptr_t out_ids, uintptr_t entry_grad) {
+  require(allowed.limit <= teacher.width, "the limit is beyond the teacher's vocabulary");
+  return divergence_args(student, teacher, Rows{}, allowed, k, objective, loss, out_ids,
+                         entry_grad);
+}
+
+inline DivergenceArgs entry_divergence_args(const Rows& student, const Rows& teacher,
+                                            const Rows& ids, const Allowed& allowed,
+                                            const Objective& objective, uintptr_t loss,
+                                            uintptr_t out_ids, uintptr_t entry_grad) {
+  require(!is_floating(ids), "the support's ids are no integers");
+  require(ids.count == student.count && ids.width == teacher.width,
+          "the support's ids or values are not (rows, k)");
+  require(ids.width <= kMaxK, "k is outside [1, max_k]");
+  return divergence_args(student, teacher, ids, allowed, static_cast<int>(ids.width), objective,
+                         loss, out_ids, entry_grad);
 }
 
 inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_grad,

@@ -32,82 +32,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_k") = kMaxK;
   m.def("instruction_sets", &instruction_sets, "What this CPU can run, best first.");
   define_arguments(m);
+  py::class_<cpu::Processor>(m, "Processor", py::module_local(), "(instruction set, threads)")
+      .def(py::init([](const std::string& isa, int threads) {
+        return cpu::Processor{&kernels(isa), threads};
+      }));
 
-  m.def(
-      "select",
-      [](const std::string& isa, int threads, const Rows& logits, const Allowed& allowed, int k,
-         uintptr_t ids, uintptr_t values) {
-        const auto args = select_args(logits, allowed, k, ids, values);
-        const auto& chosen = kernels(isa);
-        py::gil_scoped_release release;
-        cpu::select(args, chosen, threads);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("allowed"),
-      py::arg("k"), py::arg("ids"), py::arg("values"));
-
-  m.def(
-      "divergence",
-      [](const std::string& isa, int threads, const Rows& student, const Rows& teacher,
-         const std::optional<Rows>& ids, const Allowed& allowed, int k,
-         const Temperature& temperature, const Temperature& teacher_temperature, uintptr_t loss,
-         uintptr_t out_ids, uintptr_t entry_grad) {
-        const auto args = divergence_args(student, teacher, ids, allowed, k, temperature,
-                                          teacher_temperature, loss, out_ids, entry_grad);
-        const auto& chosen = kernels(isa);
-        py::gil_scoped_release release;
-        cpu::divergence(args, chosen, threads);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("student"), py::arg("teacher"),
-      py::arg("ids"), py::arg("allowed"), py::arg("k"), py::arg("temperature"),
-      py::arg("teacher_temperature"), py::arg("loss"), py::arg("out_ids"), py::arg("entry_grad"));
-
-  m.def(
-      "scatter",
-      [](int threads, const Rows& out, uintptr_t ids, uintptr_t entry_grad, uintptr_t upstream,
-         int k, const std::string& mode) {
-        const auto args = scatter_args(out, ids, entry_grad, upstream, k, mode);
-        py::gil_scoped_release release;
-        cpu::scatter(args, threads);
-      },
-      py::kw_only(), py::arg("threads"), py::arg("out"), py::arg("ids"), py::arg("entry_grad"),
-      py::arg("upstream"), py::arg("k"), py::arg("mode"));
-
-  m.def(
-      "gather_dot",
-      [](const std::string& isa, int threads, const Rows& hidden, const Rows& weight,
-         uintptr_t bias, const std::string& bias_dtype, const Rows& ids, const Allowed& allowed,
-         int k, uintptr_t logits, uintptr_t slots) {
-        const auto args =
-            gather_dot_args(hidden, weight, bias, bias_dtype, ids, allowed, k, logits, slots);
-        const auto& chosen = kernels(isa);
-        py::gil_scoped_release release;
-        cpu::gather_dot(args, chosen, threads);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("hidden"), py::arg("weight"),
-      py::arg("bias"), py::arg("bias_dtype"), py::arg("ids"), py::arg("allowed"), py::arg("k"),
-      py::arg("logits"), py::arg("slots"));
-
-  m.def(
-      "gather_dot_hidden",
-      [](const std::string& isa, int threads, uintptr_t upstream, const Rows& ids,
-         const Rows& weight, int k, const Rows& out) {
-        const auto args = gather_dot_hidden_args(upstream, ids, weight, k, out);
-        const auto& chosen = kernels(isa);
-        py::gil_scoped_release release;
-        cpu::gather_dot_hidden(args, chosen, threads);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("upstream"), py::arg("ids"),
-      py::arg("weight"), py::arg("k"), py::arg("out"));
-
-  m.def(
-      "gather_dot_weight",
-      [](const std::string& isa, int threads, uintptr_t upstream, const Rows& ids,
-         const Rows& hidden, int k, const Rows& out) {
-        const auto args = gather_dot_weight_args(upstream, ids, hidden, k, out);
-        const auto& chosen = kernels(isa);
-        py::gil_scoped_release release;
-        cpu::gather_dot_weight(args, chosen, threads);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("upstream"), py::arg("ids"),
-      py::arg("hidden"), py::arg("k"), py::arg("out"));
+  define(m, "select", select_args, cpu::select);
+  define(m, "gather", gather_args, cpu::gather);
+  define(m, "select_divergence", select_divergence_args, cpu::select_divergence);
+  define(m, "entry_divergence", entry_divergence_args, cpu::entry_divergence);
+  define(m, "scatter", scatter_args, cpu::scatter);
+  define(m, "gather_dot", gather_dot_args, cpu::gather_dot);
+  define(m, "gather_dot_hidden", gather_dot_hidden_args, cpu::gather_dot_hidden);
+  define(m, "gather_dot_weight", gather_dot_weight_args, cpu::gather_dot_weight);
 }

@@ -22,43 +22,11 @@ PYBIND11_MODULE(_cuda, m) {
       [](int k, const std::string& dtype) { return cuda::max_width(k, dtype_of(dtype)); },
       py::arg("k"), py::arg("dtype"));
   define_arguments(m);
-
   define_device(m);
 
-  m.def(
-      "select",
-      [](const cuda::Device& device, const Rows& logits, const Allowed& allowed, int k,
-         uintptr_t ids, uintptr_t values) {
-        const auto args = select_args(logits, allowed, k, ids, values);
-        py::gil_scoped_release release;
-        cuda::select(args, device);
-      },
-      py::kw_only(), py::arg("device"), py::arg("logits"), py::arg("allowed"), py::arg("k"),
-      py::arg("ids"), py::arg("values"));
-
-  m.def(
-      "divergence",
-      [](const cuda::Device& device, const Rows& student, const Rows& teacher,
-         const std::optional<Rows>& ids, const Allowed& allowed, int k,
-         const Temperature& temperature, const Temperature& teacher_temperature, uintptr_t loss,
-         uintptr_t out_ids, uintptr_t entry_grad) {
-        const auto args = divergence_args(student, teacher, ids, allowed, k, temperature,
-                                          teacher_temperature, loss, out_ids, entry_grad);
-        py::gil_scoped_release release;
-        cuda::divergence(args, device);
-      },
-      py::kw_only(), py::arg("device"), py::arg("student"), py::arg("teacher"), py::arg("ids"),
-      py::arg("allowed"), py::arg("k"), py::arg("temperature"), py::arg("teacher_temperature"),
-      py::arg("loss"), py::arg("out_ids"), py::arg("entry_grad"));
-
-  m.def(
-      "scatter",
-      [](const cuda::Device& device, const Rows& out, uintptr_t ids, uintptr_t entry_grad,
-         uintptr_t upstream, int k, const std::string& mode) {
-        const auto args = scatter_args(out, ids, entry_grad, upstream, k, mode);
-        py::gil_scoped_release release;
-        cuda::scatter(args, device);
-      },
-      py::kw_only(), py::arg("device"), py::arg("out"), py::arg("ids"), py::arg("entry_grad"),
-      py::arg("upstream"), py::arg("k"), py::arg("mode"));
+  define(m, "select", select_args, cuda::select);
+  define(m, "gather", gather_args, cuda::gather);
+  define(m, "select_divergence", select_divergence_args, cuda::select_divergence);
+  define(m, "entry_divergence", entry_divergence_args, cuda::entry_divergence);
+  define(m, "scatter", scatter_args, cuda::scatter);
 }

@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "rows.h"
@@ -16,6 +17,28 @@ struct Temperature {
   const float* rows = nullptr;
 
   OPD_HD float at(int64_t row) const { return rows ? rows[row] : value; }
+};
+
+// A weighted sum of divergences of the student's p and the teacher's q on a support, as Python's
+// Divergence (opd_kernels/divergences.py) has it. The kernels compute plain reverse KL.
+struct Divergence {
+  float reverse = 0, forward = 0, skew_reverse = 0, skew_forward = 0;
+  float beta = 0.5f;
+  bool stop_ratio = false;
+  float log_ratio_clip = INFINITY;
+  float logp_floor = -INFINITY;
+
+  bool is_reverse_kl() const {
+    return reverse == 1 && forward == 0 && skew_reverse == 0 && skew_forward == 0 && !stop_ratio &&
+           log_ratio_clip == INFINITY && logp_floor == -INFINITY;
+  }
+};
+
+// What is computed on the entries of a support.
+struct Objective {
+  Temperature temperature;
+  Temperature teacher_temperature;
+  Divergence divergence;
 };
 
 // What may enter the support.
@@ -38,15 +61,22 @@ struct SelectArgs {
   float* values;  // (N, K)
 };
 
+// The student's values at the ids of a support.
+struct GatherArgs {
+  Rows student;  // (N, V)
+  Rows ids;      // (N, K)
+  Allowed allowed;
+  float* values;   // (N, K), 0 where absent
+  int32_t* slots;  // (N, K), k or -1 where absent
+};
+
 struct DivergenceArgs {
   Rows student;  // (N, V)
-  Rows teacher;  // (N, V_t) logits, or (N, K) values of the support
-  Rows ids;      // (N, K) ids of the support, where it is given
-  bool given_support;
+  Rows teacher;  // (N, V_t) logits to select from, or (N, K) values of a given support
+  Rows ids;      // (N, K) ids of a given support
   Allowed allowed;
   int k;
-  Temperature temperature;
-  Temperature teacher_temperature;
+  Objective objective;
   float* loss;        // (N)
   int32_t* out_ids;   // (N, K), each id once, -1 where absent
   float* entry_grad;  // (N, K)

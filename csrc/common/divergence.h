@@ -1,4 +1,4 @@
-// The renormalised reverse KL of one row and its entry gradients, the formulas in scalar form.
+// The renormalised reverse KL of one row and its entry gradients, for CPUs and GPUs.
 //
 //   p = softmax(z / T),  q = softmax(t / T'),  l = log p - log q      over the present entries
 //   L = sum p l,         dL/dz = p (l - L) / T
@@ -21,9 +21,19 @@
 #include <cfloat>
 #include <cmath>
 
-#include "formats.h"
+#include "arguments.h"
+#include "values.h"
 
 namespace opd {
+
+// The larger of two floats, neither NaN.
+OPD_HD inline float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return b > a ? b : a;
+#endif
+}
 
 // Rounds to float; infinities become the largest floats, NaN stays NaN.
 OPD_HD inline float finite(double value) {
@@ -84,6 +94,114 @@ OPD_HD inline float entry_loss(float p, float log_ratio) { return p == 0 ? 0.0f 
 
 OPD_HD inline float entry_gradient(float p, float log_ratio, float loss, float temperature) {
   return p == 0 ? 0.0f : finite(p * (log_ratio - loss) / temperature);
+}
+
+// The entries of a row. -1 is an absent id.
+struct Entries {
+  int32_t* ids;
+  float* student;
+  float* teacher;
+};
+
+struct Extremes {
+  float student, teacher;
+  unsigned poisoned;
+};
+
+// Sums of e^s, of e^u, of their differences, and of the differences' absolute values.
+template <class Real>
+struct Sums {
+  Real student, teacher, change, size;
+};
+
+// e^((value - max) / T), 0 for a value of -inf at any T.
+OPD_HD inline float exponential(float value, float max, float temperature) {
+  return value == -INFINITY ? 0.0f : expf((value - max) / temperature);
+}
+
+// Returns the loss of a row. Takes ids and teacher values, -inf where an id is absent, and reads the
+// student's row at the ids. Marks entries of teacher value -inf as absent, and leaves the gradients
+// in `student`: 0 where an entry is absent, NaN at all others if the loss is NaN.
+//
+// A team shares the row. team.for_entries(k, body) calls body(i) for each entry, always on the same
+// thread. team.in_steps(k, steps...) calls step(i, note) for each entry and step, where `note` is a
+// float that an entry's earlier steps set; steps are loops of their own where that is faster.
+// team.combine(value, operation) combines the threads' values. It sums in Team::Real.
+template <class Team>
+OPD_HD inline float row_divergence(Team& team, const Entries& entries, int k,
+                                   const char* student_row, DType student_dtype,
+                                   const Objective& objective, int64_t row) {
+  using Real = typename Team::Real;
+  Extremes extremes{-INFINITY, -INFINITY, 0};
+  team.for_entries(k, [&](int i) {
+    const float t = entries.teacher[i];
+    if (t == -INFINITY) entries.ids[i] = -1;
+    const int id = entries.ids[i];
+    const float z = id < 0 ? -INFINITY : value_at(student_row, student_dtype, id);
+    entries.student[i] = z;
+    if (id < 0) return;
+    extremes = {larger(extremes.student, z), larger(extremes.teacher, t),
+                extremes.poisoned | poisons(z, t)};
+  });
+  extremes = team.combine(extremes, [](const Extremes& a, const Extremes& b) {
+    return Extremes{larger(a.student, b.student), larger(a.teacher, b.teacher),
+                    a.poisoned | b.poisoned};
+  });
+  if (extremes.poisoned || extremes.student == -INFINITY) {
+    const float loss = extremes.poisoned ? NAN : 0.0f;
+    team.for_entries(k, [&](int i) { entries.student[i] = entries.ids[i] < 0 ? 0.0f : loss; });
+    return loss;
+  }
+
+  const float temperature = objective.temperature.at(row);
+  const float teacher_temperature = objective.teacher_temperature.at(row);
+  const Difference difference(extremes.student, extremes.teacher, temperature, teacher_temperature);
+  Sums<Real> sums{0, 0, 0, 0};
+  const auto differences = [&](int i, float& note) {
+    note = difference.of(entries.student[i], entries.teacher[i]);
+  };
+  const auto exponentials = [&](int i, float&) {
+    float& z = entries.student[i];
+    float& t = entries.teacher[i];
+    z = exponential(z, extremes.student, temperature);
+    t = exponential(t, extremes.teacher, teacher_temperature);
+    sums.student += z;
+    sums.teacher += t;
+  };
+  const auto changes = [&](int i, float& note) {
+    const float d = note;
+    note = exp_change(entries.student[i], entries.teacher[i], d);
+    entries.teacher[i] = d;
+  };
+  const auto add_changes = [&](int, float& note) {
+    sums.change += note;
+    sums.size += fabsf(note);
+  };
+  team.in_steps(k, differences, exponentials, changes, add_changes);
+  sums = team.combine(sums, [](const Sums<Real>& a, const Sums<Real>& b) {
+    return Sums<Real>{a.student + b.student, a.teacher + b.teacher, a.change + b.change,
+                      a.size + b.size};
+  });
+
+  const auto sum = static_cast<float>(sums.student);
+  const float log_sums =
+      log_of_ratio(sum, static_cast<float>(sums.teacher), static_cast<float>(sums.change),
+                   static_cast<float>(sums.size));
+  Real total = 0;
+  team.for_entries(k, [&](int i) {
+    entries.student[i] /= sum;
+    entries.teacher[i] -= log_sums;
+    total += entry_loss(entries.student[i], entries.teacher[i]);
+  });
+  total = team.combine(total, [](Real a, Real b) { return a + b; });
+  const auto loss = static_cast<float>(total);
+  team.for_entries(k, [&](int i) {
+    entries.student[i] =
+        entries.ids[i] < 0 ? 0.0f
+        : loss != loss ? NAN
+                       : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
+  });
+  return loss;
 }
 
 }  // namespace opd

@@ -1,5 +1,5 @@
-// For each row: selects the support from the teacher's logits or reads a given one, gathers the
-// student's values, and computes the renormalised reverse KL and its entry gradients.
+// For each row: selects the support from the teacher's logits or reads a given one, and computes the
+// renormalised reverse KL and its entry gradients.
 //
 // Bytes: the teacher's row once, K student elements, 8 K out. Sums over the K entries are
 // accumulated in double, which costs nothing beside the teacher's row.
@@ -15,26 +15,52 @@
 namespace opd::cpu {
 namespace {
 
-// Views into one thread's scratch, K elements each.
-struct RowBuffers {
-  float* teacher;
-  float* student;
-  float* log_ratio;
-  uint64_t* order;  // for duplicates
-  void* select_scratch;
+// A team of one thread.
+struct Alone {
+  using Real = double;
 
-  static size_t bytes(int k) { return k * (3 * sizeof(float) + sizeof(uint64_t)) + 64; }
+  template <class Body>
+  void for_entries(int k, const Body& body) const {
+    for (int i = 0; i < k; ++i) body(i);
+  }
 
-  RowBuffers(void* scratch, int k) {
-    char* begin = static_cast<char*>(scratch);
-    order = reinterpret_cast<uint64_t*>(begin);
-    teacher = reinterpret_cast<float*>(begin + k * sizeof(uint64_t));
-    student = teacher + k;
-    log_ratio = student + k;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(log_ratio + k);
-    select_scratch = reinterpret_cast<void*>((end + 63) & ~uintptr_t(63));
+  // Steps are loops of their own: the compiler makes vectors of those that only calculate.
+  template <class... Steps>
+  void in_steps(int k, const Steps&... steps) const {
+    constexpr int kAtOnce = 64;
+    float notes[kAtOnce];
+    for (int begin = 0; begin < k; begin += kAtOnce) {
+      const int count = std::min(kAtOnce, k - begin);
+      const auto run = [&](const auto& step) {
+        for (int i = 0; i < count; ++i) step(begin + i, notes[i]);
+      };
+      (run(steps), ...);
+    }
+  }
+
+  template <class Value, class Combine>
+  Value combine(const Value& value, const Combine&) const {
+    return value;
   }
 };
+
+// Ids and gradients take their final place, the teacher's values lie in scratch.
+Entries entries_of(const DivergenceArgs& args, int64_t row, float* teacher) {
+  return {args.out_ids + row * args.k, args.entry_grad + row * args.k, teacher};
+}
+
+void write_row(const DivergenceArgs& args, int64_t row, const Entries& entries) {
+  Alone alone;
+  args.loss[row] = row_divergence(alone, entries, args.k, args.student.row(row), args.student.dtype,
+                                  args.objective, row);
+}
+
+// A masked row is not read.
+void write_masked_row(const DivergenceArgs& args, int64_t row) {
+  args.loss[row] = 0;
+  std::fill_n(args.out_ids + row * args.k, args.k, -1);
+  std::fill_n(args.entry_grad + row * args.k, args.k, 0.0f);
+}
 
 // Copies a given support, with absent entries as (-1, -inf).
 void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* values) {
@@ -45,54 +71,6 @@ void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* 
     ids[i] = args.allowed.id(id) ? static_cast<int32_t>(id) : -1;
     values[i] = ids[i] < 0 ? -INFINITY : value_at(given_values, args.teacher.dtype, i);
   }
-}
-
-// Replaces each value by e^((value - max) / T), 0 if it is -inf or absent. Returns the sum.
-double exponentials(float* values, int k, float max, float temperature) {
-  double sum = 0;
-  for (int i = 0; i < k; ++i) {
-    values[i] = values[i] == -INFINITY ? 0.0f : expf((values[i] - max) / temperature);
-    sum += values[i];
-  }
-  return sum;
-}
-
-// Returns the loss of one row. Afterwards `student` holds p, and `log_ratio` holds log p - log q.
-float reverse_kl(const int32_t* ids, int k, float temperature, float teacher_temperature,
-                 float* teacher, float* student, float* log_ratio) {
-  float student_max = -INFINITY, teacher_max = -INFINITY;
-  bool poisoned = false;
-  for (int i = 0; i < k; ++i) {
-    if (ids[i] < 0) continue;
-    poisoned |= poisons(student[i], teacher[i]);
-    student_max = student[i] > student_max ? student[i] : student_max;
-    teacher_max = teacher[i] > teacher_max ? teacher[i] : teacher_max;
-  }
-  if (poisoned) return NAN;
-  if (student_max == -INFINITY) {
-    std::fill_n(student, k, 0.0f);
-    return 0;
-  }
-  const Difference difference(student_max, teacher_max, temperature, teacher_temperature);
-  for (int i = 0; i < k; ++i) log_ratio[i] = difference.of(student[i], teacher[i]);
-  const auto sum = static_cast<float>(exponentials(student, k, student_max, temperature));
-  const auto teacher_sum =
-      static_cast<float>(exponentials(teacher, k, teacher_max, teacher_temperature));
-  double change = 0, size = 0;
-  for (int i = 0; i < k; ++i) teacher[i] = exp_change(student[i], teacher[i], log_ratio[i]);
-  for (int i = 0; i < k; ++i) {
-    change += teacher[i];
-    size += std::fabs(teacher[i]);
-  }
-  const float log_sums = log_of_ratio(sum, teacher_sum, static_cast<float>(change),
-                                      static_cast<float>(size));
-  double loss = 0;
-  for (int i = 0; i < k; ++i) {
-    student[i] /= sum;
-    log_ratio[i] -= log_sums;
-    loss += entry_loss(student[i], log_ratio[i]);
-  }
-  return static_cast<float>(loss);
 }
 
 // Adds the gradients of repeated ids into the first of them and marks the others absent, so that
@@ -119,50 +97,37 @@ void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
 
 }  // namespace
 
-void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int threads) {
+void select_divergence(const DivergenceArgs& args, const Processor& processor) {
   const int k = args.k;
-  const bool given = args.given_support;
   const int64_t limit = args.allowed.limit;
-  const SelectRow select_row = given ? nullptr : kernels.of(args.teacher.dtype).select;
-  const size_t bytes =
-      RowBuffers::bytes(k) +
-      (given ? 0 : 64 + select_scratch_bytes(limit, k, element_size(args.teacher.dtype)));
+  const DType dtype = args.teacher.dtype;
+  const SelectRow select_row = processor.kernels->of(dtype).select;
+  const size_t values = round_up(k * sizeof(float), kScratchAlignment);
+  const size_t bytes = values + select_scratch_bytes(limit, k, element_size(dtype));
+  for_each_row(args.student.count, limit, processor.threads, bytes, [&](int64_t row, void* raw) {
+    if (!args.allowed.row(row)) return write_masked_row(args, row);
+    const Entries entries = entries_of(args, row, static_cast<float*>(raw));
+    const char* teacher = args.teacher.row(row);
+    select_row(teacher, limit, args.allowed.banned, k, static_cast<char*>(raw) + values,
+               entries.ids);
+    prefetch(args.student.row(row), args.student.dtype, entries.ids, k);
+    read_values(teacher, dtype, entries.ids, k, entries.teacher);
+    write_row(args, row, entries);
+  });
+}
 
-  for_each_row(args.student.count, given ? k : limit, threads, bytes, [&](int64_t row, void* raw) {
-    int32_t* ids = args.out_ids + row * k;
-    float* grad = args.entry_grad + row * k;
-    if (!args.allowed.row(row)) {
-      args.loss[row] = 0;
-      std::fill_n(ids, k, -1);
-      std::fill_n(grad, k, 0.0f);
-      return;
-    }
-    const RowBuffers buffers(raw, k);
-    const char* student = args.student.row(row);
-    if (given) {
-      read_support(args, row, ids, buffers.teacher);
-      prefetch(student, args.student.dtype, ids, k);
-    } else {
-      const char* teacher = args.teacher.row(row);
-      select_row(teacher, limit, args.allowed.banned, k, buffers.select_scratch, ids);
-      prefetch(student, args.student.dtype, ids, k);
-      gather(teacher, args.teacher.dtype, ids, k, buffers.teacher);
-    }
-    for (int i = 0; i < k; ++i)
-      if (buffers.teacher[i] == -INFINITY) ids[i] = -1;
-    gather(student, args.student.dtype, ids, k, buffers.student);
-
-    const float temperature = args.temperature.at(row);
-    const float loss =
-        reverse_kl(ids, k, temperature, args.teacher_temperature.at(row), buffers.teacher,
-                   buffers.student, buffers.log_ratio);
-    args.loss[row] = loss;
-    for (int i = 0; i < k; ++i)
-      grad[i] = ids[i] < 0          ? 0.0f
-                : std::isnan(loss) ? NAN
-                                   : entry_gradient(buffers.student[i], buffers.log_ratio[i], loss,
-                                                    temperature);
-    if (given) merge_duplicates(ids, grad, k, buffers.order);
+void entry_divergence(const DivergenceArgs& args, const Processor& processor) {
+  const int k = args.k;
+  const size_t values = round_up(k * sizeof(float), alignof(uint64_t));
+  const size_t bytes = values + k * sizeof(uint64_t);
+  for_each_row(args.student.count, k, processor.threads, bytes, [&](int64_t row, void* raw) {
+    if (!args.allowed.row(row)) return write_masked_row(args, row);
+    const Entries entries = entries_of(args, row, static_cast<float*>(raw));
+    read_support(args, row, entries.ids, entries.teacher);
+    prefetch(args.student.row(row), args.student.dtype, entries.ids, k);
+    write_row(args, row, entries);
+    auto* order = reinterpret_cast<uint64_t*>(static_cast<char*>(raw) + values);
+    merge_duplicates(entries.ids, entries.student, k, order);
   });
 }
 

@@ -1,5 +1,5 @@
-// The CPU primitives. A launcher takes one struct, the kernels of an instruction set and the number
-// of threads; results do not depend on that number. Nothing here allocates tensors or knows Python.
+// The CPU primitives. A launcher takes one struct, and what to run on; results do not depend on the
+// number of threads. Nothing here allocates tensors or knows Python.
 #pragma once
 
 #include "../common/arguments.h"
@@ -7,11 +7,21 @@
 
 namespace opd::cpu {
 
-void select(const SelectArgs& args, const KernelsByDType& kernels, int threads);
-void divergence(const DivergenceArgs& args, const KernelsByDType& kernels, int threads);
-void scatter(const ScatterArgs& args, int threads);
-void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int threads);
-void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& kernels, int threads);
-void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& kernels, int threads);
+// What a launch runs on: the kernels of an instruction set, and a number of threads.
+struct Processor {
+  const KernelsByDType* kernels;
+  int threads;
+};
+
+void select(const SelectArgs& args, const Processor& processor);
+void gather(const GatherArgs& args, const Processor& processor);
+// The support is selected from the teacher's logits,
+void select_divergence(const DivergenceArgs& args, const Processor& processor);
+// or given.
+void entry_divergence(const DivergenceArgs& args, const Processor& processor);
+void scatter(const ScatterArgs& args, const Processor& processor);
+void gather_dot(const GatherDotArgs& args, const Processor& processor);
+void gather_dot_hidden(const GatherDotHiddenArgs& args, const Processor& processor);
+void gather_dot_weight(const GatherDotWeightArgs& args, const Processor& processor);
 
 }  // namespace opd::cpu

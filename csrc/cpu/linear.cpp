@@ -150,12 +150,12 @@ void sum_task(const GatherDotWeightArgs& args, const KernelsByDType& kernels, co
 
 }  // namespace
 
-void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int threads) {
+void gather_dot(const GatherDotArgs& args, const Processor& processor) {
   const int k = args.k;
   const int64_t width = args.hidden.width;
-  const Widen widen = kernels.of(args.hidden.dtype).widen;
-  const Dots dots = kernels.of(args.weight.dtype).dots;
-  for_each_row(args.hidden.count, k * width, threads, Terms::bytes(width, k),
+  const Widen widen = processor.kernels->of(args.hidden.dtype).widen;
+  const Dots dots = processor.kernels->of(args.weight.dtype).dots;
+  for_each_row(args.hidden.count, k * width, processor.threads, Terms::bytes(width, k),
                [&](int64_t row, void* scratch) {
                  float* logits = args.logits + row * k;
                  int32_t* slots = args.slots + row * k;
@@ -185,13 +185,12 @@ void gather_dot(const GatherDotArgs& args, const KernelsByDType& kernels, int th
                });
 }
 
-void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& kernels,
-                       int threads) {
+void gather_dot_hidden(const GatherDotHiddenArgs& args, const Processor& processor) {
   const int k = args.k;
   const int64_t width = args.out.width;
-  const AddRows add_rows = kernels.of(args.weight.dtype).add_rows;
-  const Round round = kernels.of(args.out.dtype).round;
-  for_each_row(args.out.count, k * width, threads, Terms::bytes(width, k),
+  const AddRows add_rows = processor.kernels->of(args.weight.dtype).add_rows;
+  const Round round = processor.kernels->of(args.out.dtype).round;
+  for_each_row(args.out.count, k * width, processor.threads, Terms::bytes(width, k),
                [&](int64_t row, void* scratch) {
                  const Terms terms(scratch, width, k);
                  const char* ids = args.ids.row(row);
@@ -210,18 +209,17 @@ void gather_dot_hidden(const GatherDotHiddenArgs& args, const KernelsByDType& ke
                });
 }
 
-void gather_dot_weight(const GatherDotWeightArgs& args, const KernelsByDType& kernels,
-                       int threads) {
+void gather_dot_weight(const GatherDotWeightArgs& args, const Processor& processor) {
   const int64_t width = args.out.width;
   if (args.ids.count > int64_t{0xffffffff} / args.k)
     throw std::invalid_argument("2^32 entries or more; pass fewer rows at once");
   const Sorted sorted = sort_by_id(args);
-  const Plan plan = plan_of(sorted, args.out.count, width, threads);
-  for_each_row(static_cast<int64_t>(plan.ends.size()), kProductsOfRun, threads,
+  const Plan plan = plan_of(sorted, args.out.count, width, processor.threads);
+  for_each_row(static_cast<int64_t>(plan.ends.size()), kProductsOfRun, processor.threads,
                Terms::bytes(width, kPiece, 2), [&](int64_t run, void* scratch) {
                  const Terms terms(scratch, width, kPiece, 2);
                  for (size_t i = run > 0 ? plan.ends[run - 1] : 0; i < plan.ends[run]; ++i)
-                   sum_task(args, kernels, sorted, plan.tasks[i], terms);
+                   sum_task(args, *processor.kernels, sorted, plan.tasks[i], terms);
                });
 }
 

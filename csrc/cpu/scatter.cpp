@@ -51,10 +51,10 @@ void write_entries(const ScatterArgs& args, int64_t row) {
 
 }  // namespace
 
-void scatter(const ScatterArgs& args, int threads) {
+void scatter(const ScatterArgs& args, const Processor& processor) {
   const bool clear = args.mode == ScatterMode::kClear;
   const size_t row_bytes = args.out.width * element_size(args.out.dtype);
-  for_each_row(args.out.count, clear ? args.out.width : args.k, threads, 0,
+  for_each_row(args.out.count, clear ? args.out.width : args.k, processor.threads, 0,
                [&](int64_t row, void*) {
                  if (clear) stream_zeros(args.out.row(row), row_bytes);
                  switch (args.out.dtype) {

@@ -15,19 +15,19 @@ size_t select_scratch_bytes(int64_t limit, int k, int element_size) {
          round_up(k * sizeof(int32_t), kScratchAlignment) + keys * element_size;
 }
 
-void select(const SelectArgs& args, const KernelsByDType& kernels, int threads) {
+void select(const SelectArgs& args, const Processor& processor) {
   const int k = args.k;
-  const SelectRow select_row = kernels.of(args.logits.dtype).select;
+  const SelectRow select_row = processor.kernels->of(args.logits.dtype).select;
   const size_t bytes =
       select_scratch_bytes(args.allowed.limit, k, element_size(args.logits.dtype));
-  for_each_row(args.logits.count, args.allowed.limit, threads, bytes,
+  for_each_row(args.logits.count, args.allowed.limit, processor.threads, bytes,
                [&](int64_t row, void* scratch) {
                  int32_t* ids = args.ids + row * k;
                  float* values = args.values + row * k;
                  if (!args.allowed.row(row)) return fill_absent(ids, values, k);
                  const char* logits = args.logits.row(row);
                  select_row(logits, args.allowed.limit, args.allowed.banned, k, scratch, ids);
-                 gather(logits, args.logits.dtype, ids, k, values);
+                 read_values(logits, args.logits.dtype, ids, k, values);
                });
 }
 

@@ -9,9 +9,8 @@
 namespace opd::cpu {
 
 // values[i] = row[ids[i]], -inf where the id is -1.
-inline void gather(const char* row, DType dtype, const int32_t* ids, int k, float* values) {
-  for (int i = 0; i < k; ++i)
-    values[i] = ids[i] < 0 ? -INFINITY : value_at(row, dtype, ids[i]);
+inline void read_values(const char* row, DType dtype, const int32_t* ids, int k, float* values) {
+  for (int i = 0; i < k; ++i) values[i] = ids[i] < 0 ? -INFINITY : value_at(row, dtype, ids[i]);
 }
 
 inline void prefetch(const char* row, DType dtype, const int32_t* ids, int k) {

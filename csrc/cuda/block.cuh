@@ -17,6 +17,7 @@ constexpr int kEntryThreads = 128;
 
 class Block {
  public:
+  using Real = float;  // what it sums in
   static constexpr int kWordsOfWarp = 4;  // words that a warp exchanges at once
   static constexpr int kScratchBytes = 2 * kMaxWarps * kWordsOfWarp * sizeof(uint32_t);
 
@@ -54,6 +55,22 @@ class Block {
     const unsigned other = lane < warps ? all[lane] : 0u;
     before = __reduce_add_sync(kAllLanes, lane < warp ? other : 0u);
     total = __reduce_add_sync(kAllLanes, other);
+  }
+
+  // Calls body(i) for the entries of this thread.
+  template <class Body>
+  __device__ void for_entries(int k, const Body& body) const {
+    if (thread < kEntryThreads)
+      for (int i = thread; i < k; i += kEntryThreads) body(i);
+  }
+
+  // Calls each step(i, note) in turn for the entries of this thread.
+  template <class... Steps>
+  __device__ void in_steps(int k, const Steps&... steps) const {
+    for_entries(k, [&](int i) {
+      float note;
+      (steps(i, note), ...);
+    });
   }
 
   // Combines a struct of up to four 32-bit members over the first kEntryThreads threads, in an

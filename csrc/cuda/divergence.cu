@@ -1,4 +1,4 @@
-// Launches the divergence.
+// Launches the divergence, on a support that is selected or given.
 
 #include "divergence.cuh"
 
@@ -6,14 +6,9 @@
 
 namespace opd::cuda {
 
-void divergence(const DivergenceArgs& args, const Device& device) {
+void select_divergence(const DivergenceArgs& args, const Device& device) {
   const int64_t rows = args.student.count;
   if (rows == 0) return;
-  if (args.given_support) {
-    launch(support_divergence_kernel, Grid{rows}, kEntryThreads, support_bytes(args.k), 1, device,
-           args);
-    return;
-  }
   const DType dtype = args.teacher.dtype;
   const Plan plan = plan_selection(rows, args.allowed.limit, args.k, dtype, device);
   const auto kernel = dtype == DType::kFloat32   ? divergence_kernel<Float32>
@@ -21,6 +16,13 @@ void divergence(const DivergenceArgs& args, const Device& device) {
                                                  : divergence_kernel<BFloat16>;
   launch(kernel, Grid{rows * plan.cluster}, plan.threads, plan.shared_bytes, plan.cluster, device,
          args, plan);
+}
+
+void entry_divergence(const DivergenceArgs& args, const Device& device) {
+  const int64_t rows = args.student.count;
+  if (rows == 0) return;
+  launch(support_divergence_kernel, Grid{rows}, kEntryThreads, support_bytes(args.k), 1, device,
+         args);
 }
 
 }  // namespace opd::cuda

@@ -7,109 +7,14 @@
 #pragma once
 
 #include "../common/divergence.h"
-#include "../common/values.h"
 #include "select.cuh"
 
 namespace opd::cuda {
 
-// The entries of a row in shared memory. At the end `student` holds the gradients.
-struct Entries {
-  int32_t* ids;
-  float* student;
-  float* teacher;
-};
-
-struct Extremes {
-  float student, teacher;
-  unsigned poisoned;
-};
-
-// Sums of e^s, of e^u, of their differences, and of the differences' absolute values.
-struct Sums {
-  float student, teacher, change, size;
-};
-
-// Calls body(entry) for the entries of this thread.
-template <class Body>
-__device__ void for_entries(const Block& block, int k, const Body& body) {
-  if (block.thread < kEntryThreads)
-    for (int i = block.thread; i < k; i += kEntryThreads) body(i);
-}
-
-// Gathers the student's values at the row's ids and marks entries of value -inf as absent. Returns
-// the row's loss and leaves the gradients: 0 where an entry is absent, NaN at all others if the
-// loss is NaN.
-__device__ inline float row_divergence(Block& block, const DivergenceArgs& args, int64_t row,
-                                       const char* student_row, const Entries& entries) {
-  const int k = args.k;
-  Extremes extremes{-INFINITY, -INFINITY, 0};
-  for_entries(block, k, [&](int i) {
-    const float t = entries.teacher[i];
-    if (t == -INFINITY) entries.ids[i] = -1;
-    const int id = entries.ids[i];
-    const float z = id < 0 ? -INFINITY : value_at(student_row, args.student.dtype, id);
-    entries.student[i] = z;
-    if (id < 0) return;
-    extremes = {fmaxf(extremes.student, z), fmaxf(extremes.teacher, t),
-                extremes.poisoned | poisons(z, t)};
-  });
-  extremes = block.combine(extremes, [](const Extremes& a, const Extremes& b) {
-    return Extremes{fmaxf(a.student, b.student), fmaxf(a.teacher, b.teacher),
-                    a.poisoned | b.poisoned};
-  });
-  if (extremes.poisoned || extremes.student == -INFINITY) {
-    const float loss = extremes.poisoned ? NAN : 0.0f;
-    for_entries(block, k, [&](int i) { entries.student[i] = entries.ids[i] < 0 ? 0.0f : loss; });
-    return loss;
-  }
-
-  const float temperature = args.temperature.at(row);
-  const float teacher_temperature = args.teacher_temperature.at(row);
-  const Difference difference(extremes.student, extremes.teacher, temperature,
-                              teacher_temperature);
-  Sums sums{0, 0, 0, 0};
-  for_entries(block, k, [&](int i) {
-    float& z = entries.student[i];
-    float& t = entries.teacher[i];
-    if (entries.ids[i] < 0) return;
-    // A student value of -inf has p = 0 at any temperature.
-    const float exp_student =
-        z == -INFINITY ? 0.0f : expf((z - extremes.student) / temperature);
-    const float exp_teacher = expf((t - extremes.teacher) / teacher_temperature);
-    const float d = difference.of(z, t);
-    const float change = exp_change(exp_student, exp_teacher, d);
-    z = exp_student;
-    t = d;
-    sums = {sums.student + z, sums.teacher + exp_teacher, sums.change + change,
-            sums.size + fabsf(change)};
-  });
-  sums = block.combine(sums, [](const Sums& a, const Sums& b) {
-    return Sums{a.student + b.student, a.teacher + b.teacher, a.change + b.change,
-                a.size + b.size};
-  });
-
-  const float log_sums = log_of_ratio(sums.student, sums.teacher, sums.change, sums.size);
-  float loss = 0;
-  for_entries(block, k, [&](int i) {
-    if (entries.ids[i] < 0) return;
-    entries.student[i] /= sums.student;
-    entries.teacher[i] -= log_sums;
-    loss += entry_loss(entries.student[i], entries.teacher[i]);
-  });
-  loss = block.combine(loss, [](float a, float b) { return a + b; });
-  for_entries(block, k, [&](int i) {
-    entries.student[i] =
-        entries.ids[i] < 0 ? 0.0f
-        : isnan(loss) ? NAN
-                      : entry_gradient(entries.student[i], entries.teacher[i], loss, temperature);
-  });
-  return loss;
-}
-
 // Writes the results of a masked row, which is not read.
 __device__ inline void write_masked_row(const Block& block, const DivergenceArgs& args,
                                         int64_t row) {
-  for_entries(block, args.k, [&](int i) {
+  block.for_entries(args.k, [&](int i) {
     args.out_ids[row * args.k + i] = -1;
     args.entry_grad[row * args.k + i] = 0;
   });
@@ -139,12 +44,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   auto* ids = reinterpret_cast<int32_t*>(shared.keys);  // the keys are no longer needed
   auto* student = reinterpret_cast<float*>(ids + k);
   const Entries entries{ids, student, student + k};
-  for_entries(block, k, [&](int i) {
+  block.for_entries(k, [&](int i) {
     entries.ids[i] = i < found ? shared.id(i) : -1;
     entries.teacher[i] = i < found ? shared.value(i) : -INFINITY;
   });
-  const float loss = row_divergence(block, args, row, student_row, entries);
-  for_entries(block, k, [&](int i) {
+  const float loss =
+      row_divergence(block, entries, k, student_row, args.student.dtype, args.objective, row);
+  block.for_entries(k, [&](int i) {
     args.out_ids[row * k + i] = entries.ids[i];
     args.entry_grad[row * k + i] = entries.student[i];
   });
@@ -178,13 +84,14 @@ __global__ void __launch_bounds__(kEntryThreads, kSupportBlocks)
 
   const char* given_ids = args.ids.row(row);
   const char* given_values = args.teacher.row(row);
-  for_entries(block, k, [&](int i) {
+  block.for_entries(k, [&](int i) {
     const int64_t id = id_at(given_ids, args.ids.dtype, i);
     const bool allowed = args.allowed.id(id);
     entries.ids[i] = allowed ? static_cast<int32_t>(id) : -1;
     entries.teacher[i] = allowed ? value_at(given_values, args.teacher.dtype, i) : -INFINITY;
   });
-  const float loss = row_divergence(block, args, row, args.student.row(row), entries);
+  const float loss = row_divergence(block, entries, k, args.student.row(row), args.student.dtype,
+                                    args.objective, row);
   if (block.thread == 0) args.loss[row] = loss;
 
   // Present entries by (id, place), before the absent ones.

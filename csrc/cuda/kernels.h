@@ -21,7 +21,11 @@ struct Device {
 };
 
 void select(const SelectArgs& args, const Device& device);
-void divergence(const DivergenceArgs& args, const Device& device);
+void gather(const GatherArgs& args, const Device& device);
+// The support is selected from the teacher's logits,
+void select_divergence(const DivergenceArgs& args, const Device& device);
+// or given.
+void entry_divergence(const DivergenceArgs& args, const Device& device);
 void scatter(const ScatterArgs& args, const Device& device);
 
 // The widest row from which k can be selected. Shared memory limits it.

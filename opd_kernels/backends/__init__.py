@@ -1,6 +1,6 @@
 """Which backend serves a call.
 
-To add one: write a module with what ``Backend`` lists and name it in ``MODULES``.
+To add one: write a module, or an object, with what ``Backend`` lists and name it in ``MODULES``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from opd_kernels._arguments import Allowed, Objective
+
 AUTO = "auto"
-# In order of preference.
+# In order of preference: a module, or a module and its attribute.
 MODULES = {
-    "cpu": "opd_kernels.backends.cpu",
-    "cuda": "opd_kernels.backends.cuda",
+    "cpu": "opd_kernels.backends.cpu:backend",
+    "cuda": "opd_kernels.backends.cuda:backend",
     "triton": "opd_kernels.backends.triton",
     "reference": "opd_kernels.reference",
 }
 # The backends written for a device. Where the reference serves instead, they say what is missing.
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
+# What backends may lack, by the function that serves it.
+FURTHER = {"gather_dot": "hidden states", "scatter_background_": "gradients with a background"}
+
 
 class Backend(Protocol):
-    """The functions of a backend's module; ``opd_kernels.reference`` says what each one means."""
+    """The functions of a backend; ``opd_kernels.reference`` says what each one means."""
 
     def refusal(
         self, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int, vocab: int = 0
@@ -36,24 +41,21 @@ class Backend(Protocol):
         ``vocab`` is how many ids are selected from; 0 where none are.
         """
 
-    def select(
-        self, logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def select(self, logits: Tensor, k: int, allowed: Allowed) -> tuple[Tensor, Tensor]:
         """(ids, values) of the k best of each row."""
 
-    def divergence(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        teacher_ids: Tensor | None,
-        k: int,
-        limit: int,
-        banned: Tensor | None,
-        mask: Tensor | None,
-        temperature: float | Tensor,
-        teacher_temperature: float | Tensor,
+    def gather(self, student: Tensor, ids: Tensor, allowed: Allowed) -> tuple[Tensor, Tensor]:
+        """(values at the ids, slots)."""
+
+    def select_divergence(
+        self, student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, ids, entry gradients)."""
+        """(loss, ids, entry gradients), on the teacher's k best."""
+
+    def entry_divergence(
+        self, student: Tensor, teacher: Tensor, ids: Tensor, allowed: Allowed, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, ids, entry gradients), on the ids, of which the teacher's values are given."""
 
     def scatter(
         self, entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype
@@ -71,14 +73,7 @@ class LinearBackend(Backend, Protocol):
     """The further functions of a backend that serves ``linear_topk_rkl``."""
 
     def gather_dot(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        limit: int,
-        banned: Tensor | None,
-        mask: Tensor | None,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
     ) -> tuple[Tensor, Tensor]:
         """(logits at the ids, slots)."""
 
@@ -99,27 +94,30 @@ def resolve(
     dtypes: tuple[torch.dtype, ...],
     k: int,
     vocab: int = 0,
-    needed: str = "divergence",
+    needed: str = "select_divergence",
 ) -> Backend:
-    """The module that serves a call. A backend asked for by name is used or raises."""
+    """What serves a call. A backend asked for by name is used or raises."""
     if name != AUTO:
         if name not in MODULES:
             raise ValueError(
                 f"backend {name!r} is not in this version of opd_kernels; it has "
                 f"{', '.join(map(repr, MODULES))}, and backend=None picks the best for the device"
             )
-        module = load(name)
-        reason = module.refusal(device, dtypes, k, vocab) or _lack(name, needed)
+        backend = load(name)
+        reason = backend.refusal(device, dtypes, k, vocab) or _lack(name, needed)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
-        return module
+        return backend
     for candidate in MODULES:
-        module = load(candidate)
-        if module.refusal(device, dtypes, k, vocab) is None and not _lack(candidate, needed):
+        backend = load(candidate)
+        reason = backend.refusal(device, dtypes, k, vocab) or _lack(candidate, needed)
+        if reason is None:
             break
+    else:
+        raise ValueError(f"no backend can serve this call: {reason}")
     if candidate == "reference":
         _warn_if_slow(device, needed)
-    return module
+    return backend
 
 
 def resolve_linear(
@@ -135,15 +133,17 @@ def _lack(name: str, needed: str) -> str | None:
         return None
     having = [other for other in MODULES if hasattr(load(other), needed)]
     return (
-        "it has no kernels for hidden states; backend=None takes the best for the device of "
+        f"it has no kernels for {FURTHER[needed]}; backend=None takes the best for the device of "
         f"{', '.join(map(repr, having))}"
     )
 
 
 @functools.cache
 def load(name: str) -> Backend:
-    """The backend's module."""
-    return cast(Backend, importlib.import_module(MODULES[name]))
+    """The backend."""
+    module, _, attribute = MODULES[name].partition(":")
+    found = importlib.import_module(module)
+    return cast(Backend, getattr(found, attribute) if attribute else found)
 
 
 @functools.cache

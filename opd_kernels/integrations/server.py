@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_kernels._checks import check_int
+from opd_kernels._checks import DEFAULT_K, check_int
 from opd_kernels._payload import Entries, integer, read_position, shown
-from opd_kernels.losses import DEFAULT_K
 from opd_kernels.support import SENTINEL, TopK
 
 try:

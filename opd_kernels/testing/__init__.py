@@ -16,15 +16,24 @@ import torch
 from torch import Tensor
 
 from opd_kernels import backends
+from opd_kernels.api import linear_topk_rkl, topk_rkl
 from opd_kernels.head import LinearLogits
-from opd_kernels.linear import linear_topk_rkl
-from opd_kernels.losses import topk_rkl
 from opd_kernels.selection import select_topk
 from opd_kernels.support import TopK
 from opd_kernels.testing.inputs import Case, Inputs, make_inputs
 from opd_kernels.testing.oracle import Expected, oracle
 
-__all__ = ["Case", "Expected", "Inputs", "check", "make_inputs", "oracle", "serves"]
+__all__ = [
+    "Case",
+    "Expected",
+    "Inputs",
+    "check",
+    "make_inputs",
+    "oracle",
+    "results",
+    "selected",
+    "serves",
+]
 
 
 def check(case: Case, backend: str | None = None, device: torch.device | str = "cpu") -> None:
@@ -33,7 +42,7 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
     expected = oracle(inputs)
     if isinstance(inputs.teacher, Tensor):
         _check_selection(inputs, expected, backend)
-    leaves, loss, grads = _results(case, inputs, backend)
+    leaves, loss, grads = results(case, inputs, backend)
     _check_close(loss, expected.loss, expected.loss_budget, f"loss of {case}")
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         wanted, budget = expected.grads[name]
@@ -46,14 +55,6 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
             assert bool((grad.cpu()[torch.from_numpy(budget == 0)] == 0).all()), f"{name}: not 0"
 
 
-def launched(case: Case, backend: str | None = None, device: torch.device | str = "cpu") -> None:
-    """Makes the calls of ``check`` without looking at results, so that kernels get compiled."""
-    inputs = make_inputs(case, device)
-    if isinstance(inputs.teacher, Tensor):
-        _select(inputs, backend)
-    _results(case, inputs, backend)
-
-
 def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool:
     """Whether a backend takes a case; one that does not raises."""
     module = backends.load(backend)
@@ -63,7 +64,7 @@ def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool
     return module.refusal(torch.device(device), dtypes, case.k, case.teacher_vocab) is None
 
 
-def _results(
+def results(
     case: Case, inputs: Inputs, backend: str | None
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
     """(tensors that get a gradient, the loss, the gradients)."""
@@ -75,7 +76,7 @@ def _results(
     return leaves, loss, torch.autograd.grad(loss, list(leaves.values()), upstream)
 
 
-def _select(inputs: Inputs, backend: str | None) -> TopK:
+def selected(inputs: Inputs, backend: str | None) -> TopK:
     """The teacher's support."""
     options = {name: inputs.options[name] for name in ("mask", "banned_ids", "vocab_size")}
     assert isinstance(inputs.teacher, Tensor)
@@ -124,7 +125,7 @@ def _call(case: Case, inputs: Inputs, backend: str | None) -> Tensor:
 def _check_selection(inputs: Inputs, expected: Expected, backend: str | None) -> None:
     """Ids and values exactly those of a stable sort."""
     assert isinstance(inputs.teacher, Tensor)
-    topk = _select(inputs, backend)
+    topk = selected(inputs, backend)
     ids = topk.ids.cpu().numpy()
     assert np.array_equal(ids, expected.support), f"ids {ids}, expected {expected.support}"
     values = inputs.teacher.detach().cpu().to(topk.logits.dtype)

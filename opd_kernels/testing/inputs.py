@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from opd_kernels.head import LinearLogits, shaped
+from opd_kernels.backends.plain import shaped
+from opd_kernels.head import LinearLogits
 from opd_kernels.support import TopK
 
 CONTENTS = (

@@ -40,11 +40,13 @@ def oracle(inputs: Inputs) -> Expected:
     rows, vocab = student.shape[:-1], student.shape[-1]
     count = math.prod(rows)
     arithmetic = torch.finfo(torch.float64 if inputs.wide else torch.float32)
-    unit, tiny, largest = arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max)
+    numeric = _Arithmetic(arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max))
+    unit, tiny, _ = numeric
     # A head is computed in float32, whatever the teacher's dtype is.
     head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
     head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
-    head_unit, head_largest = head_arithmetic.eps / 2, float(head_arithmetic.max)
+    head_numeric = _Arithmetic(head_arithmetic.eps / 2, tiny, float(head_arithmetic.max))
+    head_unit = head_numeric.unit
     student_error, slope, slope_error = _head_errors(inputs, head_unit)
 
     mask = _flat(options["mask"], count, True).astype(bool)
@@ -69,7 +71,7 @@ def oracle(inputs: Inputs) -> Expected:
         used = (ids >= 0) & (values != -np.inf)
         ids, t = ids[used], values[used]
         z, z_error = student[index].double().numpy()[ids], student_error[row][ids]
-        numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], unit, tiny, largest)
+        numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], numeric)
         loss[row], loss_budget[row] = numbers.loss, numbers.loss_budget
         scale = weight[row] * upstream[row] * factor
         with np.errstate(all="ignore"):
@@ -93,7 +95,7 @@ def oracle(inputs: Inputs) -> Expected:
             lost = np.isnan(grad + size + budget) & ~np.isnan(loss)[:, None]
             grad, size = np.where(lost, 0.0, grad), np.where(lost, 0.0, size)
             parts = (grad, np.where(lost, np.inf, budget), size, repeats)
-            grads = _head_grads(inputs.head, *parts, head_unit, tiny, head_largest)
+            grads = _head_grads(inputs.head, *parts, head_numeric)
         weight_grad = loss * upstream * factor
         weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
         weight_budget = _rounded(weight_grad, weight_budget, torch.float32)
@@ -139,21 +141,28 @@ def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
     return error + 8 * unit * z, head.scale * (1 - tanh**2), slope_error
 
 
+class _Arithmetic(NamedTuple):
+    """Unit roundoff, smallest normal and largest number."""
+
+    unit: float
+    tiny: float
+    largest: float
+
+
 def _head_grads(
     head: Head,
     grad: np.ndarray,
     budget: np.ndarray,
     size: np.ndarray,
     repeats: np.ndarray,
-    unit: float,
-    tiny: float,
-    largest: float,
+    numeric: _Arithmetic,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(gradient, budget) of hidden states, weight and bias from those of the logits (N, V).
 
     An id that a row lists ``repeats`` times has that many terms. They may cancel; ``size`` is the
     sum of their absolute values.
     """
+    unit, tiny, largest = numeric
     hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
     weight = head.weight.detach().double().cpu().numpy()
     rows, ids = np.nonzero((grad != 0) | (budget != 0))
@@ -202,9 +211,7 @@ def _row_oracle(
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
-    unit: float,
-    tiny: float,
-    largest: float,
+    numeric: _Arithmetic,
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
@@ -221,7 +228,7 @@ def _row_oracle(
     if (z == -np.inf).all():
         return _RowNumbers(0.0, 0.0, nothing, nothing)
     with np.errstate(all="ignore"):
-        return _finite_row_oracle(z, z_error, t, student_t, teacher_t, unit, tiny, largest)
+        return _finite_row_oracle(z, z_error, t, student_t, teacher_t, numeric)
 
 
 def _finite_row_oracle(
@@ -230,10 +237,9 @@ def _finite_row_oracle(
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
-    unit: float,
-    tiny: float,
-    largest: float,
+    numeric: _Arithmetic,
 ) -> _RowNumbers:
+    unit, tiny, largest = numeric
     nothing = np.zeros(len(z))
     p_side = _softmax(z, z_error, student_t, unit)
     q_side = _softmax(t, nothing, teacher_t, unit)
@@ -248,8 +254,8 @@ def _finite_row_oracle(
     sides = _softmax(z, nothing, student_t, _WIDE_UNIT), _softmax(t, nothing, teacher_t, _WIDE_UNIT)
     # The result's budget, and what float64 loses here: more, where the loss is next to nothing.
     budgets = [
-        _row_budgets(numbers, ratio, p_side, q_side, student_t, teacher_t, unit, tiny),
-        _row_budgets(numbers, ratio, *sides, student_t, teacher_t, _WIDE_UNIT, 0.0),
+        _row_budgets(numbers, ratio, (p_side, q_side), (student_t, teacher_t), unit, tiny),
+        _row_budgets(numbers, ratio, sides, (student_t, teacher_t), _WIDE_UNIT, 0.0),
     ]
     loss_budget = sum(loss_error for loss_error, _ in budgets)
     grad_budget = np.where(live, sum(grad_error for _, grad_error in budgets), 0.0)
@@ -265,14 +271,13 @@ def _finite_row_oracle(
 def _row_budgets(
     numbers: _RowNumbers,
     ratio: np.ndarray,
-    p_side: _Softmax,
-    q_side: _Softmax,
-    student_t: float,
-    teacher_t: float,
+    sides: tuple[_Softmax, _Softmax],
+    temperatures: tuple[float, float],
     unit: float,
     tiny: float,
 ) -> tuple[float, np.ndarray]:
     """Bounds on the errors of a row's loss and gradient in arithmetic of that unit."""
+    (p_side, q_side), (student_t, teacher_t) = sides, temperatures
     p, loss = np.exp(p_side.log), numbers.loss
     depth = _sum_depth(len(p))
     live = p_side.live

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_kernels._arguments import Allowed, Objective, Temperature
 from opd_kernels.backends.triton import configs
 
 try:
     import triton
 
     from opd_kernels.backends.triton import divergence as _divergence
+    from opd_kernels.backends.triton import gather as _gather
     from opd_kernels.backends.triton import linear as _linear
     from opd_kernels.backends.triton import scatter as _scatter
     from opd_kernels.backends.triton import select as _select
@@ -57,14 +59,12 @@ def refusal(
     return None
 
 
-def select(
-    logits: Tensor, k: int, limit: int, banned: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def select(logits: Tensor, k: int, allowed: Allowed) -> tuple[Tensor, Tensor]:
     """The k best ids and their values; see ``opd_kernels.reference.select``."""
+    limit, banned, mask = _contiguous(allowed)
     rows = logits.shape[:-1]
     ids = _empty((*rows, k), torch.int32, logits.device)
     values = _empty((*rows, k), torch.float32, logits.device)
-    mask = None if mask is None else mask.contiguous()
     with _current(logits.device):
         for index in _parts(logits):
             part, part_mask, part_ids, part_values = _indexed(index, logits, mask, ids, values)
@@ -80,51 +80,81 @@ def select(
     return ids, values
 
 
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    teacher_ids: Tensor | None,
-    k: int,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor,
+def gather(student: Tensor, ids: Tensor, allowed: Allowed) -> tuple[Tensor, Tensor]:
+    """The student's values at the ids and the slots; see ``opd_kernels.reference.gather``."""
+    limit, banned, mask = _contiguous(allowed)
+    k = ids.shape[-1]
+    values = _empty(ids.shape, torch.float32, ids.device)
+    slots = _empty(ids.shape, torch.int32, ids.device)
+    tile = configs.gathered(k)
+    with _current(ids.device):
+        for index in _parts(student, ids):
+            part, part_ids, part_mask, *outputs = _indexed(index, student, ids, mask, values, slots)
+            if part_ids.numel() == 0:
+                continue
+            count = part.shape[:-1].numel()
+            _gather.gather_kernel[(-(-count // tile[0]),)](
+                part, part_ids, banned, part_mask, *outputs,
+                limit, count, k, *_row_strides(part), *_row_strides(part_ids),
+                *tile, **_options(configs.WARPS),
+            )  # fmt: skip
+    return values, slots
+
+
+def select_divergence(
+    student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ids and entry gradients; see ``opd_kernels.reference.divergence``."""
-    rows, device = student.shape[:-1], student.device
-    loss = _empty(rows, torch.float32, device)
-    ids = _empty((*rows, k), torch.int32, device)
-    grad = _empty((*rows, k), torch.float32, device)
-    mask = None if mask is None else mask.contiguous()
+    """Both steps in one kernel; see ``opd_kernels.reference.select_divergence``."""
+    limit, banned, mask = _contiguous(allowed)
+    results = _divergence_results((*student.shape[:-1], k), student.device)
+    temperature, teacher_temperature, _ = objective
     student_t, student_ts = _temperature(temperature)
     teacher_t, teacher_ts = _temperature(teacher_temperature)
-    if teacher_ids is not None:
-        teacher, teacher_ids = teacher.contiguous(), teacher_ids.contiguous()
-    with _current(device):
-        for index in _parts(student, teacher) if teacher_ids is None else _parts(student):
-            part, part_teacher, support, part_mask, *row_values = _indexed(
-                index, student, teacher, teacher_ids, mask, student_ts, teacher_ts
+    with _current(student.device):
+        for index in _parts(student, teacher):
+            part, part_teacher, part_mask, *row_values = _indexed(
+                index, student, teacher, mask, student_ts, teacher_ts
             )
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
-            outputs = _indexed(index, loss, ids, grad)
-            if teacher_ids is not None:
-                _divergence.support_divergence_kernel[(count,)](
-                    part, part_teacher, support, banned, part_mask, *row_values, *outputs,
-                    student_t, teacher_t, limit, k, *_row_strides(part),
-                    *configs.entries(k), **_options(configs.entry_warps(k)),
-                )  # fmt: skip
-                continue
             keys, config, streamed = _stream(part_teacher, k, limit, part_mask)
             _divergence.logits_divergence_kernel[(count,)](
-                part, part_teacher, banned, part_mask, *row_values, keys, *outputs,
+                part, part_teacher, banned, part_mask, *row_values, keys,
+                *_indexed(index, *results),
                 student_t, teacher_t, limit, k, *_row_strides(part), *_row_strides(part_teacher),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, **_options(config.warps),
             )  # fmt: skip
-    return loss, ids, grad
+    return results
+
+
+def entry_divergence(
+    student: Tensor, teacher: Tensor, ids: Tensor, allowed: Allowed, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and entry gradients on given ids; see ``opd_kernels.reference.entry_divergence``."""
+    limit, banned, mask = _contiguous(allowed)
+    k = ids.shape[-1]
+    results = _divergence_results((*student.shape[:-1], k), student.device)
+    temperature, teacher_temperature, _ = objective
+    student_t, student_ts = _temperature(temperature)
+    teacher_t, teacher_ts = _temperature(teacher_temperature)
+    teacher, ids = teacher.contiguous(), ids.contiguous()
+    with _current(student.device):
+        for index in _parts(student):
+            part, part_teacher, part_ids, part_mask, *row_values = _indexed(
+                index, student, teacher, ids, mask, student_ts, teacher_ts
+            )
+            count = part.shape[:-1].numel()
+            if count == 0:
+                continue
+            _divergence.support_divergence_kernel[(count,)](
+                part, part_teacher, part_ids, banned, part_mask, *row_values,
+                *_indexed(index, *results),
+                student_t, teacher_t, limit, k, *_row_strides(part),
+                *configs.entries(k), **_options(configs.entry_warps(k)),
+            )  # fmt: skip
+    return results
 
 
 def scatter(
@@ -160,23 +190,18 @@ def scatter_add_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor)
 
 
 def gather_dot(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
 ) -> tuple[Tensor, Tensor]:
     """The head's logits at the ids and the slots; see ``opd_kernels.reference.gather_dot``."""
+    limit, banned, mask = _contiguous(allowed)
     k, width = ids.shape[-1], hidden.shape[-1]
     logits = _empty(ids.shape, torch.float32, ids.device)
     slots = _empty(ids.shape, torch.int32, ids.device)
-    ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    ids, bias = ids.contiguous(), None if bias is None else bias.contiguous()
     if configs.SORTED_DOTS and 0 < ids.numel() < configs.MAX_SORTED:
         with _current(ids.device):
-            _sorted_dots(hidden, weight, bias, ids, limit, banned, mask, logits, slots)
+            allowed = Allowed(limit, banned, mask)
+            _sorted_dots(hidden, weight, bias, ids, allowed, logits, slots)
         return logits, slots
     block_k, block_h = configs.dots(k, width, weight.element_size())
     with _current(ids.device):
@@ -198,9 +223,7 @@ def _sorted_dots(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    limit: int,
-    banned: Tensor | None,
-    mask: Tensor | None,
+    allowed: Allowed,
     logits: Tensor,
     slots: Tensor,
 ) -> None:
@@ -208,6 +231,7 @@ def _sorted_dots(
 
     It needs about 30 bytes an entry for the sort, and 4 for each slice of columns.
     """
+    limit, banned, mask = allowed
     entries, k, width = ids.numel(), ids.shape[-1], hidden.shape[-1]
     keys = _empty((entries,), torch.int32, ids.device)
     flat, options = (-(-entries // configs.FLAT),), _options(configs.WARPS)
@@ -362,11 +386,27 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+def _divergence_results(
+    entries: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the loss, the ids and the entry gradients."""
+    return (
+        _empty(entries[:-1], torch.float32, device),
+        _empty(entries, torch.int32, device),
+        _empty(entries, torch.float32, device),
+    )
+
+
+def _contiguous(allowed: Allowed) -> tuple[int, Tensor | None, Tensor | None]:
+    """(limit, bitmap, mask) as the kernels take them."""
+    limit, banned, mask = allowed
+    return limit, banned, None if mask is None else mask.contiguous()
+
+
+def _temperature(temperature: Temperature) -> tuple[float, Tensor | None]:
     """(float, per-row tensor or None) as the kernels take it."""
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.to(torch.float32).contiguous()
-    return temperature, None
+    value, rows = temperature
+    return value, None if rows is None else rows.to(torch.float32).contiguous()
 
 
 def _merged(tensor: Tensor) -> list[tuple[int, int]]:
@@ -405,6 +445,8 @@ def _indexed(index: tuple[int, ...], *tensors: Any) -> tuple[Any, ...]:
 
 def _row_strides(tensor: Tensor) -> tuple[int, int, int]:
     """(rows of the inner leading dimension, stride of the outer, stride of the inner)."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError("the elements of a row must be adjacent (last stride 1)")
     merged = [(1, 0), (1, 0), *_merged(tensor)][-2:]
     return merged[1][0], merged[0][1], merged[1][1]
 

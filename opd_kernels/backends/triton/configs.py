@@ -119,6 +119,11 @@ def entries(k: int) -> tuple[int, int]:
     return k_pad(k), 8 * _THREADS * entry_warps(k) // k_pad(k)
 
 
+def gathered(k: int) -> tuple[int, int]:
+    """(rows, entries of a row) of a program that loads one value for each entry: 8 a thread."""
+    return max(1, 8 * _THREADS * WARPS // k_pad(k)), k_pad(k)
+
+
 def dots(k: int, width: int, itemsize: int) -> tuple[int, int]:
     """(entries, columns) of a tile of gathered rows, each of which is multiplied by one vector."""
     entries = min(_ENTRIES, next_power_of_2(k))

@@ -19,17 +19,7 @@ Multiplications and additions are fused only where the source says so: all GPUs 
 import triton
 import triton.language as tl
 
-from opd_kernels.backends.triton.rows import is_banned, row_start, store_rounded
-
-
-@triton.jit
-def _allowed(ids, limit, banned_ptr):
-    """(int64 ids, 0 for absent ones; which are present)."""
-    present = (ids >= 0) & (ids < limit)
-    ids = tl.where(present, ids, 0).to(tl.int64)
-    if banned_ptr is not None:
-        present = present & ~is_banned(banned_ptr, ids, present)
-    return ids, present
+from opd_kernels.backends.triton.rows import allowed_ids, row_start, store_rounded
 
 
 @triton.jit(do_not_specialize=["limit", "k", "inner"])
@@ -53,7 +43,7 @@ def gather_dot_kernel(
             tl.store(slots_ptr + entry, tl.full([BLOCK_K], -1, tl.int32), mask=entry < k)
             return
     ids = tl.load(ids_ptr + row * k + entry, mask=entry < k, other=-1)
-    ids, present = _allowed(ids, limit, banned_ptr)
+    ids, present = allowed_ids(ids, limit, banned_ptr)
     hidden_ptr += row_start(row, inner, outer_stride, inner_stride)
     column = tl.arange(0, BLOCK_H)
     weight_ptrs = weight_ptr + (ids * weight_stride)[:, None] + column[None, :]
@@ -81,7 +71,7 @@ def entry_keys_kernel(
     kept = inside
     if mask_ptr is not None:
         kept = inside & (tl.load(mask_ptr + place // k, mask=inside, other=0) != 0)
-    ids, present = _allowed(tl.load(ids_ptr + place, mask=kept, other=-1), limit, banned_ptr)
+    ids, present = allowed_ids(tl.load(ids_ptr + place, mask=kept, other=-1), limit, banned_ptr)
     tl.store(keys_ptr + place, tl.where(present, ids, limit).to(tl.int32), mask=inside)
     tl.store(slots_ptr + place, tl.where(present, place % k, -1), mask=inside)
 

@@ -51,6 +51,16 @@ def is_banned(banned_ptr, ids, mask):
 
 
 @triton.jit
+def allowed_ids(ids, limit, banned_ptr):
+    """(int64 ids, 0 for absent ones; which are present)."""
+    present = (ids >= 0) & (ids < limit)
+    ids = tl.where(present, ids, 0).to(tl.int64)
+    if banned_ptr is not None:
+        present = present & ~is_banned(banned_ptr, ids, present)
+    return ids, present
+
+
+@triton.jit
 def store_rounded(ptr, values, mask):
     """Stores float32 values in the pointer's dtype, to nearest, ties to even.
 

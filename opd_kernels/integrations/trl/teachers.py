@@ -12,7 +12,7 @@ from trl.trainer.utils import create_model_from_path
 
 from opd_kernels.integrations.server import TeacherServer
 from opd_kernels.integrations.trl.config import TopKDistillationConfig
-from opd_kernels.masking import compare_tokenizers
+from opd_kernels.tokens.tokenizers import compare_tokenizers
 
 
 def check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> None:

@@ -17,6 +17,7 @@ from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
+from opd_kernels.api import linear_topk_rkl, topk_rkl
 from opd_kernels.head import LinearLogits
 from opd_kernels.integrations.models import (
     Sequences,
@@ -38,12 +39,11 @@ from opd_kernels.integrations.trl.teachers import (
     tokenizer_of,
     warn_if_different,
 )
-from opd_kernels.linear import linear_topk_rkl
-from opd_kernels.losses import topk_rkl
-from opd_kernels.masking import special_token_mask, token_ids
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
+from opd_kernels.tokens.masks import special_token_mask
+from opd_kernels.tokens.tokenizers import token_ids
 
 __all__ = ["TopKDistillationTrainer"]
 

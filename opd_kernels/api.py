@@ -1,0 +1,325 @@
+"""The losses: ``topk_rkl``, and ``linear_topk_rkl`` under the names of a head's parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from opd_kernels import _checks
+from opd_kernels import stats as _stats
+from opd_kernels.entries import check_teacher, row_losses
+from opd_kernels.head import LinearLogits
+from opd_kernels.options import Options, RowOptions, check_names, resolve
+from opd_kernels.stats import Stats
+from opd_kernels.support import TopK
+
+__all__ = ["linear_topk_rkl", "topk_rkl"]
+
+
+@overload
+def topk_rkl(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def topk_rkl(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def topk_rkl(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def topk_rkl(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    inplace_grad: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Renormalised reverse KL of the student to the teacher on the teacher's top-K support.
+
+    With student logits z, teacher logits t and S the teacher's k best allowed ids of a row::
+
+        p = softmax(z[S] / T)    q = softmax(t[S] / T')    L = sum over S of p (log p - log q)
+        dL/dz_v = p_v (log p_v - log q_v - L) / T  for v in S, 0 elsewhere
+
+    Shapes and dtypes: ``student``, logits (..., V), and ``teacher``, logits (..., V_t) or a
+    ``TopK`` (..., K), with the same leading shape: one row per token, no causal shift inside.
+    float16, bfloat16, float32 or float64; leading dimensions may have any strides, the last must
+    have stride 1. Either side may be a ``LinearLogits``, hidden states (..., H) and a head; for a
+    student see ``linear_topk_rkl``. Arithmetic is float32 (float64 where an input is); the loss is
+    float32 (float64).
+
+    Args:
+        student: what gets the gradient.
+        teacher: constant; its logits, or a support that was selected before or by a server.
+        k: size of the support; 32 for logits (the paper's), the width of a ``TopK``.
+        temperature: T, divides both sides' logits; a float or a constant tensor per row. There is
+            no T squared factor. A float outside (0, inf) raises; in a tensor, and under
+            ``torch.compile``, where checking would synchronise or recompile, it makes NaN.
+        teacher_temperature: T' where the teacher's differs.
+        mask: bool or integer per row; False or 0: the row has loss 0 and gradient 0, whatever it
+            holds, and kernels do not read it.
+        weight: floating factor per row, multiplies the loss; differentiable.
+        banned_ids: ids that never enter the support, a sequence or an int tensor on the device.
+        vocab_size: only ids below it can enter the support; for padded vocabularies.
+        reduction: "none" gives the loss per row, "sum", or "mean", which divides by ``normalizer``
+            or, without one, by the number of unmasked rows (at least 1), not by the weights' sum.
+        normalizer: a number or 0-d tensor, for instance the global token count. Its value is not
+            looked at: clamp a count that may be 0.
+        inplace_grad: let backward write the gradient into the memory of ``student``, whose
+            values are gone then. Another function of the logits whose backward needs their values
+            afterwards gets PyTorch's error about in-place modification. Refused for leaves, views
+            of leaves and rows that overlap. A compiled function plans memory itself: no effect
+            there.
+        return_stats: also return ``Stats``: full softmaxes in plain PyTorch, many times the cost of
+            the loss, so not for every step.
+        backend: "cpu", "triton" or "reference"; None picks the best for the device. One that is
+            named is used or raises.
+
+    Gradients: ``student`` (in its dtype; hidden states, weight and bias of a ``LinearLogits``) and
+    ``weight``. Kept for backward: 8 bytes per row
+    and entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.
+
+    Absent entries (id -1, outside the vocabulary, banned, or teacher -inf) take no part. A student
+    value of -inf has p = 0. NaN or +inf at an entry that takes part makes its row NaN and no other.
+    The loss is never clamped: rounding may make it about -1e-7.
+
+    Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
+    allowed, ``ValueError`` for DTensors. k = 1 warns: one renormalised entry has loss and gradient
+    0. Values of tensors are not looked at, but for ``OPD_KERNELS_DEBUG=1`` or ``debug()``, which
+    raise with the first bad row.
+
+    Example::
+
+        logits = student(input_ids).logits                      # (B, T, V)
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids).logits
+        mask = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))  # position t predicts t + 1
+        loss = topk_rkl(logits, teacher_logits, k=32, mask=mask)
+        loss.backward()
+
+    Source: arXiv 2603.25562, teacher top-K local support matching.
+    """
+    options: Options = {
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "mask": mask,
+        "weight": weight,
+        "banned_ids": banned_ids,
+        "vocab_size": vocab_size,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "inplace_grad": inplace_grad,
+        "backend": backend,
+    }
+    if isinstance(student, LinearLogits):
+        # Checked again: autocast may have allowed mixed dtypes where it was made and be off here.
+        _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ")
+    else:
+        student = _checks.check_logits(student, "student")
+    return _topk_rkl(student, teacher, k, return_stats, options)
+
+
+@overload
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def linear_topk_rkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Stats]:
+    """``topk_rkl`` on the logits of a head; only k logits of each row are computed.
+
+    With hidden states h, head W and b, scale s, softcap c and S the teacher's k best allowed ids::
+
+        z_v = cap(s (W_v . h + b_v))  for v in S       cap(x) = c tanh(x / c), or x
+        L = sum over S of p (log p - log q)            p = softmax(z[S] / T), q as in topk_rkl
+        dL/dh = sum of dL/dz_v z'_v W_v    dL/dW_v = sum over rows of dL/dz_v z'_v h
+
+    A row costs k H multiplications instead of V H, in forward and in backward. No tensor of shape
+    (N, V) exists.
+
+    Shapes and dtypes: ``student_hidden`` (..., H), ``student_weight`` (V, H), ``student_bias`` (V,)
+    or None, of one dtype of float16, bfloat16, float32 or float64, last strides 1; under autocast
+    of any, as ``torch.nn.functional.linear`` takes them, but read in the precision that they have:
+    nothing is cast. Products, sums and the student's logits are float32 (float64 where an input
+    is) and never rounded to a narrower dtype; the loss is float32 (float64).
+
+    Args:
+        student_hidden: what the head gets: after the model's last norm.
+        student_weight: the head's weight; the embedding's where they are tied.
+        teacher: constant, with the same leading shape: logits (..., V_t), a ``TopK``, or
+            ``LinearLogits``, its hidden states and head, whose logits are computed a few hundred
+            rows at a time.
+        k: size of the support; 32 (the paper's), for a ``TopK`` its width.
+        student_bias: the head's bias.
+        logit_softcap: c, above 0, where the model has one (Gemma 2: 30).
+        logit_scale: s, above 0, where the model multiplies its logits (Cohere) or divides them
+            (Granite: 1 / logits_scaling).
+
+    An adapter on the head, a quantised weight without its scales or a forgotten softcap makes a
+    wrong loss in silence: ``head_of`` reads a model's head whole, or refuses it.
+
+    All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
+    rows, NaN and reductions. Masked rows are not read; only a GPU's matrix product of a
+    ``LinearLogits`` includes them. ``return_stats`` does compute the student's logits, a few
+    hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states; None takes "triton"
+    on such GPUs.
+
+    Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
+    it is needed: with a frozen head nothing of shape (V, H) is made. The head's gradient is dense
+    and the same bits on every run. Ids that occur in every row cost no more than others.
+    Kept for backward: ids, 8 bytes per row and entry (4 more with a softcap), and references to
+    hidden states and weight. Differentiating twice raises ``RuntimeError``.
+
+    Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a sharded
+    (DTensor) weight, under FSDP2 call it inside of the wrapped module's forward.
+
+    Example::
+
+        hidden = student.model(input_ids).last_hidden_state          # (B, T, H)
+        with torch.no_grad():
+            teacher_hidden = teacher.model(input_ids).last_hidden_state
+        logits = head_of(teacher)(teacher_hidden)
+        head = head_of(student)
+        loss = linear_topk_rkl(hidden, teacher=logits, k=32, mask=mask, **head.as_student)
+        loss.backward()
+
+    Source: arXiv 2603.25562, teacher top-K local support matching; what its loss needs of a head.
+    """
+    _checks.check_head(student_hidden, student_weight, student_bias, "student_")
+    _checks.check_factor(logit_scale, "logit_scale")
+    if logit_softcap is not None:
+        _checks.check_factor(logit_softcap, "logit_softcap")
+    check_names(options, "linear_topk_rkl")
+    student = LinearLogits._unchecked(
+        student_hidden, student_weight, student_bias, logit_softcap, logit_scale
+    )
+    return _topk_rkl(student, teacher, k, return_stats, options)
+
+
+def _topk_rkl(
+    student: Tensor | LinearLogits,
+    teacher: object,
+    k: int | None,
+    return_stats: bool,
+    options: Options,
+) -> Tensor | tuple[Tensor, Stats]:
+    """``topk_rkl`` of a student that is checked."""
+    _checks.check_flag(return_stats, "return_stats")
+    device = student.device
+    rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
+    call = resolve(options, rows, device)
+    if options.get("inplace_grad") and isinstance(student, LinearLogits):
+        raise ValueError(
+            "inplace_grad=True reuses the memory of logits, and student is hidden states and a "
+            "head, which has none; leave it out"
+        )
+    teacher = check_teacher(teacher, rows, device)
+    losses = row_losses(student, teacher, k, call, with_support=return_stats, depth=2)
+    loss = call.reduce(losses.loss)
+    if losses.support is None:
+        return loss
+    stats = _stats.measure(
+        student, teacher, losses.support, losses.allowed, call.objective, call.vocab_size
+    )
+    return loss, stats
+
+
+def spelled(function: Callable[..., Any], taken: type[RowOptions]) -> inspect.Signature:
+    """The signature of a function with the options that it takes as keywords written out."""
+    own = inspect.signature(function)
+    options = [
+        parameter
+        for name, parameter in inspect.signature(topk_rkl).parameters.items()
+        if name in taken.__annotations__
+    ]
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return own.replace(parameters=[*parameters, *options])
+
+
+linear_topk_rkl.__signature__ = spelled(linear_topk_rkl, Options)  # type: ignore[attr-defined]

@@ -1,0 +1,191 @@
+"""The options of a loss: what they are, checked and in the operators' form, and how rows reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from opd_kernels import _checks, debugging
+from opd_kernels._arguments import Allowed, Objective, Temperature, pack_bitmap
+from opd_kernels.backends import AUTO
+from opd_kernels.divergences import reverse_kl
+
+
+class RowOptions(TypedDict, total=False):
+    """The keywords that decide the loss of each row; ``topk_rkl`` says what they mean."""
+
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    mask: Tensor | None
+    banned_ids: Sequence[int] | Tensor | None
+    vocab_size: int | None
+    backend: str | None
+
+
+class Options(RowOptions, total=False):
+    """The keywords that every reduced loss takes."""
+
+    weight: Tensor | None
+    reduction: str
+    normalizer: float | Tensor | None
+    inplace_grad: bool
+
+
+def check_names(
+    options: Mapping[str, object], function: str, taken: type[RowOptions] = Options
+) -> None:
+    """Raises as Python does for keywords that a function does not take."""
+    unknown = options.keys() - taken.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+
+
+class Call(NamedTuple):
+    """The options of one call, checked against its rows."""
+
+    mask: Tensor | None
+    objective: Objective
+    weight: Tensor | None
+    banned_ids: Sequence[int] | Tensor | None
+    vocab_size: int | None
+    reduction: str
+    normalizer: float | Tensor | None
+    inplace: bool
+    backend: str
+
+    def allowed(self, limit: int, device: torch.device) -> Allowed:
+        """What may enter the support, of ids in [0, limit)."""
+        return allowed(limit, self.vocab_size, self.banned_ids, self.mask, device)
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """Weights and reduces per-row losses."""
+        return reduce_rows(loss, self.weight, self.mask, self.reduction, self.normalizer)
+
+
+def resolve(options: Options, rows: torch.Size, device: torch.device) -> Call:
+    """Checks the options of a loss on ``rows``."""
+    mask, weight = options.get("mask"), options.get("weight")
+    normalizer, reduction = options.get("normalizer"), options.get("reduction", "mean")
+    inplace, backend = options.get("inplace_grad", False), options.get("backend")
+    temperature = options.get("temperature", 1.0)
+    teacher_temperature = options.get("teacher_temperature")
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    vocab_size = options.get("vocab_size")
+    _checks.check_vocab_size(vocab_size)
+    _checks.check_flag(inplace, "inplace_grad")
+    _checks.check_reduction(reduction, normalizer, device)
+    mask = bool_mask(mask, rows, device)
+    if weight is not None:
+        _checks.check_weight(weight, rows, device)
+    objective = Objective(
+        _temperature(temperature, rows, device, "temperature"),
+        _temperature(teacher_temperature, rows, device, "teacher_temperature"),
+        reverse_kl(),
+    )
+    if debugging.on_outside_of_operators():
+        debugging.check_call(temperature, teacher_temperature, weight, normalizer, mask)
+    return Call(
+        mask,
+        objective,
+        weight,
+        options.get("banned_ids"),
+        vocab_size,
+        reduction,
+        normalizer,
+        inplace and not torch.compiler.is_compiling(),
+        backend_name(backend),
+    )
+
+
+def backend_name(backend: str | None) -> str:
+    """The backend as operators take it."""
+    _checks.check_backend(backend)
+    return AUTO if backend is None else backend
+
+
+def allowed(
+    limit: int,
+    vocab_size: int | None,
+    banned_ids: Sequence[int] | Tensor | None,
+    mask: Tensor | None,
+    device: torch.device,
+) -> Allowed:
+    """What may enter a support, of ids in [0, limit)."""
+    limit = limit if vocab_size is None else min(limit, vocab_size)
+    if banned_ids is None:
+        return Allowed(limit, None, mask)
+    return Allowed(limit, pack_bitmap(_checks.as_banned_ids(banned_ids, device), limit), mask)
+
+
+def bool_mask(mask: Tensor | None, rows: torch.Size, device: torch.device) -> Tensor | None:
+    """The mask as bool, checked against the rows."""
+    if mask is None:
+        return None
+    _checks.check_mask(mask, rows, device)
+    return recordable(mask if mask.dtype == torch.bool else mask != 0)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The per-row tensor, or a copy if autograd cannot save it: it was made in inference mode."""
+    if (
+        torch.compiler.is_compiling()
+        or not tensor.is_inference()
+        or torch.is_inference_mode_enabled()
+    ):
+        return tensor
+    return tensor.clone()
+
+
+def _temperature(
+    temperature: float | Tensor, rows: torch.Size, device: torch.device, name: str
+) -> Temperature:
+    """One side's temperature as the operators take it."""
+    if isinstance(temperature, Tensor):
+        _checks.check_temperature_tensor(temperature, rows, device, name)
+        return Temperature(1.0, _allowed_or_nan(temperature).expand(rows))
+    _checks.check_number(temperature, name)
+    if torch.compiler.is_compiling():
+        # torch.compile guards on the value of an operator's float argument, so a schedule would
+        # recompile at every step. A float in plain arithmetic becomes an input of the graph.
+        tensor = torch.ones((), dtype=torch.float64, device=device) * temperature
+        return Temperature(1.0, _allowed_or_nan(tensor).expand(rows))
+    _checks.check_temperature_value(temperature, name)
+    return Temperature(float(temperature))
+
+
+def _allowed_or_nan(temperature: Tensor) -> Tensor:
+    """NaN, and so a NaN loss, where the temperature is not allowed: no check has seen its value."""
+    if temperature.dtype != torch.float64:  # the bounds are float32's
+        temperature = temperature.float()
+    inside = (temperature >= _checks.LEAST_TEMPERATURE) & (
+        temperature <= _checks.LARGEST_TEMPERATURE
+    )
+    return torch.where(inside, temperature, torch.nan)
+
+
+def reduce_rows(
+    loss: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """Weights and reduces per-row losses. Masked rows stay exactly 0, whatever their weight."""
+    if weight is not None:
+        loss = loss * recordable(weight).to(loss.dtype)
+        if mask is not None:
+            loss = torch.where(mask, loss, 0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if isinstance(normalizer, Tensor):
+        return total / recordable(normalizer).to(total.dtype)
+    if normalizer is not None:
+        return total / float(normalizer)  # an int may be beyond int64
+    return total / (max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1))

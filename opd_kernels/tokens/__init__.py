@@ -1,0 +1,1 @@
+"""Tokens: masks, tokenizers and the sampled-token baseline. No kernel knows them."""

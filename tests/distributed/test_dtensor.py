@@ -1,0 +1,141 @@
+"""DTensors are refused by name, with what to pass instead, before any operator sees them.
+
+That what to pass gives the loss and the gradient is measured on two processes, in ``test_fsdp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+from opd_kernels import (
+    EntryGradient,
+    LinearLogits,
+    TopK,
+    linear_topk_rkl,
+    select_topk,
+    topk_rkl,
+)
+
+S, T = torch.randn(4, 50), torch.randn(4, 50)
+H, W, B = torch.randn(4, 6), torch.randn(50, 6), torch.randn(50)
+SUPPORT = select_topk(T, 8, with_logsumexp=True)
+IDS, LOGITS, SUMS = SUPPORT.ids, SUPPORT.logits, SUPPORT.logsumexp
+HEAD = LinearLogits(H, W, B)
+ONES = torch.ones(4)
+BANNED = torch.tensor([1, 2])
+
+Distribute = Callable[[Tensor], Tensor]
+ROWS, WHOLE, PARAMETER = [".to_local()", ".full_tensor()"], [".full_tensor()"], ["fully_shard"]
+
+# name: (the call with a DTensor, the argument as the message names it, its tensor, the remedies)
+CALLS: dict[str, tuple[Callable[[Distribute], Any], str, Tensor, list[str]]] = {
+    "student": (lambda d: topk_rkl(d(S), T), "student", S, ROWS),
+    "student and a support": (lambda d: topk_rkl(d(S), SUPPORT), "student", S, ROWS),
+    "student and teacher": (lambda d: topk_rkl(d(S), d(T)), "student", S, ROWS),
+    "teacher": (lambda d: topk_rkl(S, d(T)), "teacher", T, ROWS),
+    "teacher of hidden states": (lambda d: linear_topk_rkl(H, W, d(T)), "teacher", T, ROWS),
+    "select": (lambda d: select_topk(d(T), 8), "logits", T, ROWS),
+    "select's mask": (lambda d: select_topk(T, 8, mask=d(ONES > 0)), "mask", ONES, ROWS),
+    "support ids": (lambda d: TopK(d(IDS), LOGITS), "TopK ids", IDS, ROWS),
+    "support logits": (lambda d: TopK(IDS, d(LOGITS)), "TopK logits", LOGITS, ROWS),
+    "support sums": (lambda d: TopK(IDS, LOGITS, d(SUMS)), "TopK logsumexp", SUMS, ROWS),
+    "mapped support": (
+        lambda d: topk_rkl(S, pytree.tree_map(d, SUPPORT)),
+        "TopK ids",
+        SUMS,
+        ROWS,
+    ),
+    "mask": (lambda d: topk_rkl(S, T, mask=d(ONES > 0)), "mask", ONES, ROWS),
+    "integer mask": (lambda d: topk_rkl(S, T, mask=d(ONES.long())), "mask", ONES, ROWS),
+    "linear mask": (lambda d: linear_topk_rkl(H, W, T, mask=d(ONES > 0)), "mask", ONES, ROWS),
+    "weight": (lambda d: topk_rkl(S, T, weight=d(ONES)), "weight", ONES, ROWS),
+    "linear weight": (lambda d: linear_topk_rkl(H, W, T, weight=d(ONES)), "weight", ONES, ROWS),
+    "temperature": (lambda d: topk_rkl(S, T, temperature=d(ONES)), "temperature", ONES, ROWS),
+    "teacher temperature": (
+        lambda d: topk_rkl(S, T, teacher_temperature=d(ONES)),
+        "teacher_temperature",
+        ONES,
+        ROWS,
+    ),
+    "banned ids": (lambda d: topk_rkl(S, T, banned_ids=d(BANNED)), "banned_ids", BANNED, WHOLE),
+    "hidden states": (lambda d: linear_topk_rkl(d(H), W, T), "student_hidden", H, ROWS),
+    "head": (lambda d: linear_topk_rkl(H, d(W), T), "student_weight", W, WHOLE + PARAMETER),
+    "bias": (
+        lambda d: linear_topk_rkl(H, W, T, student_bias=d(B)),
+        "student_bias",
+        B,
+        WHOLE + PARAMETER,
+    ),
+    "teacher's hidden states": (lambda d: LinearLogits(d(H), W), "LinearLogits hidden", H, ROWS),
+    "teacher's head": (lambda d: LinearLogits(H, d(W)), "LinearLogits weight", W, PARAMETER),
+    "mapped head": (
+        lambda d: linear_topk_rkl(H, W, pytree.tree_map(d, HEAD)),
+        "LinearLogits hidden",
+        B,
+        ROWS,
+    ),
+    "gradient": (lambda d: EntryGradient(IDS, LOGITS).add_to_(d(S)), "grad", S, ROWS),
+    "gradient's ids": (lambda d: EntryGradient(d(IDS), LOGITS).add_to_(S), "ids", IDS, ROWS),
+    "entry gradients": (
+        lambda d: EntryGradient(IDS, d(LOGITS)).add_to_(S),
+        "entry_grad",
+        LOGITS,
+        ROWS,
+    ),
+    "upstream": (lambda d: EntryGradient(IDS, LOGITS).add_to_(S, d(ONES)), "upstream", ONES, ROWS),
+}
+CASES = [
+    pytest.param(name, placement, id=f"{name}, {placement}")
+    for name, (_, _, tensor, _) in CALLS.items()
+    for placement in (Replicate(), Shard(0), Shard(1))
+    if not placement.is_shard() or placement.dim < tensor.ndim
+]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A group of this process alone."""
+    store = tmp_path_factory.mktemp("dtensor") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "placement"), CASES)
+def test_a_dtensor_is_refused_by_name_with_what_to_pass(
+    mesh: DeviceMesh, name: str, placement: Placement
+) -> None:
+    call, argument, _, remedies = CALLS[name]
+    with pytest.raises(ValueError, match=f"^{argument} is a DTensor, ") as raised:
+        call(lambda tensor: distribute_tensor(tensor, mesh, [placement]))
+    assert all(remedy in str(raised.value) for remedy in remedies)
+
+
+def test_a_local_gradient_is_added_to_in_place(mesh: DeviceMesh) -> None:
+    grad = distribute_tensor(S.clone(), mesh, [Shard(0)])
+    EntryGradient(IDS, LOGITS).add_to_(grad.to_local())
+    assert torch.equal(grad.full_tensor(), EntryGradient(IDS, LOGITS).add_to_(S.clone()))
+
+
+def test_plain_tensors_compile_to_one_graph_beside_dtensors(mesh: DeviceMesh) -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return topk_rkl(student, select_topk(teacher, 8), weight=weight, mask=weight > 0)
+
+    expected = topk_rkl(S, SUPPORT, weight=ONES, mask=ONES > 0)
+    assert torch.equal(compiled(S, T, ONES), expected)
+
+
+def test_a_compiled_loss_refuses_a_dtensor_by_name(mesh: DeviceMesh) -> None:
+    student = distribute_tensor(S, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="student is a DTensor"):
+        torch.compile(topk_rkl, backend="aot_eager")(student, T)

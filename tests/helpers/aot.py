@@ -1,0 +1,205 @@
+"""Compiles the Triton kernels for GPUs that are not here, exactly as the backend would launch them.
+
+The backend runs on meta tensors with a driver that names a target and launches nothing, so that
+specialisation and configuration are those of a real call. Triton caches what it compiles by source.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sass
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Kernel(sass.Code):
+    """A compiled kernel, in how many warps it runs and what Triton made of its source."""
+
+    warps: int
+    ttir: str
+    ttgir: str
+
+    def resident_programs(self) -> int:
+        """Programs that fit a multiprocessor of an H100."""
+        return sass.resident_blocks(90, 32 * self.warps, self.registers, self.shared)
+
+    def entry_sums(self) -> list[tuple[int, int]]:
+        """(entries, entries that lie next to each other in a thread) of each sum in float32."""
+        width = r"\{sizePerThread = \[(\d+)\]"
+        layouts = dict(re.findall(rf"(#\w+) = #ttg\.blocked<{width}", self.ttgir))
+        found = re.findall(r"\(tensor<(\d+)xf32, (#\w+)>\) -> f32", self.ttgir)
+        return [(int(entries), int(layouts[layout])) for entries, layout in found]
+
+
+class _Driver:
+    """What Triton asks a driver for when it compiles; the device number is the architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(architecture: int) -> Iterator[list[Any]]:
+    """Launches compile and are collected."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    active = driver._active
+    JITFunction.run = compile_only
+    driver.set_active(_Driver(architecture))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def compile_call(call: Callable[[], object], architecture: int) -> list[Kernel]:
+    """The kernels that a call of the backend on meta tensors launches."""
+    with compiling(architecture) as compiled:
+        call()
+    return [_inspect(kernel) for kernel in compiled]
+
+
+def _inspect(kernel: Any) -> Kernel:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [*sass.LISTING, file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (code,) = sass.read(listing)
+    shared = max(code.shared, kernel.metadata.shared)
+    return Kernel(
+        **(vars(code) | {"name": kernel.metadata.name, "shared": shared}),
+        warps=kernel.metadata.num_warps,
+        ttir=kernel.asm["ttir"],
+        ttgir=kernel.asm["ttgir"],
+    )
+
+
+def unordered_accesses(ttir: str) -> list[str]:
+    """Accesses of a program to the same memory that no barrier orders, of which one is a store.
+
+    Threads of a program run apart between barriers, and which thread holds which element is the
+    compiler's choice: a load after a store, a store after a load, or a store after another one of
+    something else needs a barrier between. Memory is told apart by the kernel's pointer argument.
+    """
+    head, _, body = ttir.partition("attributes {noinline = false} {\n")
+    walker = _Walker(re.findall(r"(%\w+): !tt\.ptr", head))
+    walker.walk([re.sub(r" loc\(.*", "", line).strip() for line in body.splitlines()])
+    return walker.found
+
+
+class _Walker:
+    """Follows a kernel's text; ``roots`` says from which pointer arguments a value comes."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.roots = {argument: {argument} for argument in arguments}
+        self.constants: dict[str, str] = {}  # stores of one constant may come in any order
+        self.loaded: set[str] = set()
+        self.stored: dict[str, tuple[str, str]] = {}  # by which line, and what
+        self.found: list[str] = []
+        self.branch: tuple[set[str], dict[str, tuple[str, str]]] = (set(), {})
+
+    def walk(self, lines: list[str]) -> None:
+        at = 0
+        while at < len(lines):
+            self._step(lines[at])
+            if re.search(r"= scf\.(for|while)|^scf\.(for|while)", lines[at]):
+                end = _end_of_block(lines, at)
+                self.walk(lines[at + 1 : end])  # once more, for what an iteration leaves the next
+            at += 1
+
+    def _step(self, line: str) -> None:
+        if "barrier" in line:
+            self.loaded.clear()
+            self.stored.clear()
+            return
+        if line.startswith("cf.cond_br"):
+            self.branch = (set(self.loaded), dict(self.stored))
+        if line.startswith("tt.return"):  # what follows in the text follows the branch
+            self.loaded, self.stored = set(self.branch[0]), dict(self.branch[1])
+        if operation := re.search(r"tt\.load (%\w+)", line):
+            for root in self.roots.get(operation[1], ()):
+                if root in self.stored:
+                    self.found.append(f"load after store of {root}: {line}")
+                self.loaded.add(root)
+            return
+        if operation := re.search(r"tt\.store (%\w+), (%\w+)", line):
+            value = self.constants.get(operation[2], operation[2])
+            for root in self.roots.get(operation[1], ()):
+                before = self.stored.get(root, (line, value))
+                if root in self.loaded:
+                    self.found.append(f"store after load of {root}: {line}")
+                if before[0] != line and before[1] != value:
+                    self.found.append(f"store after another of {root}: {line}")
+                self.stored[root] = (line, value)
+            return
+        if constant := re.match(r"(%\w+) = arith.constant ([^:]+)", line):
+            self.constants[constant[1]] = constant[2]
+        if assignment := re.match(r"(%\w+)(?::\d+)? = ([\w.]+)(.*)", line):
+            operands = re.findall(r"%\w+", assignment[3])
+            if assignment[2] == "tt.addptr":
+                operands = operands[:1]
+            self.roots[assignment[1]] = {r for o in operands for r in self.roots.get(o, ())}
+
+
+def _end_of_block(lines: list[str], start: int) -> int:
+    """The line on which the block that opens on ``start`` ends, its ``do`` part included."""
+    depth = 0
+    for at in range(start, len(lines)):
+        depth += lines[at].count("{") - lines[at].count("}")
+        if depth == 0:
+            return at
+    return len(lines)
+
+
+def main() -> None:
+    """Prints what the kernels of one call need, of 8192 rows of 151936 bfloat16 logits."""
+    import torch
+
+    from opd_kernels._arguments import Allowed, Objective
+    from opd_kernels.backends import triton as backend
+
+    backend._multiprocessors = lambda device: 132
+    logits = torch.empty(8192, 151936, dtype=torch.bfloat16, device="meta")
+    print("sm   k     registers  shared  programs  warps  instructions  in the streaming loop")
+    for architecture in (80, 90, 100, 120):
+        for k in (32, 64, 128, 1024):
+            (kernel,) = compile_call(
+                lambda k=k: backend.select_divergence(
+                    logits, logits, k, Allowed(151936), Objective()
+                ),
+                architecture,
+            )
+            loops = [body for body in kernel.loops() if any("LDGSTS" in op for op in body)]
+            print(
+                f"{architecture:<4} {k:<5} {kernel.registers:<10} {kernel.shared:<7} "
+                f"{kernel.resident_programs():<9} {kernel.warps:<6} {len(kernel.instructions):<13} "
+                f"{len(loops[0])}"
+            )
+
+
+if __name__ == "__main__":
+    main()

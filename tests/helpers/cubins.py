@@ -1,0 +1,165 @@
+"""The CUDA kernels compiled for GPUs that need not be here, with the flags of the build.
+
+    python tests/helpers/cubins.py    # prints what each kernel needs
+
+Ninja keeps what is up to date under build/cubins.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import sass
+import setuptools
+from emulation.plan import GPUS, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+FOLDER = ROOT / "build" / "cubins"
+ARCHITECTURES = (80, 90, 100, 120)
+SOURCES = ("select", "gather", "divergence", "scatter")
+# What the listing adds from 9.0 on to a kernel's shared memory, where it uses any.
+_SYSTEM_SHARED = 1024
+
+
+@functools.cache
+def build_commands() -> dict[str, Any]:
+    """What setup.py defines."""
+    with mock.patch.object(setuptools, "setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@functools.cache
+def nvcc() -> list[str]:
+    """The build's command for a .cu file, but for the architectures."""
+    command = build_commands()["cuda_module"]().nvcc
+    return [word for word in command if not word.startswith("-gencode")]
+
+
+def available() -> bool:
+    """Whether there is an nvcc."""
+    try:
+        build_commands()["find_nvcc"]()
+    except OSError:
+        return False
+    return True
+
+
+def compiled(
+    csrc: Path = CSRC,
+    folder: Path = FOLDER,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    sources: tuple[str, ...] = SOURCES,
+) -> dict[tuple[int, str], sass.Code]:
+    """Each kernel of the sources, by architecture and name."""
+    lines = _rules()
+    for arch in architectures:
+        for source in sources:
+            name = f"{source}.{arch}"
+            lines += [
+                f"build {name}.cubin: compile {csrc / 'cuda' / source}.cu",
+                f"  arch = {arch}",
+                f"build {name}.sass: list {name}.cubin",
+            ]
+    _ninja(folder, lines)
+    kernels = {}
+    for arch in architectures:
+        for source in sources:
+            for code in sass.read((folder / f"{source}.{arch}.sass").read_text()):
+                static = max(code.shared - (_SYSTEM_SHARED if arch >= 90 else 0), 0)
+                named = replace(code, name=_plain(code.name), shared=static)
+                kernels[arch, named.name] = named
+    return kernels
+
+
+def listed(source: Path, folder: Path, arch: str, flags: list[str]) -> list[sass.Code]:
+    """The kernels of one file, compiled with more flags than the build's."""
+    lines = [
+        *_rules(flags),
+        f"build code.cubin: compile {source}",
+        f"  arch = {arch}",
+        "build code.sass: list code.cubin",
+    ]
+    _ninja(folder, lines)
+    return sass.read((folder / "code.sass").read_text())
+
+
+def _rules(flags: list[str] | None = None) -> list[str]:
+    command = shlex.join([*nvcc(), *(flags or [])]).replace("$", "$$")
+    return [
+        "rule compile",
+        f"  command = {command} -arch=sm_$arch -cubin -MMD -MF $out.d $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule list",
+        f"  command = {shlex.join(map(str, sass.LISTING))} $in > $out",
+    ]
+
+
+def itemsize(code: sass.Code) -> int:
+    """Of an element of the rows that a kernel reads, in bytes."""
+    return int(re.findall(r"(\d+)>$", code.name)[0]) // 8
+
+
+def streaming_loop(code: sass.Code) -> list[sass.Instruction]:
+    """The loop over a row: the innermost that loads what no cache need keep and takes maxima."""
+    loops = []
+    for body in code.bodies():
+        opcodes = [instruction.opcode for instruction in body]
+        if any(op.startswith("LDG.E.EF") for op in opcodes) and any(map(is_maximum, opcodes)):
+            loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def is_maximum(opcode: str) -> bool:
+    """Of floats, one, two or three at a time."""
+    return "MNMX" in opcode and not opcode.startswith(("IMNMX", "VIMNMX", "VIADDMNMX", "UIMNMX"))
+
+
+def _plain(mangled: str) -> str:
+    """select_kernel<Float32> of its symbol."""
+    name, argument = re.findall(r"\d([a-z_]+_kernel)(?:INS_\d+(\w+?)E)?", mangled)[0]
+    return f"{name}<{argument}>" if argument else name
+
+
+def write(file: Path, text: str) -> None:
+    """Leaves a file alone that holds the text already: nothing made of it is out of date."""
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def _ninja(folder: Path, lines: list[str]) -> None:
+    write(folder / "build.ninja", "\n".join([*lines, ""]))
+    command = [*build_commands()["ninja_command"](), "--quiet"]
+    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+
+
+def main() -> None:
+    """Prints what the kernels need, for 8192 rows of 151936 logits and k = 64."""
+    print(f"{'kernel':32} sm   registers threads shared blocks instructions in the streaming loop")
+    for (arch, name), code in sorted(compiled().items(), key=lambda item: item[0][::-1]):
+        threads, shared = 128, 0
+        if not name.startswith(("gather", "scatter")):
+            cut = plan(8192, 151936, 64, itemsize(code) if "<" in name else 2, GPUS[arch])
+            given = name.startswith("support")
+            threads = cut.support_threads if given else cut.threads
+            shared = cut.support_shared if given else cut.shared
+        blocks = sass.resident_blocks(arch, threads, code.registers, shared)
+        print(
+            f"{name:32} {arch:<4} {code.registers:9} {threads:7} {shared:6} {blocks:6} "
+            f"{len(code.instructions):12} {len(streaming_loop(code)) or '-':>9}"
+        )
+
+
+if __name__ == "__main__":
+    main()

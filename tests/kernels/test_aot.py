@@ -1,0 +1,324 @@
+"""The Triton kernels compiled for GPUs that are not here: registers, spills, widths of loads.
+
+A slice of the configurations runs by default; ``OPD_KERNELS_AOT=90`` (``make test-aot``) runs all
+that the table in ``configs`` gives for real vocabularies, for the architectures that it names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from aot import Kernel, compile_call, unordered_accesses
+
+from opd_kernels._arguments import Allowed, Objective, Temperature
+from opd_kernels.backends import triton as backend
+from opd_kernels.backends.triton import configs
+
+ARCHITECTURES = (80, 90, 100, 120)
+ALL = [int(name) for name in os.environ.get("OPD_KERNELS_AOT", "").split(",") if name]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARIES = (32768, 128256, 151936, 151669, 262144)
+TIERS = (16, 32, 64, 128, 256, 512, 1024)
+EVERY = tuple(itertools.product(ALL, DTYPES, TIERS, VOCABULARIES, (False, True)))
+# Each architecture, dtype, tier and vocabulary at least once, and the headline on all of them.
+SLICE = (
+    *((architecture, "bf16", 64, 151936, False) for architecture in ARCHITECTURES),
+    (90, "bf16", 32, 151936, False),
+    (90, "bf16", 128, 151669, True),
+    (90, "fp16", 64, 128256, False),
+    (90, "fp32", 64, 151669, False),
+    (80, "fp32", 1024, 32768, False),
+    (100, "fp16", 256, 262144, True),
+    (120, "bf16", 512, 151669, False),
+    (90, "bf16", 1024, 151936, False),
+    (120, "bf16", 16, 262144, True),
+)
+# Of the operators on hidden states and a head: (architecture, dtype, H, k).
+LINEAR_SLICE = (
+    *((architecture, "bf16", 4096, 64) for architecture in ARCHITECTURES),
+    (90, "fp32", 576, 64),
+    (90, "fp16", 2880, 5),
+)
+LINEAR = tuple(itertools.product(ALL, DTYPES, (576, 2880, 4096, 7168), (5, 32, 64)))
+SORTED = ["entry_keys_kernel", "sorted_dot_kernel", "add_slices_kernel"]
+GATHERING = ["gather_dot_kernel", "hidden_grad_kernel", "chunk_sums_kernel", "weight_grad_kernel"]
+ROWS = 8192
+# Bytes in flight that cover the latency of HBM at full bandwidth, for each multiprocessor.
+BYTES_IN_FLIGHT = 32 * 1024
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an H100."""
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 132)
+
+
+def check_resources(kernel: Kernel) -> None:
+    what = f"{kernel.name}: {kernel.registers} registers, {kernel.shared} bytes shared"
+    assert kernel.local == 0, what
+    assert kernel.stack == 0, what
+    assert not kernel.opcodes("LDL", "STL"), what
+    assert kernel.shared <= 99 * 1024, what  # what a block of every architecture can have
+
+
+def check_streaming(kernel: Kernel, itemsize: int) -> None:
+    """The loop over the row loads 16 bytes at a time and nothing else, with enough in flight."""
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
+    assert loads
+    assert all(op.endswith(".128") for op in loads), loads
+    in_flight = (configs.STAGES - 1) * configs.tile(itemsize, kernel.warps) * itemsize
+    assert kernel.resident_programs() * in_flight >= BYTES_IN_FLIGHT, (
+        f"{kernel.name}: {kernel.resident_programs()} programs of {kernel.registers} registers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "k", "vocab", "banned"),
+    EVERY or SLICE,
+    ids=lambda value: "headline" if value == 151936 else None,
+)
+def test_fused_kernel_has_no_spills_and_streams_by_16_bytes(
+    architecture: int, dtype: str, k: int, vocab: int, banned: bool
+) -> None:
+    logits = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
+    (kernel,) = compile_call(
+        lambda: backend.select_divergence(logits, logits, k, Allowed(vocab, bitmap), Objective()),
+        architecture,
+    )
+    assert kernel.name == "logits_divergence_kernel"
+    check_resources(kernel)
+    check_streaming(kernel, logits.element_size())
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64,))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ALL or (90,))
+def test_selection_masks_temperatures_and_few_rows(architecture: int, dtype: str, k: int) -> None:
+    rows, vocab = 64, 151669
+    logits = meta(rows, vocab, dtype=DTYPES[dtype])
+    allowed = Allowed(vocab, mask=meta(rows, dtype=torch.bool))
+    temperature = Temperature(rows=meta(rows))
+    kernels = compile_call(lambda: backend.select(logits, k, allowed), architecture)
+    assert [kernel.name for kernel in kernels] == ["group_maxima_kernel", "select_kernel"]
+    check_streaming(kernels[0], logits.element_size())
+    kernels += compile_call(
+        lambda: backend.select_divergence(
+            logits, logits, k, allowed, Objective(temperature, temperature)
+        ),
+        architecture,
+    )
+    for kernel in kernels:
+        check_resources(kernel)
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64, 1024))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ALL or (90,))
+def test_gathering_loads_eight_values_of_a_thread_before_it_stores_one(
+    architecture: int, dtype: str, k: int
+) -> None:
+    vocab = 151669
+    student, mask = meta(ROWS, vocab, dtype=DTYPES[dtype]), meta(ROWS, dtype=torch.bool)
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8)
+    for ids in (meta(ROWS, k, dtype=torch.int32), meta(ROWS, k, dtype=torch.int64)):
+        for allowed in (Allowed(vocab), Allowed(vocab, bitmap, mask)):
+            (kernel,) = compile_call(
+                lambda ids=ids, allowed=allowed: backend.gather(student, ids, allowed),
+                architecture,
+            )
+            check_resources(kernel)
+            assert not kernel.opcodes("BAR", "LDS", "STS"), kernel.name
+            value = "LDG.E" if student.element_size() == 4 else "LDG.E.U16"
+            accesses = kernel.opcodes("LDG", "STG")
+            first = accesses.index("STG.E")
+            assert accesses[first - 8 : first] == [value] * 8, accesses
+            in_flight = 8 * 32 * kernel.warps * 32  # sectors of 32 bytes
+            assert kernel.resident_programs() * in_flight >= BYTES_IN_FLIGHT
+
+
+@pytest.mark.parametrize("k", [64, 128])
+def test_up_to_128_entries_are_added_in_one_order_with_and_without_selection(k: int) -> None:
+    """One entry a thread: however many warps there are, the first to have entries are the same."""
+    vocab = 151669
+    logits = meta(ROWS, vocab, dtype=torch.bfloat16)
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8)
+    values, ids = meta(ROWS, k), meta(ROWS, k, dtype=torch.int32)
+    allowed, objective = Allowed(vocab, bitmap), Objective()
+    for call in (
+        lambda: backend.select_divergence(logits, logits, k, allowed, objective),
+        lambda: backend.entry_divergence(logits, values, ids, allowed, objective),
+        lambda: backend.entry_divergence(values, values, ids, Allowed(k), objective),
+    ):
+        (kernel,) = compile_call(call, 90)
+        assert set(kernel.entry_sums()) == {(k, 1)}
+        assert k <= 32 * kernel.warps
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64, 1024))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ALL or (90,))
+def test_given_support_and_gradient(architecture: int, dtype: str, k: int) -> None:
+    vocab = 151669
+    student = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    values, upstream = meta(ROWS, k), meta(ROWS)
+    for ids in (meta(ROWS, k, dtype=torch.int32), meta(ROWS, k, dtype=torch.int64)):
+        (kernel,) = compile_call(
+            lambda ids=ids: backend.entry_divergence(
+                student, values, ids, Allowed(vocab), Objective()
+            ),
+            architecture,
+        )
+        check_resources(kernel)
+    ids = meta(ROWS, k, dtype=torch.int32)
+    (clear,) = compile_call(
+        lambda: backend.scatter(values, ids, upstream, vocab, student.dtype), architecture
+    )
+    check_resources(clear)
+    (loop,) = (loop for loop in clear.loops() if any(op.startswith("STG") for op in loop))
+    stores = [op for op in loop if op.startswith("STG")]
+    assert stores
+    assert all(op.endswith(".128") for op in stores), stores
+    (add,) = compile_call(
+        lambda: backend.scatter_add_(student, values, ids, upstream), architecture
+    )
+    check_resources(add)
+
+
+def linear_calls(
+    dtype: torch.dtype, width: int, k: int, everything: bool = False
+) -> tuple[Callable[[], object], ...]:
+    """The operators on hidden states and a head, in the order of ``GATHERING``."""
+    vocab = 151936
+    hidden, weight = meta(ROWS, width, dtype=dtype), meta(vocab, width, dtype=dtype)
+    ids, upstream = meta(ROWS, k, dtype=torch.int32), meta(ROWS, k)
+    bias = meta(vocab, dtype=dtype) if everything else None
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if everything else None
+    mask = meta(ROWS, dtype=torch.bool) if everything else None
+    return (
+        lambda: backend.gather_dot(hidden, weight, bias, ids, Allowed(vocab, bitmap, mask)),
+        lambda: backend.gather_dot_hidden(upstream, ids, weight, dtype),
+        lambda: backend.gather_dot_weight(upstream, ids, hidden, vocab, dtype),
+    )
+
+
+def check_gathering(kernel: Kernel, k: int, width: int, itemsize: int) -> None:
+    """The loop loads its whole tile of gathered rows by 16 bytes; enough is in flight."""
+    least_rows, warps = configs.WEIGHT_GRAD_ROWS, configs.WEIGHT_GRAD_WARPS
+    shapes = {
+        "gather_dot_kernel": configs.dots(k, width, itemsize),
+        "hidden_grad_kernel": configs.row_sums(width, itemsize, configs.HIDDEN_GRAD_ROWS),
+    }
+    weight_grad = configs.row_sums(width, itemsize, least_rows, warps)
+    tile = math.prod(shapes.get(kernel.name, weight_grad)) * itemsize
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("FFMA") for op in loop))
+    loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
+    wide = tile // (16 * 32 * kernel.warps)
+    assert sum(op.endswith(".128") for op in loads) == wide, (kernel.name, loads)
+    stages = configs.STAGES - 1 if any(op.startswith("LDGSTS") for op in loop) else 1
+    assert kernel.resident_programs() * stages * tile >= BYTES_IN_FLIGHT, (
+        f"{kernel.name}: {kernel.resident_programs()} programs of {kernel.registers} registers"
+    )
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width", "k"), LINEAR or LINEAR_SLICE)
+def test_gathered_rows_are_loaded_by_16_bytes_and_nothing_is_added_in_memory(
+    architecture: int, dtype: str, width: int, k: int
+) -> None:
+    kernels: list[Kernel] = []
+    for call in linear_calls(DTYPES[dtype], width, k):
+        kernels += compile_call(call, architecture)
+    assert [kernel.name for kernel in kernels] == GATHERING
+    for kernel in kernels:
+        check_resources(kernel)
+        check_gathering(kernel, k, width, DTYPES[dtype].itemsize)
+        assert not kernel.opcodes("RED.", "REDG", "ATOM"), kernel.name
+    stores = kernels[-1].opcodes("STG")
+    assert stores
+    assert all(op.endswith(".128") for op in stores), stores
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width", "k"), LINEAR or LINEAR_SLICE)
+def test_sorted_entries_are_multiplied_without_spills_or_barriers(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: str, width: int, k: int
+) -> None:
+    monkeypatch.setattr(configs, "SORTED_DOTS", True)
+    itemsize = DTYPES[dtype].itemsize
+    kernels = compile_call(linear_calls(DTYPES[dtype], width, k)[0], architecture)
+    assert [kernel.name for kernel in kernels] == SORTED
+    for kernel in kernels:
+        check_resources(kernel)
+        assert not kernel.opcodes("RED.", "REDG", "ATOM"), kernel.name
+    products = kernels[1]
+    assert products.warps == 1
+    assert products.shared == 0
+    assert not products.opcodes("BAR", "STS", "LDS")
+    (loop,) = products.loops()
+    tile = configs.sorted_dots(ROWS, width, itemsize)[1] * itemsize
+    loads = [op for op in loop if op.startswith("LDG")]
+    # A row of the weight and one of the hidden states; key, row and place beside them.
+    assert sum(op.endswith(".128") for op in loads) == 2 * tile // (16 * 32), loads
+    assert len(loads) == 2 * tile // (16 * 32) + 3, loads
+    assert products.resident_programs() * tile >= BYTES_IN_FLIGHT
+
+
+# What a run on a GPU tries, one at a time; the order of sorted ids has tests of its own.
+VARIANTS = (
+    {"STAGES": 4},
+    {"WEIGHT_GRAD_ROWS": 1},
+    {"WEIGHT_GRAD_ROWS": 4},
+    {"WEIGHT_GRAD_WARPS": 2},
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants_that_a_gpu_tries_have_no_spills_and_load_by_16_bytes(
+    monkeypatch: pytest.MonkeyPatch, variant: dict[str, int]
+) -> None:
+    for name, value in variant.items():
+        monkeypatch.setattr(configs, name, value)
+    vocab, k, width, dtype = 151936, 64, 4096, torch.bfloat16
+    logits = meta(ROWS, vocab, dtype=dtype)
+    (fused,) = compile_call(
+        lambda: backend.select_divergence(logits, logits, k, Allowed(vocab), Objective()), 90
+    )
+    check_resources(fused)
+    check_streaming(fused, dtype.itemsize)
+    for call in linear_calls(dtype, width, k):
+        for kernel in compile_call(call, 90):
+            check_resources(kernel)
+            check_gathering(kernel, k, width, dtype.itemsize)
+
+
+@pytest.mark.parametrize("banned", [False, True])
+def test_barriers_stand_between_stores_and_loads_of_the_same_memory(
+    monkeypatch: pytest.MonkeyPatch, banned: bool
+) -> None:
+    vocab, k = 151669, 64
+    logits = meta(ROWS, vocab, dtype=torch.bfloat16)
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
+    ids, values, upstream = meta(ROWS, k, dtype=torch.int32), meta(ROWS, k), meta(ROWS)
+    allowed, objective = Allowed(vocab, bitmap), Objective()
+    calls = (
+        lambda: backend.select_divergence(logits, logits, k, allowed, objective),
+        lambda: backend.entry_divergence(logits, values, ids, allowed, objective),
+        lambda: backend.select(logits, k, allowed),
+        lambda: backend.gather(logits, ids, allowed),
+        lambda: backend.scatter(values, ids, upstream, vocab, torch.bfloat16),
+        *linear_calls(torch.bfloat16, 4096, k, everything=banned),
+    )
+    kernels = [kernel for call in calls for kernel in compile_call(call, 90)]
+    monkeypatch.setattr(configs, "SORTED_DOTS", True)
+    kernels += compile_call(linear_calls(torch.bfloat16, 4096, k, everything=banned)[0], 90)
+    for kernel in kernels:
+        assert unordered_accesses(kernel.ttir) == [], kernel.name
