@@ -94,8 +94,10 @@ def _ordered_on_host(
     if threads == 1:
         order(0)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(order, range(0, count, share)))  # the list raises what a thread raised
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = pool.map(order, range(share, count, share))
+            order(0)
+            list(others)  # raises what a thread raised
     return best_ids, best
 
 

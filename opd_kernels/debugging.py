@@ -68,8 +68,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
     - NaN and infinities in hidden states, in a teacher's head at these ids and in the student's
       head at the ids of the support; a bias may be -inf;
     - NaN and infinities in ``weight``, a ``normalizer`` that is not above 0 and finite;
-    - ``EntryGradient.add_to_``: ids outside of [0, V) but for -1, repeated ids, NaN and infinities
-      in ``entry_grad`` and ``upstream``;
+    - ``add_to_`` and ``dense`` of an ``EntryGradient``: ids outside of [0, V) but for -1, repeated
+      ids, NaN and infinities in ``entry_grad`` and ``upstream``;
     - ``sampled_token_loss``: NaN and infinities, but for ``logprobs`` of -inf.
 
     The message names the argument, the row by its leading indices, what is there and what is
@@ -185,9 +185,9 @@ def check_gather(
 
 
 @_looks
-def check_scatter_add(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """What is added to a dense gradient."""
-    rows, vocab = _rows(ids, None), out.shape[-1]
+def check_scatter_add(vocab: int, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    """What is added to a dense gradient of that vocabulary, or becomes one."""
+    rows = _rows(ids, None)
     allowed = f"-1 and 0 to {vocab - 1} (grad has a vocabulary of {vocab})"
     source = "pass what TopKReverseKL.apply returned for these rows"
     _check(ids, rows, lambda some, _: (some < -1) | (some >= vocab), "ids", allowed, source)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from opd_kernels import _checks, _ops
+from opd_kernels import _checks, _ops, debugging
 from opd_kernels.api import spelled
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
@@ -105,11 +105,14 @@ class EntryGradient:
         backend: str | None = None,
     ) -> Tensor:
         """The gradient (..., vocab_size), rounded once to ``dtype``; the rest is as ``add_to_``."""
+        _checks.check_int(vocab_size, "vocab_size")
         _checks.check_vocab_size(vocab_size)
         if dtype not in _checks.LOGIT_DTYPES:
             allowed = ", ".join(str(some).removeprefix("torch.") for some in _checks.LOGIT_DTYPES)
             raise TypeError(f"dtype is {dtype}, allowed are {allowed}")
         upstream, backend = self._checked(self.ids, upstream, backend)
+        if debugging.on_outside_of_operators():
+            debugging.check_scatter_add(vocab_size, self.entry_grad, self.ids, upstream)
         return _ops.scatter(self.entry_grad, self.ids, upstream, vocab_size, dtype, backend)
 
     def _checked(

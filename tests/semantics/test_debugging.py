@@ -326,11 +326,16 @@ def test_no_rows_are_fine() -> None:
         linear(HIDDEN[:0], teacher=SUPPORT[:0], mask=MASK[:0])
 
 
-def test_what_is_added_to_a_gradient_is_checked() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_added_to_a_gradient_or_becomes_one_is_checked(dense: bool) -> None:
     grad, ids, entries = STUDENT.clone(), SUPPORT.ids, drawn(*ROWS, K)
 
     def add(ids: torch.Tensor = ids, entries: torch.Tensor = entries, **more: Any) -> None:
-        EntryGradient(ids, entries).add_to_(grad.clone(), **more)
+        gradient = EntryGradient(ids, entries)
+        if dense:
+            gradient.dense(V, **more)
+        else:
+            gradient.add_to_(grad.clone(), **more)
 
     twice = spoilt(ids, int(ids[(*BAD, 0)]), 2)
     calls = {

@@ -128,7 +128,12 @@ def test_entries_take_no_option_that_reduces(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "error"),
-    [(0, torch.float32, ValueError), (2.5, torch.float32, TypeError), (V, torch.int32, TypeError)],
+    [
+        (0, torch.float32, ValueError),
+        (2.5, torch.float32, TypeError),
+        (None, torch.float32, TypeError),
+        (V, torch.int32, TypeError),
+    ],
 )
 def test_a_dense_gradient_has_a_vocabulary_and_a_floating_dtype(
     vocab_size: Any, dtype: torch.dtype, error: type[Exception]
