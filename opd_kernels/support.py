@@ -1,4 +1,4 @@
-"""A teacher's support: ``TopK``, and what a server's log-probs become."""
+"""``TopK``: a teacher's support as a value; also made from a server's log-probs."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class TopK:
 
     An entry is absent where its id is -1, outside the vocabulary or banned, or its logit is -inf.
 
-    Nothing is read here, so two things that servers and trainers write are taken at their word.
-    A sentinel is a logit as any other: with id 0 and -1e4 as a last entry a loss of 0.36 became
-    3263. Duplicate ids are entries of their own, whose gradients add up: a sampled token that is
-    listed twice made 0.366 into 0.396. ``from_tensors`` and ``from_logprobs`` take out both.
+    No value is read here, so sentinels and repeated ids stay. A sentinel is a logit like any other:
+    id 0 with -1e4 as the last entry turned a loss of 0.36 into 3263. Repeated ids are entries of
+    their own, whose gradients add up: a sampled token that was listed twice turned 0.366 into
+    0.396. ``from_tensors`` and ``from_logprobs`` remove both.
 
     It behaves as a container over its leading dimensions: ``topk[2:5]`` slices rows,
     ``topk.to(...)`` moves, ``TopK.cat`` concatenates, ``TopK.stack`` and ``default_collate`` stack,
@@ -70,10 +70,9 @@ class TopK:
         self.check()
 
     def check(self) -> None:
-        """Raises for tensors that are no support; values are not read.
+        """Raises unless the tensors make a support; values are not read.
 
-        What ``torch.utils._pytree`` maps over the tensors may leave anything in their place, so the
-        losses ask again.
+        ``torch.utils._pytree`` may have put anything in their place, so the losses call this again.
         """
         others = {"logits": self.logits}
         if self.logsumexp is not None:
@@ -293,11 +292,11 @@ class TopK:
     ) -> TopK:
         """Log-probs and ids that lie on a device as a ``TopK``, without synchronising.
 
-        With the entries (i, l) of a row that are there, each id i once with its largest l::
+        With the present entries of a row, (id i, log-prob l), each id once with its largest l::
 
-            ids, logits = the k first of them by (l descending, i ascending)
+            ids, logits = the first k of them by (l descending, i ascending)
 
-        An entry is not there where ``valid`` is False, where its log-prob is at or below
+        An entry is absent where ``valid`` is False, where its log-prob is at or below
         ``sentinel`` (compared in the log-probs' dtype) or -inf, and where its id is below 0 or
         above 2**31 - 1. NaN stays, ahead of all others.
 
@@ -377,7 +376,7 @@ def _check_tensor(tensor: object, name: str) -> None:
 
 
 def _one_width(parts: Iterable[TopK], name: str) -> list[TopK]:
-    """One or more supports of one width."""
+    """The parts as a list, once they are one or more supports of one width."""
     try:
         each = iter(parts)
     except TypeError as error:
@@ -399,7 +398,7 @@ def _one_width(parts: Iterable[TopK], name: str) -> list[TopK]:
 
 
 def _check_same_size(parts: list[TopK], name: str, joined: int | None = None) -> None:
-    """Equal leading shapes, but for the dimension that is joined."""
+    """Raises unless leading shapes are equal, except in the dimension that is joined."""
 
     def others(part: TopK) -> list[int]:
         return [size for i, size in enumerate(part.shape) if i != joined]
@@ -430,7 +429,7 @@ def _joined(join: Callable[..., Tensor], parts: list[TopK], dim: int) -> TopK:
 
 
 def _check_width(k: object) -> None:
-    """How many entries a row shall have, or None."""
+    """Raises unless k is None or a number of entries."""
     if k is None:
         return
     check_int(k, "k")
@@ -530,7 +529,7 @@ def _index_rows(index: Any, row_dims: int) -> tuple[Any, ...]:
 
 
 def _as_tensor(part: Any) -> Any:
-    """Arrays and (nested) lists as the tensors that they mean, so that their dimensions count."""
+    """Arrays and nested lists as tensors, so that their dimensions can be counted."""
     if isinstance(part, np.ndarray):
         return torch.from_numpy(part)
     if not isinstance(part, list):
