@@ -151,12 +151,12 @@ def _order_rows(
     if seen:
         entries = _joined_halves(numbers, rising)
         entries.sort(-1)
-        numbers = (entries >> 32).astype(np.uint32)
-        all_bits = np.negative(_marked_repeats(numbers).view(np.int8)).astype(np.uint32)
-        rising = entries.astype(np.uint32)
-        rising |= all_bits
-        numbers |= all_bits
-    entries = _joined_halves(rising, numbers)
+        upper = entries >> 32
+        entries <<= 32
+        entries |= upper  # the halves change places
+        entries |= np.negative(_marked_repeats(upper).view(np.int8)).astype(np.uint64)
+    else:
+        entries = _joined_halves(rising, numbers)
     entries.sort(-1)
     entries = entries[:, : out_ids.shape[1]]
     np.copyto(out_ids, entries, casting="unsafe")  # the lower half
