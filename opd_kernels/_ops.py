@@ -313,7 +313,7 @@ def _gradient_backend(
     return backends.resolve_linear(backend, ids.device, dtypes, ids.shape[-1])
 
 
-# --- checks of what kernels would read: they take addresses
+# Kernels take addresses. What they would read is checked here, whoever calls.
 
 
 def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
@@ -403,13 +403,12 @@ def _tell_autograd(out: Tensor) -> None:
     torch.autograd.graph.increment_version(out)
 
 
-# --- vmap: a mapped dimension is one more leading dimension
-
+# What all rows share, which vmap cannot map.
 _SHARED = {"banned": "banned_ids", "weight": "a head's weight", "bias": "a head's bias"}
 
 
 def mapped(info: Any, in_dims: Sequence[Any], args: Sequence[Any], names: Sequence[str]) -> Any:
-    """The arguments with their mapped dimension in front; what all rows share stays as it is."""
+    """The arguments with their mapped dimension as one more leading dimension."""
     return [
         _leading(arg, dim, name, info) for arg, dim, name in zip(args, in_dims, names, strict=True)
     ]
@@ -434,8 +433,6 @@ def _mapped_out(out: Tensor, dim: int | None, info: Any) -> Tensor:
         raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
     return check_buffer(out.movedim(dim, 0))
 
-
-# --- registration
 
 _LIBRARY = torch.library.Library("opd_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
