@@ -63,7 +63,7 @@ class LinearLogits:
 
     @staticmethod
     def _unchecked(*fields: Any) -> LinearLogits:
-        """Of the fields in their order, whatever they are."""
+        """Makes one from its fields in order, without checks."""
         head = object.__new__(LinearLogits)
         for name, value in zip(LinearLogits.__dataclass_fields__, fields, strict=True):
             object.__setattr__(head, name, value)

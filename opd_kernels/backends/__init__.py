@@ -55,7 +55,7 @@ class Backend(Protocol):
     def entry_divergence(
         self, student: Tensor, teacher: Tensor, ids: Tensor, allowed: Allowed, objective: Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, ids, entry gradients), on the ids, of which the teacher's values are given."""
+        """(loss, ids, entry gradients) on given ids; ``teacher`` holds its values there."""
 
     def scatter(
         self, entry_grad: Tensor, ids: Tensor, upstream: Tensor, width: int, dtype: torch.dtype

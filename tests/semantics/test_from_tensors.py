@@ -64,7 +64,7 @@ IDS = st.one_of(st.integers(-2, 6), st.sampled_from([2**31 - 1, 2**31, 2**32 + 3
 
 
 def from_tensors_off_cpu(*arguments: Any) -> TopK:
-    """``from_tensors`` on the path of devices other than the CPU."""
+    """``from_tensors`` as it runs on other devices than the CPU."""
     with mock.patch.object(_ordering, "_ordered_on_host", side_effect=RuntimeError):
         return TopK.from_tensors(*arguments)
 
