@@ -23,6 +23,8 @@ LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
 DEFAULT_K = 32  # arXiv 2603.25562
 MAX_LENGTH = 2**63 - 1
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt, np.integer, np.floating)
+FLAGS = (bool, np.bool_, torch.SymBool)
 _COMPUTED = reverse_kl()
 LARGEST_FLOAT = int(torch.finfo(torch.float64).max)
 # What to do about a DTensor, by what it holds.
@@ -56,14 +58,14 @@ def check_logits(logits: object, name: str, content: str = "logits") -> Tensor:
             f"{name} has dtype {logits.dtype}, allowed are float16, bfloat16, float32 and float64; "
             "convert it with .float()"
         )
-    if logits.ndim == 0:
+    shape = logits.shape
+    if not shape:
         raise ValueError(f"{name} is a scalar, expected {content} (..., V)")
-    if logits.shape[-1] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of 1 or more"
-        )
-    check_vocab(logits.shape[-1], name)
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+    vocab = shape[-1]
+    if vocab == 0:
+        raise ValueError(f"{name} has shape {tuple(shape)}, expected a vocabulary of 1 or more")
+    check_vocab(vocab, name)
+    if vocab > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary, allowed is 1; "
             f"call .contiguous() once where the {content} are made"
@@ -303,7 +305,7 @@ def check_factor(value: object, name: str) -> None:
 
 def check_flag(value: object, name: str) -> None:
     """True or False, and no tensor, whose value would have to be read."""
-    if not isinstance(value, (bool, np.bool_, torch.SymBool)):
+    if not isinstance(value, FLAGS):
         raise TypeError(f"{name} is a {type(value).__name__}, expected True or False")
 
 
@@ -467,8 +469,7 @@ def check_temperature_tensor(
 
 def check_number(value: object, name: str, expected: str = "a number or a tensor") -> None:
     """A real number that a float can hold. A compiler may know only its type."""
-    numbers = (int, float, torch.SymFloat, torch.SymInt, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, numbers):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} is a {type(value).__name__}, expected {expected}")
     if type(value) is int and abs(value) > LARGEST_FLOAT:
         raise ValueError(

@@ -230,6 +230,11 @@ def test_backward_allocates_the_gradient_once() -> None:
     assert peak_growth(SETUP + textwrap.dedent(call)) <= gradient + slack
 
 
+def test_a_graph_over_a_slice_of_the_logits_copies_nothing() -> None:
+    call = "call = lambda n: topk_rkl(student.requires_grad_()[:n, :-1], teacher[:n, :-1], K)\n"
+    assert peak_growth(SETUP + call) <= 16 * N * K + 64 * N + 2 * 65536
+
+
 def test_inplace_backward_allocates_no_gradient() -> None:
     call = """
     leaf = torch.zeros(1, requires_grad=True)
