@@ -15,8 +15,14 @@ class _Complete(inspect.BoundArguments):
 
     __slots__ = ("args", "kwargs")
 
-    def __init__(self, args: tuple[Any, ...]) -> None:
+    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...]) -> None:
+        self._signature = signature
         self.args, self.kwargs = args, {}  # type: ignore[misc]
+
+    @property
+    def arguments(self) -> dict[str, Any]:  # type: ignore[override]
+        """By name; made when somebody asks, which ``Function.apply`` does not."""
+        return dict(zip(self._signature.parameters, self.args, strict=True))
 
     def apply_defaults(self) -> None:
         pass
@@ -26,7 +32,7 @@ class _Signature(inspect.Signature):
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         if kwargs or len(args) != len(self.parameters):
             return super().bind(*args, **kwargs)
-        return _Complete(args)
+        return _Complete(self, args)
 
 
 def cached(forward: Callable[..., Any]) -> Callable[..., Any]:

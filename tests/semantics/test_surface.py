@@ -186,3 +186,14 @@ def test_a_divergence_that_is_not_computed_is_refused(other: Divergence, backend
     objective = Objective(divergence=other)
     with pytest.raises(ValueError, match="is not computed yet"):
         _ops.select_divergence(normal(N, V), normal(N, V), K, Allowed(V), objective, backend)
+
+
+def test_the_cached_signature_binds_as_inspect_does() -> None:
+    forward = TopKReverseKL.forward
+    ours = inspect.signature(forward).bind(1, 2, 3, None)
+    theirs = inspect.Signature(list(inspect.signature(forward).parameters.values())).bind(
+        1, 2, 3, None
+    )
+    assert dict(ours.arguments) == dict(theirs.arguments)
+    assert (ours.args, ours.kwargs) == (theirs.args, theirs.kwargs)
+    assert "student=1" in repr(ours)
