@@ -103,8 +103,8 @@ def check_constant(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
 
 
-def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
-    """Ids or entry gradients (..., K) of the rows of ``grad``."""
+def check_entries(entries: object, name: str, other: Tensor, other_name: str) -> Tensor:
+    """Ids or entry gradients (..., K) of the rows of another tensor."""
     source = f"pass the {name} that TopKReverseKL.apply returned"
     if not isinstance(entries, Tensor):
         raise TypeError(
@@ -113,13 +113,13 @@ def check_entries(entries: object, name: str, grad: Tensor) -> Tensor:
     check_local(entries, name)
     check_dense(entries, name)
     check_entries_dtype(entries, name)
-    if entries.ndim == 0 or entries.shape[:-1] != grad.shape[:-1] or entries.shape[-1] == 0:
+    if entries.ndim == 0 or entries.shape[:-1] != other.shape[:-1] or entries.shape[-1] == 0:
         raise ValueError(
-            f"{name} has shape {tuple(entries.shape)}, expected grad's leading shape "
-            f"{tuple(grad.shape[:-1])} and 1 or more entries per row; {source} for these rows"
+            f"{name} has shape {tuple(entries.shape)}, expected the leading shape of {other_name}, "
+            f"{tuple(other.shape[:-1])}, and 1 or more entries per row; {source} for these rows"
         )
     check_constant(entries, name)
-    check_same_device(entries, grad.device, name, "grad is")
+    check_same_device(entries, other.device, name, f"{other_name} is")
     return entries
 
 
@@ -142,8 +142,8 @@ def check_same_entries(ids: Tensor, entry_grad: Tensor) -> None:
         )
 
 
-def check_upstream(upstream: object, grad: Tensor) -> Tensor:
-    """A constant floating factor per row of ``grad``."""
+def check_upstream(upstream: object, other: Tensor, other_name: str) -> Tensor:
+    """A constant floating factor per row of another tensor."""
     if not isinstance(upstream, Tensor):
         raise TypeError(
             f"upstream is a {type(upstream).__name__}, expected a tensor with one per row, or None "
@@ -156,9 +156,10 @@ def check_upstream(upstream: object, grad: Tensor) -> Tensor:
             ".float()"
         )
     check_dense(upstream, "upstream")
-    check_row_shape(upstream, grad.shape[:-1], "upstream", "grad's")
+    whose = f"{other_name}'" if other_name.endswith("s") else f"{other_name}'s"
+    check_row_shape(upstream, other.shape[:-1], "upstream", whose)
     check_constant(upstream, "upstream")
-    check_same_device(upstream, grad.device, "upstream", "grad is")
+    check_same_device(upstream, other.device, "upstream", f"{other_name} is")
     return upstream
 
 

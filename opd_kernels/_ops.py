@@ -216,7 +216,8 @@ def _scatter_add(
     module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype)
     _check_device(out, "out", ids)
     if debugging.ON:
-        debugging.check_scatter_add(out.shape[-1], entry_grad, ids, upstream)
+        known = f"grad has a vocabulary of {out.shape[-1]}"
+        debugging.check_scatter(out.shape[-1], known, entry_grad, ids, upstream)
     module.scatter_add_(out, entry_grad, ids, upstream)
     _tell_autograd(out)
 

@@ -185,10 +185,12 @@ def check_gather(
 
 
 @_looks
-def check_scatter_add(vocab: int, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
-    """What is added to a dense gradient of that vocabulary, or becomes one."""
+def check_scatter(
+    vocab: int, known: str, entry_grad: Tensor, ids: Tensor, upstream: Tensor
+) -> None:
+    """What is added to a dense gradient or becomes one; ``known`` says whence its vocabulary is."""
     rows = _rows(ids, None)
-    allowed = f"-1 and 0 to {vocab - 1} (grad has a vocabulary of {vocab})"
+    allowed = f"-1 and 0 to {vocab - 1} ({known})"
     source = "pass what TopKReverseKL.apply returned for these rows"
     _check(ids, rows, lambda some, _: (some < -1) | (some >= vocab), "ids", allowed, source)
     _check(

@@ -92,7 +92,7 @@ class EntryGradient:
         ``topk_rkl``. Autograd is told that ``grad`` has changed.
         """
         grad = _checks.check_buffer(grad)
-        upstream, backend = self._checked(grad, upstream, backend)
+        upstream, backend = self._checked(grad, "grad", upstream, backend)
         _ops.scatter_add_(grad, self.entry_grad, self.ids, upstream, backend)
         return grad
 
@@ -110,22 +110,23 @@ class EntryGradient:
         if dtype not in _checks.LOGIT_DTYPES:
             allowed = ", ".join(str(some).removeprefix("torch.") for some in _checks.LOGIT_DTYPES)
             raise TypeError(f"dtype is {dtype}, allowed are {allowed}")
-        upstream, backend = self._checked(self.ids, upstream, backend)
+        upstream, backend = self._checked(self.ids, "ids", upstream, backend)
         if debugging.on_outside_of_operators():
-            debugging.check_scatter_add(vocab_size, self.entry_grad, self.ids, upstream)
+            known = f"vocab_size is {vocab_size}"
+            debugging.check_scatter(vocab_size, known, self.entry_grad, self.ids, upstream)
         return _ops.scatter(self.entry_grad, self.ids, upstream, vocab_size, dtype, backend)
 
     def _checked(
-        self, grad: Tensor, upstream: Tensor | None, backend: str | None
+        self, rows: Tensor, name: str, upstream: Tensor | None, backend: str | None
     ) -> tuple[Tensor, str]:
-        """(upstream, the backend's name), once everything fits the rows of ``grad``, (..., any)."""
-        ids = _checks.check_entries(self.ids, "ids", grad)
-        entry_grad = _checks.check_entries(self.entry_grad, "entry_grad", grad)
+        """(upstream, the backend's name), once everything fits ``rows`` (..., any), so named."""
+        ids = _checks.check_entries(self.ids, "ids", rows, name)
+        entry_grad = _checks.check_entries(self.entry_grad, "entry_grad", rows, name)
         _checks.check_same_entries(ids, entry_grad)
         if upstream is None:
             upstream = entry_grad.new_ones(ids.shape[:-1])
         else:
-            upstream = _checks.check_upstream(upstream, grad)
+            upstream = _checks.check_upstream(upstream, rows, name)
         return upstream, backend_name(backend)
 
 

@@ -353,6 +353,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["upstream", "()", "grad's leading shape (4,)"],
     ),
+    "dense entries of other rows": (
+        lambda: EntryGradient(IDS, ENTRIES[:2]).dense(7),
+        ValueError,
+        ["entry_grad", "(2, 3)", "leading shape of ids, (4,)"],
+    ),
+    "dense upstream shape": (
+        lambda: EntryGradient(IDS, ENTRIES).dense(7, upstream=torch.ones(())),
+        ValueError,
+        ["upstream", "()", "ids' leading shape (4,)"],
+    ),
+    "dense upstream's device": (
+        lambda: EntryGradient(IDS, ENTRIES).dense(7, upstream=torch.ones(4, device="meta")),
+        ValueError,
+        ["upstream is on meta", "ids is on cpu"],
+    ),
     "upstream with gradient": (
         lambda: EntryGradient(IDS, ENTRIES).add_to_(S, torch.ones(4, requires_grad=True)),
         ValueError,
