@@ -257,6 +257,7 @@ def _gather_dot(
     """``gather`` on the logits of a head, of which no others are computed."""
     _check_head(hidden, weight, bias, allowed)
     _check_device(ids, "ids", hidden)
+    _check_width(ids)
     if debugging.ON:
         debugging.check_gather(hidden, weight, bias, ids, allowed)
     dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -337,6 +338,13 @@ def _check_ids(ids: Tensor, shape: Sequence[int], student: Tensor) -> None:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, expected {tuple(shape)}")
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"ids have dtype {ids.dtype}, allowed are int32 and int64")
+    _check_width(ids)
+
+
+def _check_width(ids: Tensor) -> None:
+    """Raises unless a support has entries: kernels are compiled for 1 or more."""
+    if ids.shape[-1] == 0:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, expected 1 or more per row")
 
 
 def _check_allowed(allowed: Allowed, logits: Tensor, vocab: int) -> None:

@@ -343,3 +343,16 @@ def test_a_divergence_that_the_kernels_do_not_compute_raises(
         NATIVES[name].select_divergence(student, teacher, K, Allowed(V), objective)
     with pytest.raises(ValueError, match=r"not reverse_kl\(\), the only one"):
         NATIVES[name].entry_divergence(student, teacher, ids, Allowed(V), objective)
+
+
+def test_operators_refuse_a_support_without_entries(backend: str) -> None:
+    ids, values, allowed = torch.zeros(N, 0, dtype=torch.int32), torch.zeros(N, 0), Allowed(4)
+    hidden = torch.ones(N, 4)
+    calls = (
+        lambda: _ops.gather(hidden, ids, allowed, backend),
+        lambda: _ops.gather_dot(hidden, hidden.new_ones(4, 4), None, ids, allowed, backend),
+        lambda: _ops.entry_divergence(hidden, values, ids, allowed, Objective(), backend),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"ids have shape \(\d+, 0\), expected 1 or more"):
+            call()
