@@ -413,7 +413,11 @@ def _tell_autograd(out: Tensor) -> None:
 
 
 # What all rows share, which vmap cannot map.
-_SHARED = {"banned": "banned_ids", "weight": "a head's weight", "bias": "a head's bias"}
+_SHARED = {
+    "banned": "banned_ids",
+    "weight": "a head's weight (student_weight, or that of a LinearLogits)",
+    "bias": "a head's bias (student_bias, or that of a LinearLogits)",
+}
 
 
 def mapped(info: Any, in_dims: Sequence[Any], args: Sequence[Any], names: Sequence[str]) -> Any:
@@ -429,7 +433,10 @@ def _leading(arg: Any, dim: Any, name: str, info: Any) -> Any:
         return type(arg)(*mapped(info, dim, arg, fields._fields))
     if name in _SHARED:
         if dim is not None:
-            raise ValueError(f"{_SHARED[name]} cannot be mapped by vmap; pass one for all")
+            raise ValueError(
+                f"{_SHARED[name]} cannot be mapped by vmap: all rows of a call share one; map the "
+                "rest with in_dims None there, or call the loss for each and torch.stack the losses"
+            )
         return arg
     if not isinstance(arg, Tensor):
         return arg

@@ -501,8 +501,11 @@ def test_function_transforms_give_what_autograd_gives() -> None:
     mapped = torch.vmap(from_heads)(hidden, teacher_hidden)
     for row in range(3):
         assert torch.equal(mapped[row], from_heads(hidden[row], teacher_hidden[row]))
-    with pytest.raises(ValueError, match="cannot be mapped by vmap"):
-        torch.vmap(loss, (None, 0, None))(hidden[0], weight.expand(2, -1, -1), teacher[0])
+    heads = weight.expand(2, -1, -1)
+    with pytest.raises(ValueError, match=r"student_weight.*LinearLogits.*vmap.*torch\.stack"):
+        torch.vmap(loss, (None, 0, None))(hidden[0], heads, teacher[0])
+    with pytest.raises(ValueError, match=r"weight.*LinearLogits.*vmap.*torch\.stack"):
+        torch.vmap(lambda head: loss(hidden[0], weight, LinearLogits(hidden[0], head)))(heads)
 
 
 def test_checkpointing_recomputes_the_same() -> None:
