@@ -147,9 +147,18 @@ def test_gathering_loads_eight_values_of_a_thread_before_it_stores_one(
             assert kernel.resident_programs() * in_flight >= BYTES_IN_FLIGHT
 
 
-@pytest.mark.parametrize("k", [64, 128])
-def test_up_to_128_entries_are_added_in_one_order_with_and_without_selection(k: int) -> None:
-    """One entry a thread: however many warps there are, the first to have entries are the same."""
+@pytest.mark.parametrize("k", TIERS)
+def test_as_many_threads_hold_entries_with_and_without_selection(k: int) -> None:
+    threads = min(k, 32 * configs.entry_warps(k))
+    for width, itemsize in itertools.product((k, 1000, *VOCABULARIES, 400001, 1 << 20), (2, 4)):
+        for aligned in (False, True):
+            config = configs.selection(k, width, itemsize, aligned)
+            assert min(config.k_pad, 32 * config.warps) == threads, (width, config)
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64, 256))
+def test_entries_are_added_in_one_order_with_and_without_selection(k: int) -> None:
+    """Entries go to threads one by one, and the threads that hold some are as many everywhere."""
     vocab = 151669
     logits = meta(ROWS, vocab, dtype=torch.bfloat16)
     bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8)
@@ -162,7 +171,7 @@ def test_up_to_128_entries_are_added_in_one_order_with_and_without_selection(k: 
     ):
         (kernel,) = compile_call(call, 90)
         assert set(kernel.entry_sums()) == {(k, 1)}
-        assert k <= 32 * kernel.warps
+        assert min(k, 32 * kernel.warps) == min(k, 512)
 
 
 @pytest.mark.parametrize("k", TIERS if ALL else (64, 1024))

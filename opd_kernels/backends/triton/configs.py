@@ -2,7 +2,8 @@
 
 A row is cut into groups. Small groups mean more group maxima to search, large ones more elements to
 read a second time (k groups of them). The table keeps the second read near 3 % of a row of 150 000
-for k up to 64 and 10 % at 1024; warps are added until a thread holds 32 elements or maxima.
+for k up to 64 and 10 % at 1024; warps are added until a thread holds 32 elements or maxima (64
+beyond 262144 ids at k above 512).
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
     while groups_pad // clan > max(k_pad(k) * clan, _CLANS):
         clan *= 2
     keys = max(groups_pad, min(k_pad(k), groups_pad) * group)
-    warps = min(max(keys // (_PER_THREAD * _THREADS), WARPS), _MAX_WARPS)
+    # As many threads hold entries as in a program without a selection, which then adds them up in
+    # the same order: the fused operator has the bits of its steps.
+    least = entry_warps(k)
+    most = _MAX_WARPS if k_pad(k) <= _THREADS * least else least
+    warps = min(max(keys // (_PER_THREAD * _THREADS), least), most)
     return Selection(k_pad(k), group, groups_pad, clan, tile(itemsize, warps), warps)
 
 
@@ -110,8 +115,8 @@ def k_pad(k: int) -> int:
 
 
 def entry_warps(k: int) -> int:
-    """Warps of a program that holds k entries and no more."""
-    return max(WARPS, k_pad(k) // 64)
+    """Warps of a program that holds k entries and no more: an entry a thread, up to 16 warps."""
+    return max(WARPS, min(k_pad(k), 512) // _THREADS)
 
 
 def entries(k: int) -> tuple[int, int]:
