@@ -293,13 +293,13 @@ def _topk_rkl(
     _checks.check_flag(return_stats, "return_stats")
     device = student.device
     rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
+    teacher = check_teacher(teacher, k, rows, device)
     call = resolve(options, rows, device)
     if options.get("inplace_grad") and isinstance(student, LinearLogits):
         raise ValueError(
             "inplace_grad=True reuses the memory of logits, and student is hidden states and a "
             "head, which has none; leave it out"
         )
-    teacher = check_teacher(teacher, rows, device)
     losses = row_losses(student, teacher, k, call, with_support=return_stats, depth=2)
     loss = call.reduce(losses.loss)
     if losses.support is None:

@@ -70,9 +70,9 @@ def row_losses(
 
 
 def check_teacher(
-    teacher: object, rows: torch.Size, device: torch.device
+    teacher: object, k: int | None, rows: torch.Size, device: torch.device
 ) -> Tensor | TopK | LinearLogits:
-    """The teacher, once it fits the student's rows."""
+    """The teacher, once it fits the student's rows and k."""
     if isinstance(teacher, TopK):
         teacher.check()
         shape, tensor = teacher.shape, teacher.ids
@@ -88,7 +88,15 @@ def check_teacher(
         )
     _checks.check_same_rows(rows, shape)
     _checks.check_same_device(tensor, device, "teacher")
+    if isinstance(teacher, TopK):
+        _checks.check_k_matches(k, teacher.k)
+    elif k is not None:
+        _checks.check_k(k, _vocab_of(teacher))
     return teacher
+
+
+def _vocab_of(teacher: Tensor | LinearLogits) -> int:
+    return teacher.vocab if isinstance(teacher, LinearLogits) else teacher.shape[-1]
 
 
 def _support_size(
@@ -96,11 +104,9 @@ def _support_size(
 ) -> tuple[int, int]:
     """(k, limit): entries of a row, and below which ids they are."""
     if isinstance(teacher, TopK):
-        _checks.check_k_matches(k, teacher.k)
         return teacher.k, vocab
-    teacher_vocab = teacher.vocab if isinstance(teacher, LinearLogits) else teacher.shape[-1]
+    teacher_vocab = _vocab_of(teacher)
     k = min(_checks.DEFAULT_K, teacher_vocab) if k is None else k
-    _checks.check_k(k, teacher_vocab)
     return k, min(vocab, teacher_vocab)
 
 

@@ -75,8 +75,8 @@ class EntryGradient:
         student = _checks.check_logits(student, "student")
         check_names(options, "EntryGradient.of", RowOptions)
         rows, device = student.shape[:-1], student.device
+        teacher = check_teacher(teacher, k, rows, device)
         call = resolve(cast(Options, options), rows, device)
-        teacher = check_teacher(teacher, rows, device)
         losses = row_losses(student.detach(), teacher, k, call, with_support=False, depth=1)
         return losses.loss, EntryGradient(losses.ids, losses.entry_grad)
 

@@ -441,3 +441,10 @@ def test_the_environment_turns_it_on(
         opd_kernels.topk_rkl(spoilt_student, TEACHER, K)
     with pytest.raises(ValueError, match="OPD_KERNELS_DEBUG is 'yes', allowed are 1"):
         reloaded("yes")
+
+
+@pytest.mark.parametrize("function", [topk_rkl, EntryGradient.of])
+@pytest.mark.parametrize(("teacher", "k"), [(TEACHER, V + 1), (SUPPORT, K + 1), (TEACHER, 0)])
+def test_a_wrong_k_is_told_before_values_are_looked_at(function: Any, teacher: Any, k: int) -> None:
+    with debug(), pytest.raises(ValueError, match=f"k is {k}"):
+        function(STUDENT, teacher, k, temperature=spoilt(ONES, NAN))
