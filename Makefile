@@ -87,6 +87,7 @@ fuzz: $(VENV)/.test ## fuzzes the CPU backend for ten minutes
 
 bench: $(VENV)/.test ## benchmarks on the CPU
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/divergences.py
 	$(BIN)/python benchmarks/linear.py
 
 # The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
@@ -95,7 +96,7 @@ sanitize: sanitize-numbers sanitize-calls ## the suite under AddressSanitizer an
 
 # Two parts, for two cores.
 sanitize-numbers: SANITIZED_TESTS := differential
-sanitize-calls: SANITIZED_TESTS := linear boundaries errors cuda semantics memory linear_memory gather
+sanitize-calls: SANITIZED_TESTS := linear boundaries errors cuda semantics memory linear_memory gather tails
 sanitize-numbers sanitize-calls: sanitized
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -77,10 +78,15 @@ def inplace(students: list, teachers: list, k: int) -> Run:
 
 
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, measured in turn."""
+    """Median milliseconds of each, measured in turn, in another order in each round.
+
+    The memory that one run gives back, or threads that still spin, may cost the next one time.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs.items()), random.Random(0).shuffle
     for round_ in range(rounds + 1):
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run(round_)
             if round_ > 0:  # the first one warms up

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels import TopK, topk_rkl
+from opd_kernels import Divergence, TopK, topk_rkl
 
 CHECKED_ROWS = 64
 
@@ -35,6 +35,39 @@ def naive_eager(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     log_q = values - values.logsumexp(-1, keepdim=True)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def careful_full(
+    student: Tensor, teacher: Tensor, k: int, divergence: Divergence, outside: str
+) -> Tensor:
+    """Full softmaxes as a good trainer takes them: a log-sum-exp a side, then K entries."""
+    values, ids = teacher.topk(k, dim=-1)
+    log_p = student.gather(-1, ids).float() - student.float().logsumexp(-1, keepdim=True)
+    log_q = values.float() - teacher.float().logsumexp(-1, keepdim=True)
+    return _divergence_of(log_p, log_q, divergence, outside)
+
+
+def naive_full(
+    student: Tensor, teacher: Tensor, k: int, divergence: Divergence, outside: str
+) -> Tensor:
+    """What trainers ship: float32 copies and log-softmaxes of everything, of which K are taken."""
+    student_logp, teacher_logp = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    log_q, ids = teacher_logp.topk(k, dim=-1)
+    return _divergence_of(student_logp.gather(-1, ids), log_q, divergence, outside)
+
+
+def _divergence_of(log_p: Tensor, log_q: Tensor, divergence: Divergence, outside: str) -> Tensor:
+    """Reverse and forward KL of entries; a bucket is what is left of 1."""
+    if outside == "bucket":
+        log_p, log_q = (
+            torch.cat((x, torch.log1p(-x.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))), -1)
+            for x in (log_p, log_q)
+        )
+    p, q = log_p.exp(), log_q.exp()
+    terms = (divergence.reverse * p - divergence.forward * q) * (log_p - log_q)
+    if outside == "generalize":
+        terms = terms + (divergence.reverse - divergence.forward) * (q - p)
+    return terms.sum(-1).mean()
 
 
 class _Output(torch.autograd.Function):

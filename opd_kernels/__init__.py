@@ -1,7 +1,10 @@
 """Fused kernels for top-K on-policy distillation.
 
-``topk_rkl`` is the loss. Each side is logits or ``LinearLogits``, hidden states and a head, which
-``head_of`` reads from a model; ``linear_topk_rkl`` takes the parts of a student's head by name.
+``topk_rkl`` is the paper's loss, and ``topk_divergence`` the family around it: ``reverse_kl``,
+``forward_kl``, ``jsd``, ``mixed``, ``skew_reverse_kl``, ``skew_forward_kl`` or any ``Divergence``,
+renormalised on the support or with what lies outside of it. Each side is logits or
+``LinearLogits``, hidden states and a head, which ``head_of`` reads from a model;
+``linear_topk_rkl`` takes the parts of a student's head by name.
 ``select_topk`` is the teacher's support by itself, ``TopK`` a support that was cached or came from
 a server, ``TopKReverseKL`` the ``torch.autograd.Function`` underneath and ``EntryGradient`` a way
 to add its gradient to another loss's.
@@ -15,8 +18,17 @@ calls look at values and raise with the first bad row.
 from importlib.metadata import PackageNotFoundError, version
 
 from opd_kernels._autograd import TopKReverseKL
-from opd_kernels.api import linear_topk_rkl, topk_rkl
+from opd_kernels.api import linear_topk_rkl, topk_divergence, topk_rkl
 from opd_kernels.debugging import debug
+from opd_kernels.divergences import (
+    Divergence,
+    forward_kl,
+    jsd,
+    mixed,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+)
 from opd_kernels.gradient import EntryGradient
 from opd_kernels.head import LinearLogits
 from opd_kernels.model_head import head_of
@@ -42,6 +54,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "Divergence",
     "EntryGradient",
     "LinearLogits",
     "Stats",
@@ -51,15 +64,22 @@ __all__ = [
     "compare_tokenizers",
     "debug",
     "first_occurrences",
+    "forward_kl",
     "head_of",
+    "jsd",
     "linear_topk_rkl",
+    "mixed",
     "predicting",
     "response_mask",
     "returns_to_go",
+    "reverse_kl",
     "sampled_token_advantages",
     "sampled_token_loss",
     "select_topk",
+    "skew_forward_kl",
+    "skew_reverse_kl",
     "special_token_mask",
     "token_ids",
+    "topk_divergence",
     "topk_rkl",
 ]

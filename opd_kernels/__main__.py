@@ -223,7 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.seconds > 0 and math.isfinite(options.seconds)):
         parser.error(f"--seconds is {options.seconds}, allowed are finite numbers above 0")
 
-    for message in ("k=1: a support of one entry", "opd_kernels runs on one thread"):
+    for message in (
+        "k=1: a support of one entry",
+        'reverse KL with outside="truncate"',
+        "opd_kernels runs on one thread",
+    ):
         warnings.filterwarnings("ignore", message=message)
     found = devices()
     for line in versions():

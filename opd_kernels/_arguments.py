@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels.divergences import Divergence, reverse_kl
+from opd_kernels.divergences import RENORMALIZE, Divergence, reverse_kl
 
 
 class Allowed(NamedTuple):
@@ -35,19 +35,55 @@ class Temperature(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is computed on the entries of a support."""
+    """What is computed on the entries of a support.
+
+    The divergence's weights are numbers here; ``weights`` (..., 4) replaces them where rows differ.
+    ``outside`` is what becomes of the probability that is not on the support, one of
+    ``divergences.OUTSIDE``.
+    """
 
     temperature: Temperature = Temperature()
     teacher_temperature: Temperature = Temperature()
     divergence: Divergence = reverse_kl()
+    weights: Tensor | None = None
+    outside: str = RENORMALIZE
+
+
+class Tail(NamedTuple):
+    """What a log-sum-exp outside of the support is over.
+
+    It is that of x / T over the ids in [0, ``width``) that are not in the support, banned ones
+    included. Width 0: nobody asks for it.
+    """
+
+    width: int = 0
+    temperature: Temperature = Temperature()
+
+
+def no_tail() -> Tail:
+    """Written out: of a default, torch.compile would make an input of the graph."""
+    return Tail(0, Temperature(1.0, None))
+
+
+class Tails(NamedTuple):
+    """Both sides' log-sum-exps (...), each at its own temperature, outside of the listed ids.
+
+    ``student`` may be None: it is computed, over the ids in [0, ``width``). Where it is given, no
+    id is listed twice.
+    """
+
+    teacher: Tensor
+    student: Tensor | None
+    width: int
 
 
 class Background(NamedTuple):
     """What a dense gradient holds where no entry is: factor p, with p = exp(z / T - logsumexp).
 
     ``factors`` (...), or None for zeros everywhere; ``logsumexp`` (...) of z / T over the ids in
-    [0, ``limit``), beyond which the gradient is 0; ``logits`` z (..., V), or None where the
-    gradient's own memory holds them. Where the factor is 0, so is the gradient, whatever z is.
+    [0, ``limit``), beyond which the gradient is 0, or over those of them without an entry, where p
+    may then exceed 1 at the entries; ``logits`` z (..., V), or None where the gradient's own memory
+    holds them. Where the factor is 0, so is the gradient, whatever z is.
     """
 
     factors: Tensor | None = None
@@ -102,3 +138,8 @@ def unpack_bitmap(bitmap: Tensor, limit: int) -> Tensor:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 where an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that lack it: of log-sum-exps and a row's few entries."""
+    return torch.float32 if device.type == "mps" else torch.float64

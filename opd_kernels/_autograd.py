@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from opd_kernels import _ops
-from opd_kernels._arguments import Allowed, Background, Objective
+from opd_kernels._arguments import Allowed, Background, Objective, Tails, Temperature
 from opd_kernels._checks import DEFAULT_K, check_inplace
 from opd_kernels._ops import mapped
 from opd_kernels._signature import cached
 from opd_kernels.backends import AUTO
 
-__all__ = ["GatherDot", "Request", "TopKReverseKL"]
+__all__ = ["FullDivergence", "GatherDot", "Request", "TopKReverseKL"]
 
 _TWICE = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant; "
@@ -101,6 +101,101 @@ class TopKReverseKL(torch.autograd.Function):
         """A mapped dimension is one more leading dimension."""
         names = ("student", "teacher", "k", "request")
         return TopKReverseKL.apply(*mapped(info, in_dims, args, names)), (0, 0, 0)
+
+
+class FullDivergence(torch.autograd.Function):
+    """Per-row divergences of full softmaxes, on a given support.
+
+    ``apply(student, teacher, request, tails)`` takes the student's logits (..., V), the
+    teacher's values (..., K) at ``request.ids``, and both log-sum-exps outside of the support.
+    Returns ``(loss, ids, entry_grad, factors, logsumexp)``; the last four are constant and make the
+    gradient. Kept for backward: them, and the logits.
+    """
+
+    @staticmethod
+    @cached
+    def forward(
+        student: Tensor, teacher: Tensor, request: Request, tails: Tails
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Runs the operator."""
+        _refuse_compiled_transform()
+        ids, allowed, objective, _, backend = request
+        assert ids is not None
+        assert allowed is not None
+        return _ops.full_divergence(student, teacher, ids, allowed, objective, tails, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps what makes the gradient, and the logits."""
+        student, _, request, tails = inputs
+        if request.inplace:
+            check_inplace(student)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        value, rows = request.objective.temperature
+        ctx.save_for_backward(student, *output[1:], rows)
+        ctx.limit, ctx.temperature, ctx.inplace = tails.width, value, request.inplace
+        ctx.backend = request.backend
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """The dense gradient for ``student``, None for everything else."""
+        if upstream is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        student, ids, entry_grad, factors, logsumexp, rows = ctx.saved_tensors
+        temperature = Temperature(ctx.temperature, rows)
+        background = Background(factors, logsumexp, ctx.limit, student.detach(), temperature)
+        grad = _BackgroundGradient.apply(
+            student, upstream, entry_grad, ids, background, ctx.inplace, ctx.backend
+        )
+        return grad, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+        """A mapped dimension is one more leading dimension."""
+        names = ("student", "teacher", "request", "tails")
+        return FullDivergence.apply(*mapped(info, in_dims, args, names)), (0,) * 5
+
+
+class _BackgroundGradient(torch.autograd.Function):
+    """Backward of ``FullDivergence`` as a Function, so that differentiating it again raises.
+
+    ``student`` is only there to be differentiated; its values are the background's logits.
+    """
+
+    @staticmethod
+    @cached
+    def forward(
+        student: Tensor,
+        upstream: Tensor,
+        entry_grad: Tensor,
+        ids: Tensor,
+        background: Background,
+        inplace: bool,
+        backend: str,
+    ) -> Tensor:
+        grad = background.logits
+        assert grad is not None
+        if not inplace:
+            return _ops.scatter_background(entry_grad, ids, upstream, background, backend)
+        _ops.scatter_(grad, entry_grad, ids, upstream, background._replace(logits=None), backend)
+        return grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(_TWICE.format("topk_divergence"))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        if args[5]:
+            raise ValueError("inplace_grad=True does not work under vmap; pass inplace_grad=False")
+        names = ("student", "upstream", "entry_grad", "ids", "background")
+        rows = mapped(info, in_dims[:5], args[:5], names)
+        return _BackgroundGradient.apply(*rows, *args[5:]), 0
 
 
 class _ScatterGradient(torch.autograd.Function):

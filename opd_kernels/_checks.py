@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_kernels.divergences import Divergence, reverse_kl
+from opd_kernels.divergences import OUTSIDE, Divergence
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -25,7 +26,6 @@ DEFAULT_K = 32  # arXiv 2603.25562
 MAX_LENGTH = 2**63 - 1
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt, np.integer, np.floating)
 FLAGS = (bool, np.bool_, torch.SymBool)
-_COMPUTED = reverse_kl()
 LARGEST_FLOAT = int(torch.finfo(torch.float64).max)
 # What to do about a DTensor, by what it holds.
 DTENSOR_ROWS = (
@@ -198,9 +198,90 @@ def check_bitmap(banned: Tensor, limit: int) -> None:
 
 
 def check_divergence(divergence: Divergence) -> None:
-    """The divergence is one that this version computes."""
-    if divergence != _COMPUTED:
-        raise ValueError(f"{divergence} is not computed yet, allowed is {_COMPUTED}")
+    """Its numbers are allowed; weights per row are checked apart."""
+    beta, clip, floor = divergence.beta, divergence.log_ratio_clip, divergence.logp_floor
+    check_number(beta, "the divergence's beta", "a number")
+    check_flag(divergence.stop_ratio, "the divergence's stop_ratio")
+    if has_skew(divergence) and not 0 < beta < 1:
+        raise ValueError(
+            f"the divergence's beta is {beta}, allowed are numbers between 0 and 1: at the ends "
+            "the skewed divergences vanish; forward_kl() and reverse_kl() are what some trainers "
+            "mean by beta 0 and 1"
+        )
+    # After beta, of which jsd makes two weights.
+    for name, weight in zip(divergence._fields[:4], divergence[:4], strict=True):
+        if not isinstance(weight, Tensor):
+            check_number(weight, f"the divergence's {name}")
+            if not -math.inf < weight < math.inf:
+                raise ValueError(f"the divergence's {name} is {weight}, allowed are finite numbers")
+    if clip is not None:
+        check_number(clip, "the divergence's log_ratio_clip", "a number or None")
+        if not clip > 0:
+            raise ValueError(f"the divergence's log_ratio_clip is {clip}, allowed are numbers > 0")
+    if floor is not None:
+        check_number(floor, "the divergence's logp_floor", "a number or None")
+        if not -math.inf < floor < 0:
+            raise ValueError(
+                f"the divergence's logp_floor is {floor}, allowed are finite numbers below 0"
+            )
+
+
+def has_skew(divergence: Divergence) -> bool:
+    """Whether it contains a mixture of both sides."""
+    return any(isinstance(w, Tensor) or w != 0 for w in divergence[2:4])
+
+
+def check_outside(divergence: Divergence, outside: object, with_token: bool) -> None:
+    """What lies outside of the support is treated in a way that the divergence has."""
+    check_choice(outside, "outside", OUTSIDE)
+    if outside == "generalize" and has_skew(divergence):
+        raise ValueError(
+            'outside="generalize" is for reverse and forward KL, and the divergence has a skewed '
+            'part; pass outside="bucket"'
+        )
+    if outside != "sample":
+        return
+    if any(isinstance(w, Tensor) or w != 0 for w in divergence[1:4]):
+        raise ValueError(
+            'outside="sample" estimates the reverse KL, and the divergence has other parts; pass '
+            'divergence="reverse_kl", or outside="bucket"'
+        )
+    if not with_token:
+        raise ValueError('outside="sample" needs token_ids, the sampled token of each row')
+
+
+def check_choice(value: object, name: str, allowed: Sequence[str]) -> None:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_row_weight(weight: Tensor, rows: torch.Size, device: torch.device, name: str) -> None:
+    """A divergence's weight, constant: one for each row or one for all."""
+    check_local(weight, name)
+    if not weight.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} has dtype {weight.dtype}, expected a floating dtype; convert it with .float()"
+        )
+    check_dense(weight, name)
+    check_constant(weight, name)
+    if weight.ndim > 0:
+        check_row_shape(weight, rows, name)
+    check_same_device(weight, device, name)
+
+
+def check_token_ids(token_ids: object, rows: torch.Size, device: torch.device) -> None:
+    """A token id for each row. Values are not read."""
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(
+            f"token_ids is a {type(token_ids).__name__}, expected an int tensor with one id per row"
+        )
+    check_local(token_ids, "token_ids")
+    check_dense(token_ids, "token_ids")
+    if token_ids.dtype not in ID_DTYPES:
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}, allowed are int32 and int64")
+    check_row_shape(token_ids, rows, "token_ids")
+    check_same_device(token_ids, device, "token_ids")
 
 
 def check_bias(bias: Tensor, weight: Tensor) -> None:
@@ -296,11 +377,13 @@ def check_factor(value: object, name: str) -> None:
     """A number above 0 that float32 can hold."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a Tensor, expected a number; pass .item()")
-    check_number(value, name)
-    if not LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:  # type: ignore[operator]
+    check_number(value, name, "a number")
+    # Not the constants above: torch.compile(dynamic=True) takes a module's floats as variables.
+    float32 = torch.finfo(torch.float32)
+    if not float32.tiny <= value <= float32.max:  # type: ignore[operator]
         raise ValueError(
-            f"{name} is {value}, allowed are numbers above 0, from {LEAST_TEMPERATURE:.3g} to "
-            f"{LARGEST_TEMPERATURE:.3g}"
+            f"{name} is {value}, allowed are numbers above 0, from {float32.tiny:.3g} to "
+            f"{float32.max:.3g}"
         )
 
 
@@ -316,11 +399,11 @@ def check_int(value: object, name: str) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
 
 
-def check_k(k: int, vocab: int) -> None:
+def check_k(k: int, vocab: int, whose: str = "teacher") -> None:
     """1 <= k <= vocabulary of the logits that are selected from."""
     check_int(k, "k")
     if k < 1 or k > vocab:
-        raise ValueError(f"k is {k}, allowed is 1 to the teacher's vocabulary of {vocab}")
+        raise ValueError(f"k is {k}, allowed is 1 to the {whose}'s vocabulary of {vocab}")
 
 
 def check_k_matches(k: int | None, width: int) -> None:

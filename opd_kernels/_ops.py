@@ -18,14 +18,24 @@ import torch
 from torch import Tensor
 
 from opd_kernels import backends, debugging
-from opd_kernels._arguments import Allowed, Background, Head, Objective, Temperature, compute_dtype
+from opd_kernels._arguments import (
+    Allowed,
+    Background,
+    Head,
+    Objective,
+    Tail,
+    Tails,
+    Temperature,
+    compute_dtype,
+    wide_dtype,
+)
 from opd_kernels._checks import (
     ID_DTYPES,
     check_bias,
     check_bitmap,
     check_buffer,
-    check_divergence,
     check_entries_dtype,
+    check_logits,
     check_row_shape,
     check_same_device,
     check_same_entries,
@@ -33,7 +43,7 @@ from opd_kernels._checks import (
     check_upstream_dtype,
 )
 from opd_kernels.backends import plain
-from opd_kernels.divergences import Divergence
+from opd_kernels.divergences import Divergence, reverse_kl
 
 _LOST_GRAPH = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant, and "
@@ -43,29 +53,33 @@ _LOST_GRAPH = (
 
 
 def _select(
-    logits: Tensor, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+    logits: Tensor, k: int, allowed: Allowed, tail: Tail, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_allowed(allowed, logits, logits.shape[-1])
     if debugging.ON:
         debugging.check_select(logits, allowed)
     module = backends.resolve(backend, logits.device, (logits.dtype,), k, allowed.limit)
+    if not tail.width:
+        return *module.select(logits, k, allowed), _no_tail(logits)
+    _check_tail(tail, logits)
+    if debugging.ON:
+        debugging.check_row(logits, "teacher logits", tail.width, allowed.mask)
+    if hasattr(module, "select_with_tail"):
+        return module.select_with_tail(logits, k, allowed, tail)
     ids, values = module.select(logits, k, allowed)
-    if with_logsumexp:
-        return ids, values, plain.logsumexp(logits, allowed.limit, allowed.mask)
-    return ids, values, _no_sums(logits)
+    return ids, values, _tail_logsumexp(logits, ids, allowed.mask, tail, backends.AUTO)
 
 
 def _select_fake(
-    logits: Tensor, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+    logits: Tensor, k: int, allowed: Allowed, tail: Tail, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = logits.shape[:-1], compute_dtype(logits)
-    ids = logits.new_empty((*rows, k), dtype=torch.int32)
-    sums = logits.new_empty(rows, dtype=dtype) if with_logsumexp else _no_sums(logits)
-    return ids, torch.empty_like(ids, dtype=dtype), sums
+    ids = logits.new_empty((*logits.shape[:-1], k), dtype=torch.int32)
+    values = torch.empty_like(ids, dtype=compute_dtype(logits))
+    return ids, values, _wide_rows(logits) if tail.width else _no_tail(logits)
 
 
 def _select_linear(
-    head: Head, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+    head: Head, k: int, allowed: Allowed, tail: Tail, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``select`` on the logits of a head, which are computed a few rows at a time."""
     hidden, weight, bias, scale, softcap = head
@@ -77,28 +91,63 @@ def _select_linear(
     module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
     ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
     values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
-    logsumexp = hidden.new_zeros(rows, dtype=dtype) if with_logsumexp else _no_sums(hidden)
-    out_ids, out_values, out_sums = ids.view(-1, k), values.view(-1, k), logsumexp.view(-1)
-    weight, bias = weight[:limit], None if bias is None else bias[:limit]
+    tails = _wide_rows(hidden).zero_() if tail.width else _no_tail(hidden)
+    out_ids, out_values, out_tails = ids.view(-1, k), values.view(-1, k), tails.view(-1)
+    width = max(limit, tail.width)
+    weight, bias = weight[:width], None if bias is None else bias[:width]
+    temperatures = None if tail.temperature.rows is None else tail.temperature.rows.reshape(-1)
     for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
         out_ids[piece], picked = module.select(logits, k, Allowed(limit, banned, piece_mask))
         out_values[piece] = plain.shaped(picked, scale, softcap)
-        if with_logsumexp:
-            out_sums[piece] = plain.logsumexp(logits, limit, piece_mask, (scale, softcap))
+        if tail.width:
+            given = None if temperatures is None else temperatures[piece]
+            some = Tail(tail.width, Temperature(tail.temperature.value, given))
+            # In float32: a softcap or a scale would round the logits once more.
+            shaped = logits
+            if scale != 1 or softcap is not None:
+                shaped = plain.shaped(logits.to(dtype), scale, softcap)
+            out_tails[piece] = _tail_logsumexp(
+                shaped, out_ids[piece], piece_mask, some, backends.AUTO
+            )
     if debugging.ON:
         debugging.check_selected(values, mask)
-    return ids, values, logsumexp
+    return ids, values, tails
 
 
 def _select_linear_fake(
-    head: Head, k: int, allowed: Allowed, with_logsumexp: bool, backend: str
+    head: Head, k: int, allowed: Allowed, tail: Tail, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _select_fake(head.hidden, k, allowed, with_logsumexp, backend)
+    return _select_fake(head.hidden, k, allowed, tail, backend)
 
 
-def _no_sums(logits: Tensor) -> Tensor:
+def _tail_logsumexp(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail, backend: str
+) -> Tensor:
+    _check_ids(ids, (*logits.shape[:-1], ids.shape[-1]), logits)
+    _check_mask(mask, logits)
+    _check_tail(tail, logits)
+    if debugging.ON:
+        debugging.check_row(logits, "teacher logits", tail.width, mask)
+    module = backends.resolve(
+        backend, logits.device, (logits.dtype,), ids.shape[-1], needed="full_divergence"
+    )
+    return module.tail_logsumexp(logits, ids, mask, tail)
+
+
+def _tail_logsumexp_fake(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail, backend: str
+) -> Tensor:
+    return _wide_rows(logits)
+
+
+def _wide_rows(logits: Tensor) -> Tensor:
+    """Memory for a log-sum-exp of each row."""
+    return logits.new_empty(logits.shape[:-1], dtype=wide_dtype(logits.device))
+
+
+def _no_tail(logits: Tensor) -> Tensor:
     """In place of log-sum-exps that nobody asked for: no element in each row."""
-    return logits.new_empty((*logits.shape[:-1], 0), dtype=compute_dtype(logits))
+    return logits.new_empty((*logits.shape[:-1], 0), dtype=wide_dtype(logits.device))
 
 
 def _gather(student: Tensor, ids: Tensor, allowed: Allowed, backend: str) -> tuple[Tensor, Tensor]:
@@ -128,7 +177,9 @@ def _entry_divergence(
     if debugging.ON:
         debugging.check_divergence(student, teacher, ids, allowed, objective)
     dtypes = (student.dtype, teacher.dtype)
-    module = backends.resolve(backend, student.device, dtypes, ids.shape[-1])
+    module = backends.resolve(
+        backend, student.device, dtypes, ids.shape[-1], needed=_needed(objective)
+    )
     return module.entry_divergence(student, teacher, ids, allowed, objective)
 
 
@@ -156,7 +207,9 @@ def _select_divergence(
     if debugging.ON:
         debugging.check_divergence(student, teacher, None, allowed, objective)
     dtypes = (student.dtype, teacher.dtype)
-    module = backends.resolve(backend, student.device, dtypes, k, allowed.limit)
+    module = backends.resolve(
+        backend, student.device, dtypes, k, allowed.limit, needed=_needed(objective)
+    )
     return module.select_divergence(student, teacher, k, allowed, objective)
 
 
@@ -166,6 +219,59 @@ def _select_divergence_fake(
     rows, dtype = student.shape[:-1], compute_dtype(student, teacher)
     ids = student.new_empty((*rows, k), dtype=torch.int32)
     return student.new_empty(rows, dtype=dtype), ids, torch.empty_like(ids, dtype=dtype)
+
+
+def _full_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    allowed: Allowed,
+    objective: Objective,
+    tails: Tails,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``entry_divergence`` of full softmaxes, and what makes the gradient beyond the entries."""
+    _check_sides(student, teacher, allowed, objective)
+    _check_ids(ids, teacher.shape, student)
+    _check_sums(tails.teacher, "the teacher's tail", student)
+    _check_sums(tails.student, "the student's tail", student)
+    if not allowed.limit <= tails.width <= student.shape[-1]:
+        raise ValueError(
+            f"width is {tails.width}, allowed is the limit of {allowed.limit} to the vocabulary of "
+            f"{student.shape[-1]}"
+        )
+    if debugging.ON:
+        debugging.check_divergence(student, teacher, ids, allowed, objective)
+        debugging.check_row(student, "student", tails.width, allowed.mask)
+    dtypes = (student.dtype, teacher.dtype)
+    module = backends.resolve(
+        backend, student.device, dtypes, ids.shape[-1], needed="full_divergence"
+    )
+    return module.full_divergence(student, teacher, ids, allowed, objective, tails)
+
+
+def _full_divergence_fake(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    allowed: Allowed,
+    objective: Objective,
+    tails: Tails,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, out_ids, grad = _select_divergence_fake(
+        student, teacher, ids.shape[-1], allowed, objective, backend
+    )
+    return loss, out_ids, grad, torch.empty_like(loss), _wide_rows(student)
+
+
+def _needed(objective: Objective) -> str:
+    """The function of a backend that says whether it computes a renormalised divergence."""
+    plain_reverse = objective.weights is None and objective.divergence == _REVERSE_KL
+    return "select_divergence" if plain_reverse else "full_divergence"
+
+
+_REVERSE_KL = reverse_kl()
 
 
 def _scatter(
@@ -204,10 +310,34 @@ def _scatter_inplace(
     else:
         _check_background(background, out)
         module = _scatter_backend(
-            backend, entry_grad, ids, upstream, out.dtype, needed="scatter_background_"
+            backend, entry_grad, ids, upstream, out.dtype, needed="full_divergence"
         )
         module.scatter_background_(out, entry_grad, ids, upstream, background)
     _tell_autograd(out)
+
+
+def _scatter_background(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background, backend: str
+) -> Tensor:
+    """``scatter`` over a background: in shape and dtype the gradient of the background's logits."""
+    _refuse_lost_graph("topk_divergence")
+    logits = background.logits
+    if logits is None:
+        raise ValueError("logits are None, expected those that the background is made of")
+    _check_background(background, logits)
+    _check_device(logits, "logits", ids)
+    module = _scatter_backend(
+        backend, entry_grad, ids, upstream, logits.dtype, needed="full_divergence"
+    )
+    return module.scatter_background(entry_grad, ids, upstream, background)
+
+
+def _scatter_background_fake(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background, backend: str
+) -> Tensor:
+    logits = background.logits
+    assert logits is not None
+    return logits.new_empty(logits.shape)
 
 
 def _scatter_add(
@@ -325,6 +455,13 @@ def _check_rows(tensor: Tensor | None, name: str, logits: Tensor) -> None:
         check_same_device(tensor, logits.device, name)
 
 
+def _check_sums(tensor: Tensor | None, name: str, logits: Tensor) -> None:
+    """Raises unless ``tensor`` has a floating number per row."""
+    _check_rows(tensor, name, logits)
+    if tensor is not None and not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+
+
 def _check_device(tensor: Tensor | None, name: str, other: Tensor) -> None:
     """Raises unless ``tensor`` is on the device of ``other``."""
     if tensor is not None and tensor.device != other.device:
@@ -352,22 +489,42 @@ def _check_allowed(allowed: Allowed, logits: Tensor, vocab: int) -> None:
     limit, banned, mask = allowed
     if not 0 <= limit <= vocab:
         raise ValueError(f"limit is {limit}, allowed is 0 to the vocabulary of {vocab}")
-    _check_rows(mask, "mask", logits)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}, expected bool")
+    _check_mask(mask, logits)
     if banned is not None:
         check_bitmap(banned, limit)
         check_same_device(banned, logits.device, "banned")
 
 
+def _check_mask(mask: Tensor | None, logits: Tensor) -> None:
+    """Raises unless there is no mask, or a flag for each row."""
+    _check_rows(mask, "mask", logits)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}, expected bool")
+
+
+def _check_tail(tail: Tail, logits: Tensor) -> None:
+    """Raises unless a tail lies in the vocabulary and its temperature has the logits' rows."""
+    if not 0 <= tail.width <= logits.shape[-1]:
+        raise ValueError(
+            f"width is {tail.width}, allowed is 0 to the vocabulary of {logits.shape[-1]}"
+        )
+    _check_rows(tail.temperature.rows, "temperature", logits)
+
+
 def _check_sides(student: Tensor, teacher: Tensor, allowed: Allowed, objective: Objective) -> None:
     """Raises unless student, teacher and what belongs to their rows fit together."""
-    check_divergence(objective.divergence)
     check_same_rows(student.shape[:-1], teacher.shape[:-1])
     _check_allowed(allowed, student, student.size(-1))
     _check_device(teacher, "teacher", student)
     _check_rows(objective.temperature.rows, "temperature", student)
     _check_rows(objective.teacher_temperature.rows, "teacher_temperature", student)
+    if objective.weights is not None:
+        check_row_shape(objective.weights, torch.Size((*student.shape[:-1], 4)), "weights")
+        check_same_device(objective.weights, student.device, "weights")
+        if not objective.weights.dtype.is_floating_point:
+            raise TypeError(
+                f"weights have dtype {objective.weights.dtype}, expected a floating one"
+            )
 
 
 def _check_background(background: Background, out: Tensor) -> None:
@@ -378,13 +535,14 @@ def _check_background(background: Background, out: Tensor) -> None:
         raise ValueError(
             f"limit is {background.limit}, allowed is 1 to the vocabulary of {out.shape[-1]}"
         )
-    _check_rows(background.factors, "factors", out)
-    _check_rows(background.logsumexp, "logsumexp", out)
+    for name in ("factors", "logsumexp"):
+        _check_sums(getattr(background, name), name, out)
     _check_rows(background.temperature.rows, "temperature", out)
     logits = background.logits
     if logits is not None:
         _check_device(logits, "logits", out)
         check_row_shape(logits, out.shape, "logits", "the gradient's")
+        check_logits(logits, "logits")
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, allowed: Allowed) -> None:
@@ -458,11 +616,12 @@ _TYPES = {
     int: "SymInt",
     float: "float",
     float | None: "float?",
+    float | Tensor: "float",  # a divergence's weight; rows have theirs in ``Objective.weights``
     bool: "bool",
     str: "str",
     torch.dtype: "ScalarType",
 }
-_WHOLE = (Allowed, Background, Divergence, Head, Objective, Temperature)
+_WHOLE = (Allowed, Background, Divergence, Head, Objective, Tail, Tails, Temperature)
 
 
 class Operator(NamedTuple):
@@ -550,14 +709,16 @@ def _apart(path: str, hint: Any) -> Iterator[str]:
         yield from _apart(f"{path}[{i}]", inner)
 
 
-_SELECTED = "Tensor ids, Tensor values, Tensor logsumexp"
+_SELECTED = "Tensor ids, Tensor values, Tensor tail"
 _DIVERGENCE = "Tensor loss, Tensor ids, Tensor entry_grad"
+_FULL_DIVERGENCE = f"{_DIVERGENCE}, Tensor factors, Tensor logsumexp"
 _GATHERED = "Tensor values, Tensor slots"
 _GRADIENT = "Tensor grad"
 
 OPERATORS = {
     "select": Operator(_select, _select_fake, _SELECTED, by_rows=True),
     "select_linear": Operator(_select_linear, _select_linear_fake, _SELECTED, by_rows=True),
+    "tail_logsumexp": Operator(_tail_logsumexp, _tail_logsumexp_fake, "Tensor tail", by_rows=True),
     "gather": Operator(_gather, _gather_fake, _GATHERED, by_rows=True),
     "gather_dot": Operator(_gather_dot, _gather_dot_fake, _GATHERED, by_rows=True),
     "entry_divergence": Operator(
@@ -566,7 +727,13 @@ OPERATORS = {
     "select_divergence": Operator(
         _select_divergence, _select_divergence_fake, _DIVERGENCE, by_rows=True
     ),
+    "full_divergence": Operator(
+        _full_divergence, _full_divergence_fake, _FULL_DIVERGENCE, by_rows=True
+    ),
     "scatter": Operator(_scatter, _scatter_fake, _GRADIENT, by_rows=True),
+    "scatter_background": Operator(
+        _scatter_background, _scatter_background_fake, _GRADIENT, by_rows=True
+    ),
     "scatter_": Operator(_scatter_inplace, _nothing, ""),
     "scatter_add_": Operator(_scatter_add, _nothing, "", by_rows=True),
     "gather_dot_hidden": Operator(_gather_dot_hidden, _gather_dot_hidden_fake, _GRADIENT),
@@ -576,11 +743,14 @@ _CALLS = {name: _register(name, record) for name, record in OPERATORS.items()}
 
 select = _CALLS["select"]
 select_linear = _CALLS["select_linear"]
+tail_logsumexp = _CALLS["tail_logsumexp"]
 gather = _CALLS["gather"]
 gather_dot = _CALLS["gather_dot"]
 entry_divergence = _CALLS["entry_divergence"]
 select_divergence = _CALLS["select_divergence"]
+full_divergence = _CALLS["full_divergence"]
 scatter = _CALLS["scatter"]
+scatter_background = _CALLS["scatter_background"]
 scatter_ = _CALLS["scatter_"]
 scatter_add_ = _CALLS["scatter_add_"]
 gather_dot_hidden = _CALLS["gather_dot_hidden"]

@@ -33,6 +33,12 @@ ASK_FOR_IDS = (
     'ask the server for token ids (vLLM: "return_tokens_as_token_ids", SGLang: /generate, '
     "llama.cpp: /completion)"
 )
+# Advice where a position does not list the token that was sampled there.
+_ASK_FOR_TOKEN = (
+    "compare the positions: an entry may belong to the token after it. Else ask the server to list "
+    "the sampled token besides the K best (vLLM's prompt_logprobs does; SGLang: append each "
+    "position's input_token_logprobs to its input_top_logprobs), or give -100 where no token counts"
+)
 
 
 def from_positions(node: Any, where: str = "") -> Entries:
@@ -128,20 +134,82 @@ def from_arrays(ids: Any, logprobs: Any, where: str = "") -> Entries:
         raise type(error)(f"{error}{_place(where)}") from None
 
 
+def token_logprobs(
+    ids: np.ndarray, values: np.ndarray, token_ids: Any, sentinel: float
+) -> np.ndarray:
+    """The log-prob (...) that each position of (ids, values) lists for its own token id.
+
+    NaN where the token id is negative, and where a position has no entry above the sentinel.
+    """
+    tokens, given = _from_tokens(token_ids)
+    rows, token_rows = _rows_of(ids), _rows_of(tokens)
+    if token_rows != rows:
+        raise ValueError(
+            f"token_ids have shape {token_rows}, the positions of the payload {rows}; expected one "
+            "per position"
+        )
+    if 0 in rows:
+        return np.empty(rows, dtype=np.float32)
+    # Arrays even of a single position, which NumPy makes a scalar.
+    token, given = np.array(tokens.max(-1, initial=-1)), np.array((given == 0).any(-1))
+    listed = (ids == token[..., None]) & (token >= 0)[..., None]
+    present = ((ids >= 0) & ~(values <= sentinel)).any(-1)
+    wrong = present & ~listed.any(-1) & ((token >= 0) | ~given)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        where = "".join(f"[{i}]" for i in place)
+        if not given[place]:
+            raise ValueError(
+                f"token_ids{where} is missing, but that position of the payload has entries; "
+                "expected one per position, -100 where no token counts"
+            )
+        raise ValueError(
+            f"token_ids{where} is {token[place]}, which payload{where} does not list; "
+            f"{_ASK_FOR_TOKEN}"
+        )
+    found = np.where(listed, values, -np.inf).max(-1, initial=-np.inf)
+    found = np.where(found <= sentinel, -np.inf, found)
+    return np.where(present & (token >= 0), found, np.nan).astype(np.float32)
+
+
+def _rows_of(entries: np.ndarray) -> tuple[int, ...]:
+    """The leading shape of entries; an empty list has no positions, and so no entries of one."""
+    return entries.shape[:-1] if entries.shape != (0,) else entries.shape
+
+
+def _from_tokens(node: Any, where: str = "") -> Entries:
+    """One token id per position as its only entry (..., 1), of log-prob 0."""
+    if node is None:
+        return _row([], [])
+    try:
+        if not _is_list(node):
+            return _row([token_id(node)], [0.0])
+        node = _plain(node)
+        if isinstance(node, np.ndarray):
+            if node.dtype.kind not in "iu":
+                raise TypeError(f"token_ids have dtype {node.dtype}, expected integers")
+            tokens = _id_array(node)[..., None]
+            return tokens, np.zeros(tokens.shape, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (token_ids{where})") from None
+    children = [_from_tokens(child, f"{where}[{i}]") for i, child in enumerate(node)]
+    return _stack(children, "token_ids")
+
+
 @np.errstate(over="ignore")  # a sentinel may be the least float64: -inf in float32, so absent
 def _row(tokens: list[int], logprobs: list[float]) -> Entries:
     """The entries (K,) of one position."""
     return np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32)
 
 
-def _stack(parts: list[Entries]) -> Entries:
+def _stack(parts: list[Entries], name: str = "entries") -> Entries:
     """Stacks parts along a new dimension; short parts are filled up with absent entries.
 
     A part without entries may lack inner dimensions: None stands for a position or a sequence.
     """
     depth = max((ids.ndim for ids, _ in parts), default=0)
     if any(ids.size and ids.ndim != depth for ids, _ in parts):
-        raise TypeError("entries lie at different depths of the payload; expected one nesting")
+        raise TypeError(f"{name} lie at different depths of the payload; expected one nesting")
     shape = [max(sizes) for sizes in zip_longest(*(ids.shape for ids, _ in parts), fillvalue=0)]
     ids = np.full((len(parts), *shape), -1, dtype=np.int64)
     values = np.full(ids.shape, -np.inf, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The losses: ``topk_rkl``, and ``linear_topk_rkl`` under the names of a head's parts."""
+"""The losses: ``topk_divergence``, ``topk_rkl``, which is one of them, and its linear form."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from opd_kernels import _checks
 from opd_kernels import stats as _stats
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
-from opd_kernels.options import Options, RowOptions, check_names, resolve
+from opd_kernels.options import (
+    MEMBER_DEFAULTS,
+    DivergenceOptions,
+    Options,
+    RowOptions,
+    check_names,
+    resolve,
+)
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
-__all__ = ["linear_topk_rkl", "topk_rkl"]
+__all__ = ["linear_topk_rkl", "topk_divergence", "topk_rkl"]
 
 
 @overload
@@ -108,8 +115,8 @@ def topk_rkl(
             there.
         return_stats: also return ``Stats``: full softmaxes in plain PyTorch, many times the cost of
             the loss, so not for every step.
-        backend: "cpu", "triton" or "reference"; None picks the best for the device. One that is
-            named is used or raises.
+        backend: "cpu", "cuda", "triton" or "reference"; None picks the best for the device. One
+            that is named is used or raises.
 
     Gradients: ``student`` (in its dtype; hidden states, weight and bias of a ``LinearLogits``) and
     ``weight``. Kept for backward: 8 bytes per row
@@ -147,12 +154,110 @@ def topk_rkl(
         "inplace_grad": inplace_grad,
         "backend": backend,
     }
-    if isinstance(student, LinearLogits):
-        # Checked again: autocast may have allowed mixed dtypes where it was made and be off here.
-        _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ")
-    else:
-        student = _checks.check_logits(student, "student")
-    return _topk_rkl(student, teacher, k, return_stats, options)
+    return _topk_divergence(_checked(student), teacher, k, return_stats, options)
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DivergenceOptions],
+) -> Tensor: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[DivergenceOptions],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[DivergenceOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[DivergenceOptions],
+) -> Tensor | tuple[Tensor, Stats]:
+    """A divergence between student and teacher on the K most likely tokens; ``topk_rkl`` is one.
+
+    With a = log p of the student and b = log q of the teacher at the entries of the support S, the
+    divergence is a weighted sum over S of::
+
+        p (a - b)    q (b - a)    p (a - m)    q (b - m)      m = log(beta q + (1 - beta) p)
+
+    and with c, the sum of its derivatives by all a, the gradient is K entries and a background::
+
+        dL/dz_v = (slope_v - c p_v) / T  for v in S       alpha p_v / T  elsewhere
+
+    ``outside`` says what p and q are, and what becomes of the probability outside of S:
+
+    - "renormalize": p and q are softmaxes over S (the paper's). alpha = 0.
+    - "truncate": full softmaxes, summed over S only. Training with the reverse KL is known to
+      collapse: the loss falls as the student leaves S. The first call warns.
+    - "bucket": full softmaxes; all that is outside is one more entry.
+    - "generalize": full softmaxes; adds (reverse - forward) (q - p) at each entry, which is then at
+      least 0, and exactly 0 where p = q. Reverse and forward KL only.
+    - "sample": full softmaxes; reverse KL only. ``token_ids`` y ~ p stands for what is outside: the
+      loss is the sum over S of p (a - b), and a - b at y if y is not in S. The gradient is not the
+      derivative of this value. Its slopes are those of policy gradients, p (a - b) on S and a - b
+      at y, and its mean over y is the full reverse KL's gradient. Sample y from the student at
+      ``temperature``, without top-p and top-k.
+
+    Args:
+        student: logits (..., V) or ``LinearLogits``; what gets the gradient. With ``LinearLogits``
+            only "renormalize" is there.
+        teacher: logits (..., V_t), a ``TopK`` or ``LinearLogits``; constant. Outside of
+            "renormalize" a ``TopK`` has to carry ``logsumexp`` or ``tail_logsumexp``, of the same
+            temperature, and ``LinearLogits`` are refused.
+        k: size of the support; 32 for logits, the width of a ``TopK``.
+        divergence: a ``Divergence``, or "reverse_kl", "forward_kl", "jsd" (beta 1/2).
+        outside: as above.
+        support: whose K most likely tokens: "teacher", or "student", which needs the teacher's
+            logits.
+        token_ids: int (...), the sampled token of each row. On their own they change nothing. One
+            outside of the student's vocabulary makes its row NaN, unless the row is masked.
+        include_token: the sampled token joins the support as one more entry.
+
+    All other arguments, and the rules for absent entries, masked rows and NaN, are those of
+    ``topk_rkl``. Full softmaxes run over the ids below ``vocab_size`` of their own side; banned ids
+    are in them, outside of S. There an id that a ``TopK`` lists twice counts once, NaN or +inf
+    anywhere in a row makes it NaN, and what a teacher gives exactly 0 outside of S is absent.
+
+    Shapes and dtypes: as in ``topk_rkl``. Gradients: as there. Kept for backward: K entries and two
+    numbers a row, and outside of "renormalize" the student's logits, which backward reads again.
+
+    Errors: as in ``topk_rkl``; ``ValueError`` for unknown names and combinations that do not exist.
+
+    Example::
+
+        loss = topk_divergence(student_logits, teacher_logits, 64, outside="bucket")
+        loss = topk_divergence(student_logits, teacher_logits, divergence=jsd(0.1))
+
+    Source: arXiv 2603.25562 for "renormalize"; docs/divergences.md names the others'.
+    """
+    check_names(options, "topk_divergence", DivergenceOptions)
+    complete: DivergenceOptions = {**MEMBER_DEFAULTS, **options}
+    return _topk_divergence(_checked(student), teacher, k, return_stats, complete)
 
 
 @overload
@@ -279,17 +384,26 @@ def linear_topk_rkl(
     student = LinearLogits._unchecked(
         student_hidden, student_weight, student_bias, logit_softcap, logit_scale
     )
-    return _topk_rkl(student, teacher, k, return_stats, options)
+    return _topk_divergence(student, teacher, k, return_stats, options)
 
 
-def _topk_rkl(
+def _checked(student: object) -> Tensor | LinearLogits:
+    """The student, once its parts fit."""
+    if not isinstance(student, LinearLogits):
+        return _checks.check_logits(student, "student")
+    # Checked again: autocast may have allowed mixed dtypes where it was made and be off here.
+    _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ")
+    return student
+
+
+def _topk_divergence(
     student: Tensor | LinearLogits,
     teacher: object,
     k: int | None,
     return_stats: bool,
     options: Options,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """``topk_rkl`` of a student that is checked."""
+    """``topk_divergence`` of a student that is checked, and of a divergence if there is a name."""
     _checks.check_flag(return_stats, "return_stats")
     device = student.device
     rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
@@ -318,8 +432,21 @@ def spelled(function: Callable[..., Any], taken: type[RowOptions]) -> inspect.Si
         for name, parameter in inspect.signature(topk_rkl).parameters.items()
         if name in taken.__annotations__
     ]
+    options += [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_written(taken, name)
+        )
+        for name, default in MEMBER_DEFAULTS.items()
+        if name in taken.__annotations__
+    ]
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     return own.replace(parameters=[*parameters, *options])
 
 
+def _written(taken: type[RowOptions], name: str) -> str:
+    """An option's annotation as the source has it, like those of all other parameters."""
+    return str(taken.__annotations__[name].__forward_arg__)
+
+
 linear_topk_rkl.__signature__ = spelled(linear_topk_rkl, Options)  # type: ignore[attr-defined]
+topk_divergence.__signature__ = spelled(topk_divergence, DivergenceOptions)  # type: ignore[attr-defined]

@@ -26,6 +26,10 @@ VARIABLE = "OPD_KERNELS_DEBUG"
 # Elements that are looked at together; a check needs a few times as much memory.
 _PIECE_ELEMENTS = 1 << 22
 _LOGITS = "numbers and -inf"
+# Rounding a log-prob b to bfloat16 changes its probability by a factor of up to exp(|b| / 512). The
+# sum of q |b| is an entropy, at most about 12, so the probabilities add up to 1.03 at most.
+_LARGEST_SHARE = 1.1
+_ROUNDING = 2.0**-6  # logits that were rounded to bfloat16 in two ways, relative
 _TEMPERATURES = f"{LEAST_TEMPERATURE:.3g} to {LARGEST_TEMPERATURE:.3g}"
 P = ParamSpec("P")
 
@@ -64,10 +68,14 @@ def debug(enabled: bool = True) -> Iterator[None]:
     - ids of a ``TopK`` that are neither -1 nor in the student's vocabulary, unless their logit is
       -inf: the global ids of a vocabulary shard, for instance;
     - NaN and +inf in logits of student and teacher, at all ids that may be selected: below
-      ``vocab_size`` and not banned;
+      ``vocab_size`` and not banned, banned ones too where softmaxes are full;
     - NaN and infinities in hidden states, in a teacher's head at these ids and in the student's
       head at the ids of the support; a bias may be -inf;
-    - NaN and infinities in ``weight``, a ``normalizer`` that is not above 0 and finite;
+    - entries of a ``TopK`` that hold more probability than 1 by its ``logsumexp``, and
+      ``token_logits`` that are not of the ``token_ids``, where the entries show it;
+    - ``token_ids`` outside of the student's vocabulary, where the loss uses them;
+    - NaN and infinities in ``weight`` and in the weights of a ``Divergence``, a ``normalizer`` that
+      is not above 0 and finite;
     - ``add_to_`` and ``dense`` of an ``EntryGradient``: ids outside of [0, V) but for -1, repeated
       ids, NaN and infinities in ``entry_grad`` and ``upstream``;
     - ``sampled_token_loss``: NaN and infinities, but for ``logprobs`` of -inf.
@@ -153,6 +161,66 @@ def check_divergence(
 
 
 @_looks
+def check_row(logits: Tensor, name: str, width: int, mask: Tensor | None) -> None:
+    """Logits of which every one below ``width`` is in a full softmax."""
+    _check_logits(logits, Allowed(width, None, mask), _rows(logits, mask), name)
+
+
+@_looks
+def check_tokens(token_ids: Tensor, width: int, mask: Tensor | None) -> None:
+    """Sampled tokens that a loss uses."""
+    _check(
+        token_ids,
+        _Rows(token_ids.shape, mask, token_ids.device),
+        lambda some, _: (some < 0) | (some >= width),
+        "token_ids",
+        f"0 to {width - 1} (the student's vocabulary)",
+        "mask the row",
+    )
+
+
+@_looks
+def check_shares(
+    ids: Tensor, logits: Tensor, logsumexp: Tensor, temperature: float, mask: Tensor | None
+) -> None:
+    """What the entries of a given support hold of its full softmax."""
+    present = (ids >= 0) & (logits != -torch.inf)
+    present &= ~repeats(torch.where(present, ids, -1))
+    scaled = torch.where(present, logits / temperature, -torch.inf)
+    _check(
+        (scaled.logsumexp(-1) - logsumexp).exp(),
+        _rows(ids, mask),
+        lambda some, _: some > _LARGEST_SHARE,
+        "the probability of the TopK's entries by its logsumexp",
+        "0 to 1",
+        "logsumexp is of the same logits at the TopK's temperature, 0 for log-probs only",
+    )
+
+
+@_looks
+def check_token_logits(
+    token_ids: Tensor, token_logits: Tensor, ids: Tensor, logits: Tensor, mask: Tensor | None
+) -> None:
+    """A given support's logit of the sampled token is that of its entry, if it has one."""
+    rows = _rows(ids, mask)
+    expected = token_logits[..., None]
+
+    def bad(some: Tensor, index: Tensor) -> Tensor:
+        value = rows.of(expected, index)
+        off = (some - value).abs() > _ROUNDING * (1 + some.abs())
+        return off & (rows.of(ids, index) == rows.of(token_ids[..., None], index))
+
+    _check(
+        logits,
+        rows,
+        bad,
+        "the TopK's logit of the token in token_ids",
+        "what its token_logits hold",
+        "the loss and the TopK need the same token_ids, moved alike",
+    )
+
+
+@_looks
 def check_head(head: Head, allowed: Allowed) -> None:
     """A teacher's hidden states and head."""
     _check_mask(allowed.mask)
@@ -216,6 +284,7 @@ def check_call(
     weight: Tensor | None,
     normalizer: float | Tensor | None,
     mask: Tensor | None,
+    weights: Tensor | None = None,
 ) -> None:
     """What a loss takes and no operator gets: temperatures as the caller wrote them, factors."""
     _check_mask(mask)
@@ -229,6 +298,8 @@ def check_call(
             _check_temperature(float(value), name)
     if weight is not None:
         _check_factors(weight, _Rows(weight.shape, mask, weight.device), "weight")
+    if weights is not None:
+        _check_factors(weights, _rows(weights, mask), "the divergence's weights")
     _check_normalizer(normalizer)
 
 

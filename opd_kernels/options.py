@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from opd_kernels import _checks, debugging
-from opd_kernels._arguments import Allowed, Objective, Temperature, pack_bitmap
+from opd_kernels._arguments import Allowed, Objective, Temperature, pack_bitmap, wide_dtype
 from opd_kernels.backends import AUTO
-from opd_kernels.divergences import reverse_kl
+from opd_kernels.divergences import NAMED, RENORMALIZE, Divergence, reverse_kl
+
+SUPPORTS = ("teacher", "student")
 
 
 class RowOptions(TypedDict, total=False):
@@ -32,6 +34,25 @@ class Options(RowOptions, total=False):
     reduction: str
     normalizer: float | Tensor | None
     inplace_grad: bool
+
+
+class DivergenceOptions(Options, total=False):
+    """The keywords of ``topk_divergence`` that ``topk_rkl`` does without."""
+
+    divergence: str | Divergence
+    outside: str
+    support: str
+    token_ids: Tensor | None
+    include_token: bool
+
+
+MEMBER_DEFAULTS: DivergenceOptions = {
+    "divergence": "reverse_kl",
+    "outside": RENORMALIZE,
+    "support": "teacher",
+    "token_ids": None,
+    "include_token": False,
+}
 
 
 def check_names(
@@ -55,6 +76,25 @@ class Call(NamedTuple):
     normalizer: float | Tensor | None
     inplace: bool
     backend: str
+    support: str = "teacher"
+    token_ids: Tensor | None = None
+    include_token: bool = False
+    teacher_temperature: float | Tensor = 1.0
+    divergence: Divergence = reverse_kl()  # as it was given
+
+    @property
+    def full(self) -> bool:
+        """Whether probabilities are those of full softmaxes."""
+        return self.objective.outside != RENORMALIZE
+
+    @property
+    def with_token(self) -> bool:
+        """Whether the sampled token is an entry more."""
+        return self.include_token or self.objective.outside == "sample"
+
+    def range(self, vocab: int) -> int:
+        """How many ids of a vocabulary a full softmax runs over."""
+        return vocab if self.vocab_size is None else min(vocab, self.vocab_size)
 
     def allowed(self, limit: int, device: torch.device) -> Allowed:
         """What may enter the support, of ids in [0, limit)."""
@@ -85,9 +125,24 @@ def resolve(options: Options, rows: torch.Size, device: torch.device) -> Call:
         _temperature(temperature, rows, device, "temperature"),
         _temperature(teacher_temperature, rows, device, "teacher_temperature"),
         reverse_kl(),
+        None,
+        RENORMALIZE,
     )
+    divergence, support, token_ids, include_token = reverse_kl(), "teacher", None, False
+    if "divergence" in options:
+        member = cast(DivergenceOptions, options)
+        divergence, outside = named(member["divergence"]), member["outside"]
+        support, token_ids = member["support"], member["token_ids"]
+        include_token = member["include_token"]
+        _check_member(divergence, outside, support, token_ids, include_token)
+        if token_ids is not None:
+            _checks.check_token_ids(token_ids, rows, device)
+        numbers, weights = _weights(divergence, rows, device)
+        objective = objective._replace(divergence=numbers, weights=weights, outside=outside)
     if debugging.on_outside_of_operators():
-        debugging.check_call(temperature, teacher_temperature, weight, normalizer, mask)
+        debugging.check_call(
+            temperature, teacher_temperature, weight, normalizer, mask, objective.weights
+        )
     return Call(
         mask,
         objective,
@@ -98,6 +153,11 @@ def resolve(options: Options, rows: torch.Size, device: torch.device) -> Call:
         normalizer,
         inplace and not torch.compiler.is_compiling(),
         backend_name(backend),
+        support,
+        token_ids,
+        include_token,
+        teacher_temperature,
+        divergence,
     )
 
 
@@ -138,6 +198,56 @@ def recordable(tensor: Tensor) -> Tensor:
     ):
         return tensor
     return tensor.clone()
+
+
+def named(divergence: object) -> Divergence:
+    """The divergence that a name stands for, or the given one."""
+    if isinstance(divergence, str):
+        _checks.check_choice(divergence, "divergence", tuple(NAMED))
+        return NAMED[divergence]()
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence is a {type(divergence).__name__}, expected a name or a Divergence"
+        )
+    return divergence
+
+
+def _check_member(
+    divergence: Divergence,
+    outside: object,
+    support: object,
+    token_ids: Tensor | None,
+    include_token: object,
+) -> None:
+    """Raises for combinations that no loss has."""
+    _checks.check_divergence(divergence)
+    _checks.check_outside(divergence, outside, token_ids is not None)
+    _checks.check_choice(support, "support", SUPPORTS)
+    _checks.check_flag(include_token, "include_token")
+    if include_token and token_ids is None:
+        raise ValueError("include_token=True needs token_ids, the sampled token of each row")
+    if include_token and outside == "sample":
+        raise ValueError(
+            'include_token=True joins the sampled token to the support, and outside="sample" takes '
+            "it for what lies outside; choose one"
+        )
+
+
+def _weights(
+    divergence: Divergence, rows: torch.Size, device: torch.device
+) -> tuple[Divergence, Tensor | None]:
+    """The divergence with numbers only, and its weights (..., 4) if rows differ in them."""
+    given = divergence[:4]
+    tensors = [weight for weight in given if isinstance(weight, Tensor)]
+    if not tensors:
+        return divergence, None
+    for name, weight in zip(divergence._fields, given, strict=False):
+        if isinstance(weight, Tensor):
+            _checks.check_row_weight(weight, rows, device, f"the divergence's {name}")
+    dtype = wide_dtype(device)
+    columns = [torch.as_tensor(w, dtype=dtype, device=device).expand(rows) for w in given]
+    numbers = Divergence(0.0, 0.0, 0.0, 0.0, *divergence[4:])
+    return numbers, torch.stack(columns, -1)
 
 
 def _temperature(

@@ -21,9 +21,9 @@ class Stats(NamedTuple):
 
     ``teacher_mass`` and ``student_mass``: what the full distributions softmax(t / T') and
     softmax(z / T) hold on the support, in [0, 1] up to rounding, float32 (float64 of float64). For
-    a ``TopK`` teacher the mass is taken at temperature 1, where its ``logsumexp`` is, and NaN
-    without one. ``valid_k``: int64, how many entries of the support are present. An id listed twice
-    counts twice in ``valid_k`` and once in the masses.
+    a ``TopK`` teacher the mass is taken at its own ``temperature``, that of its ``logsumexp``, and
+    NaN without one. ``valid_k``: int64, how many entries of the support are present. An id listed
+    twice counts twice in ``valid_k`` and once in the masses.
 
     NaN or +inf anywhere in a row makes its mass NaN, unlike the loss, which only sees the support.
     A student row of only -inf has no distribution, so its mass is NaN.
@@ -64,7 +64,8 @@ def measure(
         return _mass(logits[..., :vocab_size], ids, counted, temperature, mask)
 
     if isinstance(teacher, TopK):
-        teacher_mass = _given_mass(support.logits, teacher.logsumexp, counted, mask)
+        scaled = support.logits / teacher.temperature
+        teacher_mass = _given_mass(scaled, teacher.logsumexp, counted, mask)
     else:
         teacher_mass = mass_of(teacher, objective.teacher_temperature)
     return Stats(teacher_mass, mass_of(student, objective.temperature), present.sum(-1))

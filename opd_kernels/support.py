@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,28 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from opd_kernels import _payload
+from opd_kernels._arguments import wide_dtype
 from opd_kernels._checks import (
     ID_DTYPES,
     LOGIT_DTYPES,
     check_dense,
+    check_factor,
     check_int,
     check_local,
     check_number,
     check_vocab_size,
 )
-from opd_kernels._ordering import MAX_ID, ordered, resized
+from opd_kernels._ordering import MAX_ID, ordered, repeats, resized
 
 __all__ = ["TopK"]
 
 # Servers and trainers write "no entry" as -1e3, -1e4, -9999 or -inf; no log-prob of a token that a
 # model lists among its best is near that.
 SENTINEL = -1e3
+# What a server's list cannot resolve: log-probs are float32, so 1 - Q is known to about 2^-24.
+LEAST_TAIL = 2.0**-24
+# The fields with one number per row, in order; each may be None.
+PER_ROW = ("logsumexp", "tail_logsumexp", "token_logits")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,9 +42,18 @@ class TopK:
     """The teacher's K entries of each row: ids and logits, in any order.
 
     Shapes and dtypes: ``ids`` int32 or int64 (..., K); ``logits`` floating (..., K), logits or
-    log-probs (they differ by a constant per row, which the renormalisation cancels); ``logsumexp``
-    floating (...) or None, the teacher's full log-sum-exp in the same scale at temperature 1, which
-    only ``return_stats`` reads.
+    log-probs (they differ by a constant per row, which the renormalisation cancels).
+
+    ``topk_rkl`` needs no more. What needs the teacher's whole distribution reads further fields,
+    floating (...) or None. With the teacher's logits t over its vocabulary V and the entries S::
+
+        logsumexp      = log sum over V of exp(t / temperature)
+        tail_logsumexp = log sum over V without S of exp(t / temperature)
+        token_logits   = t at the sampled token, not divided
+
+    Logits, log-sum-exps and ``token_logits`` are on one scale: all of logits, or all of log-probs,
+    whose ``logsumexp`` is 0 at temperature 1. ``temperature`` is a float. An absent entry is not in
+    S, so the tail holds its share, and that of banned ids.
 
     An entry is absent where its id is -1, outside the vocabulary or banned, or its logit is -inf.
 
@@ -53,7 +67,8 @@ class TopK:
     ``torch.utils._pytree`` maps over the tensors that are there, ``torch.export`` takes it, and
     ``torch.load`` does with ``weights_only=True``.
 
-    Errors: ``TypeError`` for wrong dtypes, ``ValueError`` for shapes that do not match.
+    Errors: ``TypeError`` for wrong dtypes and a temperature that is no number, ``ValueError`` for
+    shapes and devices that do not match and a temperature that is not above 0.
 
     Example::
 
@@ -64,19 +79,23 @@ class TopK:
     ids: Tensor
     logits: Tensor
     logsumexp: Tensor | None = None
+    tail_logsumexp: Tensor | None = None
+    token_logits: Tensor | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks shapes and dtypes; values are not read."""
         self.check()
+        if type(self.temperature) is not float:  # a NumPy number would not load from a file
+            object.__setattr__(self, "temperature", float(self.temperature))
 
     def check(self) -> None:
         """Raises unless the tensors make a support; values are not read.
 
         ``torch.utils._pytree`` may have put anything in their place, so the losses call this again.
         """
-        others = {"logits": self.logits}
-        if self.logsumexp is not None:
-            others["logsumexp"] = self.logsumexp
+        per_row = self._per_row()
+        others = {"logits": self.logits, **per_row}
         for name, tensor in {"ids": self.ids, **others}.items():
             _check_tensor(tensor, name)
         if self.ids.dtype not in ID_DTYPES:
@@ -95,11 +114,13 @@ class TopK:
             )
         if self.ids.shape[-1] < 1:
             raise ValueError("TopK has width 0, allowed is 1 or more entries per row")
-        if self.logsumexp is not None and self.logsumexp.shape != self.ids.shape[:-1]:
-            raise ValueError(
-                f"TopK logsumexp has shape {tuple(self.logsumexp.shape)}, expected one per row: "
-                f"{tuple(self.ids.shape[:-1])}"
-            )
+        for name, tensor in per_row.items():
+            if tensor.shape != self.ids.shape[:-1]:
+                raise ValueError(
+                    f"TopK {name} has shape {tuple(tensor.shape)}, expected one per row: "
+                    f"{tuple(self.ids.shape[:-1])}"
+                )
+        check_factor(self.temperature, "TopK temperature")
 
     @property
     def k(self) -> int:
@@ -132,22 +153,29 @@ class TopK:
         return self._map(lambda tensor: tensor[index])
 
     def __repr__(self) -> str:
-        """Dtypes and shapes, not values."""
-        shown = (f"{field.name}={_describe(getattr(self, field.name))}" for field in fields(self))
+        """Dtypes and shapes of what is there, not values."""
+        names = ["ids", "logits", *self._per_row(), *(["temperature"] * (self.temperature != 1))]
+        shown = (f"{name}={_describe(getattr(self, name))}" for name in names)
         return f"TopK({', '.join(shown)}, device={getattr(self.ids, 'device', None)})"
 
     def to(self, *args: Any, **kwargs: Any) -> TopK:
-        """As ``Tensor.to``; a dtype applies to logits and logsumexp, ids keep theirs."""
+        """As ``Tensor.to``; a dtype applies to all but the ids.
+
+        A log-sum-exp in bfloat16 or float16 holds the tail only to some percent. On devices without
+        float64 it is float32.
+        """
         logits = self.logits.to(*args, **kwargs)
         # By place they follow device and dtype, in this order.
         flags = [flag for flag in args if isinstance(flag, bool)]
         how: dict[str, Any] = dict(zip(("non_blocking", "copy"), flags, strict=False))
         how |= {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
-        return TopK(
-            self.ids.to(logits.device, **how),
-            logits,
-            None if self.logsumexp is None else self.logsumexp.to(*args, **kwargs),
-        )
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.float64 and wide_dtype(logits.device) != torch.float64:
+                tensor = tensor.float()
+            return tensor.to(*args, **kwargs)
+
+        return TopK(self.ids.to(logits.device, **how), logits, **self._rest(moved))
 
     def pin_memory(self) -> TopK:
         """In page-locked memory; ``DataLoader(pin_memory=True)`` calls it."""
@@ -161,17 +189,15 @@ class TopK:
         """Other leading dimensions, of which one may be -1; as ints or one tuple of them."""
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        return TopK(
-            self.ids.reshape(*shape, self.k),
-            self.logits.reshape(*shape, self.k),
-            None if self.logsumexp is None else self.logsumexp.reshape(shape),
-        )
+        ids, logits = (x.reshape(*shape, self.k) for x in (self.ids, self.logits))
+        return TopK(ids, logits, **self._rest(lambda tensor: tensor.reshape(shape)))
 
     def pad(self, *rows: int, k: int | None = None) -> TopK:
         """Filled up with absent entries to leading dimensions ``rows`` and to width ``k``.
 
         ``topk.pad(k=64)`` makes each row wider, ``topk.pad(128)`` makes 128 rows of a sequence, at
-        its end. New rows are without entries, with a logsumexp of NaN: they take no part in a loss.
+        its end. New rows are without entries, and NaN in the fields per row. Their loss is 0, but
+        NaN with ``include_token`` or ``outside="sample"``. Mask them: they count in the mean.
         Before ``TopK.cat`` and ``TopK.stack`` this makes parts of one width and length.
 
         Errors: ``ValueError`` for a size below what is there, or for another number of dimensions.
@@ -194,31 +220,34 @@ class TopK:
             n for size, given in zip(new[::-1], old[::-1], strict=True) for n in (0, size - given)
         ]
         pad = torch.nn.functional.pad
-        sums = self.logsumexp
         return TopK(
             pad(self.ids, added, value=-1),
             pad(self.logits, added, value=-torch.inf),
-            None if sums is None else pad(sums, added[2:], value=torch.nan) if rows else sums,
+            **self._rest(lambda tensor: pad(tensor, added[2:], value=torch.nan)),
         )
 
     @staticmethod
     def cat(parts: Iterable[TopK], dim: int = 0) -> TopK:
-        """Concatenates along a leading dimension; logsumexp is kept where all parts have one."""
+        """Concatenates along a leading dimension.
+
+        A field that may be None is kept where all parts have it. All parts are of one temperature,
+        or it is a ``ValueError``.
+        """
         parts = _one_width(parts, "cat")
         dim = _leading(dim, len(parts[0].shape), parts[0], "cat")
         _check_same_size(parts, "cat", dim)
-        return _joined(torch.cat, parts, dim)
+        return _joined(torch.cat, parts, dim, "cat")
 
     @staticmethod
     def stack(parts: Iterable[TopK], dim: int = 0) -> TopK:
-        """Joins along a new leading dimension; logsumexp is kept where all parts have one.
+        """Joins along a new leading dimension, as ``TopK.cat`` joins along one that is there.
 
         ``torch.utils.data.default_collate`` does it with the supports of a batch.
         """
         parts = _one_width(parts, "stack")
         dim = _leading(dim, len(parts[0].shape) + 1, parts[0], "stack")
         _check_same_size(parts, "stack")
-        return _joined(torch.stack, parts, dim)
+        return _joined(torch.stack, parts, dim, "stack")
 
     @staticmethod
     def from_logprobs(
@@ -226,6 +255,7 @@ class TopK:
         ids: Any = None,
         *,
         k: int | None = None,
+        token_ids: Any = None,
         device: torch.device | str | None = None,
     ) -> TopK:
         """A server's top-K log-probs as a ``TopK``.
@@ -255,13 +285,20 @@ class TopK:
         best) the k largest are kept; ``k=None`` keeps all, and is the longest position. NaN stays,
         ahead of all others. An empty list is no position at all.
 
-        Returns ids int32 (..., k) in order (log-prob descending, id ascending), logits float32, and
-        logsumexp 0 where a position has entries (log-probs are normalised) and NaN where not.
+        ``token_ids`` are the sampled tokens, one per position: an array, a tensor or nested lists,
+        ragged as the positions or padded. They are looked up before the list is cut to k, and
+        ``token_logits`` is what is listed for them: -inf at or below -1000, NaN where the token id
+        is negative (-100) or None, and where a position has no entries.
+
+        Returns ids int32 (..., k) in order (log-prob descending, id ascending), logits float32,
+        logsumexp 0 where a position has entries (log-probs are normalised) and NaN where not, at
+        temperature 1, and with ``token_ids`` token_logits float32.
 
         Errors: ``TypeError`` for an element that is none of these, for ids that are not integers,
         log-probs that are not real numbers, and a k that is not an int; ``ValueError`` for k
         outside [1, 2**31 - 1], for ``ids`` and ``logprobs`` of different shapes, for ids beyond
-        int32. The message names the place in the payload.
+        int32, for ``token_ids`` of another shape than the positions, or that their position does
+        not list. The message names the place in the payload.
 
         Example::
 
@@ -277,8 +314,13 @@ class TopK:
             entries = _payload.from_positions(logprobs)
         else:
             entries = _payload.from_arrays(ids, logprobs)
+        # Before the entries are cut to k.
+        given = (
+            None if token_ids is None else _payload.token_logprobs(*entries, token_ids, SENTINEL)
+        )
         best_ids, best = _canonical(*entries, k)
-        topk = TopK(best_ids, best, _normalised(best_ids, best))
+        tokens = None if given is None else torch.from_numpy(given)
+        topk = TopK(best_ids, best, _normalised(best_ids, best), token_logits=tokens)
         return topk if device is None else topk.to(device)
 
     @staticmethod
@@ -307,7 +349,9 @@ class TopK:
         it the k largest stay, above it absent entries follow.
 
         Returns ids int32 (..., k), logits float32, and logsumexp 0 where a row has entries
-        (log-probs are normalised) and NaN where not; ``present`` says which rows have any.
+        (log-probs are normalised) and NaN where not, at temperature 1; ``present`` says which rows
+        have any. Log-probs of the sampled tokens go in with
+        ``dataclasses.replace(topk, token_logits=...)``.
 
         Gradients: none. Memory: a few times the inputs while it works.
 
@@ -341,6 +385,46 @@ class TopK:
         """
         return ((self.ids >= 0) & (self.logits != -torch.inf)).any(-1)
 
+    def tail(self) -> Tensor:
+        """The log-sum-exp (...) of what is not listed, at ``temperature``.
+
+        ``tail_logsumexp`` if there is one. Else what the entries leave of ``logsumexp``, with the
+        entries S that are present, each id once, and Q their share::
+
+            Q    = sum over S of exp(logits / temperature - logsumexp)
+            tail = logsumexp + log(max(1 - Q, 2^-24))
+
+        The floor is what float32 log-probs resolve: a tail that small is noise, and 0 would make
+        its logarithm infinite.
+
+        Returns float64, float32 on devices without it; NaN where ``logsumexp`` is, and -inf where
+        that is -inf. Gradients: none. No value is read on the host.
+
+        Errors: ``ValueError`` without ``tail_logsumexp`` and ``logsumexp``.
+
+        Example::
+
+            tail_mass = (topk.tail() - topk.logsumexp).exp()
+        """
+        # No decorator: torch.compile cannot call a decorated method of a TopK that it made itself.
+        dtype = wide_dtype(self.device)
+        if self.tail_logsumexp is not None:
+            return self.tail_logsumexp.detach().to(dtype)
+        if self.logsumexp is None:
+            raise ValueError(
+                "TopK has neither tail_logsumexp nor logsumexp, so what its entries leave of the "
+                "teacher's distribution is unknown; make it with select_topk(..., "
+                "with_logsumexp=True) or TopK.from_logprobs"
+            )
+        present = (self.ids >= 0) & (self.logits != -torch.inf)
+        counted = present & ~repeats(torch.where(present, self.ids, -1))
+        scaled = torch.where(counted, self.logits.detach().to(dtype) / self.temperature, -torch.inf)
+        total = self.logsumexp.detach().to(dtype)
+        # In this form 1 - Q keeps its digits where Q is near 1.
+        rest = -torch.expm1(scaled.logsumexp(-1) - total)
+        tail = total + rest.clamp(min=LEAST_TAIL).log()
+        return tail.masked_fill(total == -torch.inf, -torch.inf)
+
     def validate(self, vocab_size: int) -> TopK:
         """Raises ``ValueError`` for ids that are neither -1 nor in [0, vocab_size); returns self.
 
@@ -361,8 +445,17 @@ class TopK:
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
-        logsumexp = None if self.logsumexp is None else fn(self.logsumexp)
-        return TopK(fn(self.ids), fn(self.logits), logsumexp)
+        return TopK(fn(self.ids), fn(self.logits), **self._rest(fn))
+
+    def _rest(self, fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The fields besides ids and logits: fn of each tensor, and the temperature."""
+        mapped = {name: fn(tensor) for name, tensor in self._per_row().items()}
+        return {**mapped, "temperature": self.temperature}
+
+    def _per_row(self) -> dict[str, Tensor]:
+        """The tensors with one number per row that are there."""
+        given = {name: getattr(self, name) for name in PER_ROW}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 def _check_tensor(tensor: object, name: str) -> None:
@@ -419,13 +512,18 @@ def _leading(dim: int, row_dims: int, part: TopK, name: str) -> int:
     return dim % row_dims
 
 
-def _joined(join: Callable[..., Tensor], parts: list[TopK], dim: int) -> TopK:
-    sums = [part.logsumexp for part in parts if part.logsumexp is not None]
-    return TopK(
-        join([part.ids for part in parts], dim),
-        join([part.logits for part in parts], dim),
-        join(sums, dim) if len(sums) == len(parts) else None,
-    )
+def _joined(join: Callable[..., Tensor], parts: list[TopK], dim: int, name: str) -> TopK:
+    temperatures = sorted({part.temperature for part in parts})
+    if len(temperatures) > 1:
+        raise ValueError(
+            f"TopK.{name} got parts of temperatures {temperatures}, expected one; it is what their "
+            "log-sum-exps are of, so make all parts at one temperature"
+        )
+    per_row = [part._per_row() for part in parts]
+    kept = [field for field in PER_ROW if all(field in tensors for tensors in per_row)]
+    rest: dict[str, Any] = {field: join([x[field] for x in per_row], dim) for field in kept}
+    ids, logits = (join([getattr(x, field) for x in parts], dim) for field in ("ids", "logits"))
+    return TopK(ids, logits, **rest, temperature=temperatures[0])
 
 
 def _check_width(k: object) -> None:
@@ -552,24 +650,30 @@ def _describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _flatten(topk: TopK) -> tuple[list[Tensor], None]:
-    # Without a logsumexp there is no leaf for it: what is mapped over the leaves sees tensors only.
-    leaves = [topk.ids, topk.logits]
-    return leaves if topk.logsumexp is None else [*leaves, topk.logsumexp], None
+Context = tuple[tuple[str, ...], float]
 
 
-def _unflatten(leaves: Iterable[Any], _: None) -> TopK:
+def _flatten(topk: TopK) -> tuple[list[Tensor], Context]:
+    # Only what is there is a leaf: what is mapped over the leaves sees tensors only.
+    per_row = topk._per_row()
+    return [topk.ids, topk.logits, *per_row.values()], (tuple(per_row), topk.temperature)
+
+
+def _unflatten(leaves: Iterable[Any], context: Context) -> TopK:
     # Not through __init__: tree_map may put anything at the leaves, shapes or specs for instance.
+    names, temperature = context
     topk = object.__new__(TopK)
-    for field, leaf in zip_longest(fields(TopK), leaves):
-        object.__setattr__(topk, field.name, leaf)
+    given = dict(zip(("ids", "logits", *names), leaves, strict=True))
+    for field in fields(TopK):
+        object.__setattr__(topk, field.name, given.get(field.name))
+    object.__setattr__(topk, "temperature", temperature)
     return topk
 
 
-def _flatten_with_keys(topk: TopK) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], None]:
-    leaves, _ = _flatten(topk)
-    names = [pytree.GetAttrKey(field.name) for field in fields(TopK)[: len(leaves)]]
-    return list(zip(names, leaves, strict=True)), None
+def _flatten_with_keys(topk: TopK) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], Context]:
+    leaves, context = _flatten(topk)
+    names = map(pytree.GetAttrKey, ("ids", "logits", *context[0]))
+    return list(zip(names, leaves, strict=True)), context
 
 
 def _collate(parts: list[TopK], *, collate_fn_map: Any = None) -> TopK:
@@ -581,6 +685,9 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="opd_kernels.TopK",
+    # JSON has no tuples.
+    to_dumpable_context=list,
+    from_dumpable_context=lambda context: (tuple(context[0]), context[1]),
     flatten_with_keys_fn=_flatten_with_keys,
 )
 default_collate_fn_map[TopK] = _collate

@@ -64,6 +64,7 @@ def pytest_configure() -> None:
     if wanted not in file:
         raise pytest.UsageError(f"the tests run on {file}, expected it under {wanted}")
     warnings.filterwarnings("ignore", message="k=1: a support of one entry")
+    warnings.filterwarnings("ignore", message='reverse KL with outside="truncate"')
     if bridge.DEVICE:
         if names_of_backends() == ["reference"]:
             raise pytest.UsageError(f"no kernels for {bridge.DEVICE}: {triton.refusal(*FLOAT32)}")
@@ -88,6 +89,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 LINEAR = [name for name in names_of_backends() if hasattr(backends.load(name), "gather_dot")]
+
+
+FAMILY = [name for name in names_of_backends() if hasattr(backends.load(name), "full_divergence")]
+
+
+@pytest.fixture(params=FAMILY)
+def family_backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that serves every divergence, float32 on the CPU."""
+    return str(request.param)
 
 
 SORTED = "triton, sorted ids"

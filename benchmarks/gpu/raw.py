@@ -187,7 +187,7 @@ class Trial:
         loss, ids, grad = self.outputs()
         student = self.struct(self.student, self.dtype, self.memory.put(self.student_bits))
         plain = self.module.Divergence(1, 0, 0, 0, 0.5, False, None, None)
-        objective = self.module.Objective(1.5, 0, 1.0, 0, plain)
+        objective = self.module.Objective(1.5, 0, 1.0, 0, plain, 0, "renormalize")
         results = loss[1], ids[1], grad[1]
         if given:
             values = np.take_along_axis(self.teacher, self.ids, 1).astype(np.float32)

@@ -32,6 +32,17 @@ inline ScatterMode scatter_mode(const std::string& name) {
   throw std::invalid_argument("scatter has no mode '" + name + "'");
 }
 
+inline Outside outside_of(const std::string& name) {
+  static const std::map<std::string, Outside> names = {{"renormalize", Outside::kRenormalize},
+                                                       {"truncate", Outside::kTruncate},
+                                                       {"bucket", Outside::kBucket},
+                                                       {"generalize", Outside::kGeneralize},
+                                                       {"sample", Outside::kSample}};
+  const auto found = names.find(name);
+  if (found == names.end()) throw std::invalid_argument("there is no outside '" + name + "'");
+  return found->second;
+}
+
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -73,12 +84,16 @@ inline void define_arguments(py::module_& m) {
       }));
 
   py::class_<Objective>(m, "Objective", py::module_local(),
-                        "(temperature, its rows, the teacher's, its rows, divergence)")
+                        "(temperature, its rows, the teacher's, its rows, divergence, weights of "
+                        "rows, outside)")
       .def(py::init([](float temperature, uintptr_t rows, float teacher_temperature,
-                       uintptr_t teacher_rows, const Divergence& divergence) {
+                       uintptr_t teacher_rows, const Divergence& divergence, uintptr_t weights,
+                       const std::string& outside) {
         return Objective{{temperature, pointer<const float>(rows)},
                          {teacher_temperature, pointer<const float>(teacher_rows)},
-                         divergence};
+                         divergence,
+                         pointer<const float>(weights),
+                         outside_of(outside)};
       }));
 }
 
@@ -117,8 +132,7 @@ inline DivergenceArgs divergence_args(const Rows& student, const Rows& teacher, 
   require(student.count == teacher.count, "student and teacher differ in rows");
   require(is_floating(student) && is_floating(teacher), "student or teacher are integers");
   require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
-  require(objective.divergence.is_reverse_kl(),
-          "the divergence is not reverse_kl(), the only one that these kernels compute");
+  require(objective.outside == Outside::kRenormalize, "the divergence is not renormalised");
   return {student,
           teacher,
           ids,
@@ -160,6 +174,81 @@ inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_
           pointer<const float>(upstream),
           k,
           scatter_mode(mode)};
+}
+
+inline SelectWithTailArgs select_with_tail_args(const Rows& logits, const Allowed& allowed, int k,
+                                                int64_t width, float temperature,
+                                                uintptr_t temperature_rows, uintptr_t ids,
+                                                uintptr_t values, uintptr_t tail) {
+  const SelectArgs select = select_args(logits, allowed, k, ids, values);
+  require(allowed.limit <= width, "the limit is beyond the tail's width");
+  require(width <= logits.width, "the tail's width is beyond the logits' vocabulary");
+  return {select, width, {temperature, pointer<const float>(temperature_rows)},
+          pointer<double>(tail)};
+}
+
+inline TailArgs tail_args(const Rows& logits, const Rows& ids, uintptr_t mask, int64_t width,
+                          float temperature, uintptr_t temperature_rows, uintptr_t tail) {
+  require(is_floating(logits), "the logits are integers");
+  require(!is_floating(ids) && ids.count == logits.count, "ids are no integers of the same rows");
+  require(ids.width <= kMaxK, "k is above max_k");
+  require(0 <= width && width <= logits.width, "the tail's width is beyond the logits' vocabulary");
+  return {logits,
+          ids,
+          pointer<const bool>(mask),
+          width,
+          {temperature, pointer<const float>(temperature_rows)},
+          pointer<double>(tail)};
+}
+
+inline FullDivergenceArgs full_divergence_args(const Rows& student, const Rows& teacher,
+                                               const Rows& ids, const Allowed& allowed,
+                                               const Objective& objective, uintptr_t teacher_tail,
+                                               uintptr_t student_tail, int64_t width,
+                                               uintptr_t loss, uintptr_t out_ids,
+                                               uintptr_t entry_grad, uintptr_t factors,
+                                               uintptr_t logsumexp) {
+  require(objective.outside != Outside::kRenormalize, "the divergence is renormalised");
+  require(is_floating(student) && is_floating(teacher), "student or teacher are integers");
+  require(!is_floating(ids), "the support's ids are no integers");
+  require(student.count == teacher.count && ids.count == teacher.count &&
+              ids.width == teacher.width,
+          "student, values and ids do not fit each other");
+  require(ids.width >= 1 && ids.width <= kMaxK, "k is outside [1, max_k]");
+  require(allowed.limit <= student.width, "the limit is beyond the student's vocabulary");
+  require(0 <= width && width <= student.width, "the width is beyond the student's vocabulary");
+  return {student,
+          teacher,
+          ids,
+          allowed,
+          objective,
+          pointer<const double>(teacher_tail),
+          pointer<const double>(student_tail),
+          width,
+          pointer<float>(loss),
+          pointer<int32_t>(out_ids),
+          pointer<float>(entry_grad),
+          pointer<float>(factors),
+          pointer<double>(logsumexp)};
+}
+
+inline BackgroundArgs background_args(const Rows& out, uintptr_t ids, uintptr_t entry_grad,
+                                      uintptr_t upstream, int k, const std::string& mode,
+                                      const Rows& logits, uintptr_t factors, uintptr_t logsumexp,
+                                      int64_t limit, float temperature,
+                                      uintptr_t temperature_rows) {
+  const ScatterArgs scatter = scatter_args(out, ids, entry_grad, upstream, k, mode);
+  require(scatter.mode != ScatterMode::kAdd, "a background cannot be added");
+  require(logits.dtype == out.dtype && logits.count == out.count,
+          "logits and gradient differ in rows or dtype");
+  require(0 <= limit && limit <= out.width && limit <= logits.width,
+          "the background's limit is beyond the vocabulary");
+  return {scatter,
+          logits,
+          pointer<const float>(factors),
+          pointer<const double>(logsumexp),
+          limit,
+          {temperature, pointer<const float>(temperature_rows)}};
 }
 
 // Checks that ids, hidden states and weight have fitting sizes and dtypes.

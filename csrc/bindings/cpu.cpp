@@ -41,7 +41,11 @@ PYBIND11_MODULE(_C, m) {
   define(m, "gather", gather_args, cpu::gather);
   define(m, "select_divergence", select_divergence_args, cpu::select_divergence);
   define(m, "entry_divergence", entry_divergence_args, cpu::entry_divergence);
+  define(m, "select_with_tail", select_with_tail_args, cpu::select_with_tail);
+  define(m, "tail_logsumexp", tail_args, cpu::tail_logsumexp);
+  define(m, "full_divergence", full_divergence_args, cpu::full_divergence);
   define(m, "scatter", scatter_args, cpu::scatter);
+  define(m, "scatter_background", background_args, cpu::scatter_background);
   define(m, "gather_dot", gather_dot_args, cpu::gather_dot);
   define(m, "gather_dot_hidden", gather_dot_hidden_args, cpu::gather_dot_hidden);
   define(m, "gather_dot_weight", gather_dot_weight_args, cpu::gather_dot_weight);

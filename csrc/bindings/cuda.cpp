@@ -8,6 +8,25 @@ using namespace opd;
 #error "the build names the architectures that the kernels are compiled for"
 #endif
 
+namespace {
+
+void require_reverse_kl(const DivergenceArgs& args) {
+  require(args.objective.is_reverse_kl(),
+          "the divergence is not reverse_kl(), the only one that these kernels compute");
+}
+
+void select_divergence(const DivergenceArgs& args, const cuda::Device& device) {
+  require_reverse_kl(args);
+  cuda::select_divergence(args, device);
+}
+
+void entry_divergence(const DivergenceArgs& args, const cuda::Device& device) {
+  require_reverse_kl(args);
+  cuda::entry_divergence(args, device);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of opd_kernels. Sizes are checked here, memory on the Python side.";
   m.attr("max_k") = kMaxK;
@@ -26,7 +45,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   define(m, "select", select_args, cuda::select);
   define(m, "gather", gather_args, cuda::gather);
-  define(m, "select_divergence", select_divergence_args, cuda::select_divergence);
-  define(m, "entry_divergence", entry_divergence_args, cuda::entry_divergence);
+  define(m, "select_divergence", select_divergence_args, select_divergence);
+  define(m, "entry_divergence", entry_divergence_args, entry_divergence);
   define(m, "scatter", scatter_args, cuda::scatter);
 }

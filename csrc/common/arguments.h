@@ -20,7 +20,7 @@ struct Temperature {
 };
 
 // A weighted sum of divergences of the student's p and the teacher's q on a support, as Python's
-// Divergence (opd_kernels/divergences.py) has it. The kernels compute plain reverse KL.
+// Divergence (opd_kernels/divergences.py) has it.
 struct Divergence {
   float reverse = 0, forward = 0, skew_reverse = 0, skew_forward = 0;
   float beta = 0.5f;
@@ -34,11 +34,18 @@ struct Divergence {
   }
 };
 
+// What becomes of the probability outside of the support.
+enum class Outside { kRenormalize, kTruncate, kBucket, kGeneralize, kSample };
+
 // What is computed on the entries of a support.
 struct Objective {
   Temperature temperature;
   Temperature teacher_temperature;
   Divergence divergence;
+  const float* weights = nullptr;  // (N, 4), in place of the divergence's four; or null
+  Outside outside = Outside::kRenormalize;
+
+  bool is_reverse_kl() const { return divergence.is_reverse_kl() && !weights; }
 };
 
 // What may enter the support.
@@ -59,6 +66,22 @@ struct SelectArgs {
   int k;
   int32_t* ids;   // (N, K)
   float* values;  // (N, K)
+};
+
+struct SelectWithTailArgs {
+  SelectArgs select;
+  int64_t width;  // the tail is over the ids in [0, width) that are not selected
+  Temperature temperature;
+  double* tail;  // (N), 0 in masked rows
+};
+
+struct TailArgs {
+  Rows logits;  // (N, V)
+  Rows ids;     // (N, K)
+  const bool* mask;
+  int64_t width;
+  Temperature temperature;
+  double* tail;  // (N), 0 in masked rows
 };
 
 // The student's values at the ids of a support.
@@ -82,6 +105,24 @@ struct DivergenceArgs {
   float* entry_grad;  // (N, K)
 };
 
+// The divergence with the probability outside of the support. For Outside::kSample the last id is
+// the sampled token or -1, and the support has the K before it.
+struct FullDivergenceArgs {
+  Rows student;  // (N, V)
+  Rows teacher;  // (N, K) values of the support
+  Rows ids;      // (N, K)
+  Allowed allowed;
+  Objective objective;
+  const double* teacher_tail;  // (N), of the complement of the listed ids
+  const double* student_tail;  // (N), or null: computed over the ids in [0, width)
+  int64_t width;
+  float* loss;        // (N)
+  int32_t* out_ids;   // (N, K), each id once, -1 where absent
+  float* entry_grad;  // (N, K)
+  float* factors;     // (N), of the student's p in the gradient outside of the entries
+  double* logsumexp;  // (N), the student's, 0 in masked rows
+};
+
 // What `out` holds before scatter, and what scatter does.
 enum class ScatterMode {
   kAssign,  // zeros: writes the entries
@@ -96,6 +137,16 @@ struct ScatterArgs {
   const float* upstream;    // (N)
   int k;
   ScatterMode mode;
+};
+
+// What a gradient holds where no entry is: factor softmax(z / T) for ids in [0, limit), 0 beyond.
+struct BackgroundArgs {
+  ScatterArgs scatter;  // kAssign: `out` is zeros; kClear: it holds anything
+  Rows logits;          // (N, V), z; may be `out`
+  const float* factors;  // (N); a row whose factor times upstream is 0 is not read
+  const double* logsumexp;  // (N)
+  int64_t limit;
+  Temperature temperature;
 };
 
 // A head's logits at the ids of a support: logits[n, k] = weight[ids[n, k]] . hidden[n] + bias.

@@ -1,48 +1,20 @@
-// For each row: selects the support from the teacher's logits or reads a given one, and computes the
-// renormalised reverse KL and its entry gradients.
+// For each row: selects the support from the teacher's logits or reads a given one, and computes a
+// renormalised divergence and its entry gradients.
 //
-// Bytes: the teacher's row once, K student elements, 8 K out. Sums over the K entries are
-// accumulated in double, which costs nothing beside the teacher's row.
+// Bytes: the teacher's row once, K student elements, 8 K out.
 
 #include <algorithm>
 #include <cmath>
 
 #include "../common/divergence.h"
+#include "../common/full.h"
+#include "alone.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "values.h"
 
 namespace opd::cpu {
 namespace {
-
-// A team of one thread.
-struct Alone {
-  using Real = double;
-
-  template <class Body>
-  void for_entries(int k, const Body& body) const {
-    for (int i = 0; i < k; ++i) body(i);
-  }
-
-  // Steps are loops of their own: the compiler makes vectors of those that only calculate.
-  template <class... Steps>
-  void in_steps(int k, const Steps&... steps) const {
-    constexpr int kAtOnce = 64;
-    float notes[kAtOnce];
-    for (int begin = 0; begin < k; begin += kAtOnce) {
-      const int count = std::min(kAtOnce, k - begin);
-      const auto run = [&](const auto& step) {
-        for (int i = 0; i < count; ++i) step(begin + i, notes[i]);
-      };
-      (run(steps), ...);
-    }
-  }
-
-  template <class Value, class Combine>
-  Value combine(const Value& value, const Combine&) const {
-    return value;
-  }
-};
 
 // Ids and gradients take their final place, the teacher's values lie in scratch.
 Entries entries_of(const DivergenceArgs& args, int64_t row, float* teacher) {
@@ -51,8 +23,14 @@ Entries entries_of(const DivergenceArgs& args, int64_t row, float* teacher) {
 
 void write_row(const DivergenceArgs& args, int64_t row, const Entries& entries) {
   Alone alone;
-  args.loss[row] = row_divergence(alone, entries, args.k, args.student.row(row), args.student.dtype,
-                                  args.objective, row);
+  const char* student = args.student.row(row);
+  const DType dtype = args.student.dtype;
+  args.loss[row] =
+      args.objective.is_reverse_kl()
+          ? row_divergence(alone, entries, args.k, student, dtype, args.objective, row)
+          : row_full_divergence(alone, entries, args.k, student, dtype, args.objective, RowTails{},
+                                Token{}, row)
+                .loss;
 }
 
 // A masked row is not read.

@@ -13,7 +13,9 @@ const std::vector<InstructionSet>& instruction_sets() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("bmi2"),
        &kAvx512Kernels},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"),
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi2"),
        &kAvx2Kernels},
 #endif
       {"baseline", true, &kBaselineKernels}};

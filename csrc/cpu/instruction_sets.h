@@ -3,8 +3,10 @@
 
 #include <vector>
 
+#include "background.h"
 #include "linear.h"
 #include "select.h"
+#include "tail.h"
 
 namespace opd::cpu {
 
@@ -14,6 +16,9 @@ struct RowKernels {
   Dots dots;
   AddRows add_rows;
   Round round;
+  SelectTail select_tail;
+  TailSum tail;
+  BackgroundRow background;
 };
 
 struct KernelsByDType {

@@ -19,7 +19,11 @@ void gather(const GatherArgs& args, const Processor& processor);
 void select_divergence(const DivergenceArgs& args, const Processor& processor);
 // or given.
 void entry_divergence(const DivergenceArgs& args, const Processor& processor);
+void select_with_tail(const SelectWithTailArgs& args, const Processor& processor);
+void tail_logsumexp(const TailArgs& args, const Processor& processor);
+void full_divergence(const FullDivergenceArgs& args, const Processor& processor);
 void scatter(const ScatterArgs& args, const Processor& processor);
+void scatter_background(const BackgroundArgs& args, const Processor& processor);
 void gather_dot(const GatherDotArgs& args, const Processor& processor);
 void gather_dot_hidden(const GatherDotHiddenArgs& args, const Processor& processor);
 void gather_dot_weight(const GatherDotWeightArgs& args, const Processor& processor);

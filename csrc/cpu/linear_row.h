@@ -5,78 +5,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/formats.h"
+#include "elements.h"
 #include "linear.h"
-#include "vectors.h"
 
 namespace {
 
 using namespace opd;
 using namespace opd::cpu;
 
-using Floats = Vector<float>;
-using Words = Vector<int32_t>;
-constexpr int kStep = kLanes<float>;
 constexpr int kParts = kBlock / kStep;  // vectors of a block
-
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-
-inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
-inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
-
-inline Words load_halves(const int16_t* from) {
-  Halves halves;
-  memcpy(&halves, from, sizeof halves);
-  return __builtin_convertvector(halves, Words);
-}
-
-inline void store_halves(int16_t* to, Words words) {
-  const Halves halves = __builtin_convertvector(words, Halves);
-  memcpy(to, &halves, sizeof halves);
-}
-
-// Converts a vector of elements to and from floats, as formats.h does. Its functions must not be
-// called here, because other files share them.
-template <class Format>
-struct Elements;
-
-template <>
-struct Elements<Float32> {
-  static Floats read(const int32_t* from) { return floats_of(load(from)); }
-  static void write(int32_t* to, Floats values) { store(to, bits_of(values)); }
-};
-
-template <>
-struct Elements<BFloat16> {
-  static Floats read(const int16_t* from) { return floats_of(load_halves(from) << 16); }
-  static void write(int16_t* to, Floats values) {
-    const Words bits = bits_of(values);
-    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    store_halves(to, (values == values ? rounded : bits | 0x400000) >> 16);
-  }
-};
-
-template <>
-struct Elements<Float16> {
-  static Floats read(const int16_t* from) {
-    const Words half = load_halves(from);
-    const Words sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
-    const Words scaled = bits_of(floats_of(magnitude) * floats_of(broadcast(0x77800000)));
-    return floats_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled));
-  }
-  static void write(int16_t* to, Floats values) {
-    const Words bits = bits_of(values), magnitude = bits & 0x7fffffff;
-    const Words small = bits_of(floats_of(magnitude) + 0.5f) - 0x3f000000;
-    const Words normal = (magnitude - 0x38000000 + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
-    Words half = magnitude < 0x38800000 ? small : normal;
-    half = magnitude >= 0x477ff000 ? broadcast(0x7c00) : half;
-    half = magnitude > 0x7f800000 ? broadcast(0x7e00) : half;
-    store_halves(to, ((bits >> 16) & 0x8000) | half);
-  }
-};
-
-template <class Format>
-using BitsOf = typename Format::Bits;
 
 // A copy of the elements after a row's whole blocks, padded to a block.
 template <class Format>

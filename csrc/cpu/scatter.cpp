@@ -2,10 +2,12 @@
 // entries are added to a given gradient.
 //
 // Bytes: each row is written once. Only the K entries are touched if the memory is zero already, as
-// fresh pages from the system are, or is added to.
+// fresh pages from the system are, or is added to. A background reads the student's row once.
 
+#include <cmath>
 #include <cstring>
 
+#include "../common/divergence.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -49,6 +51,23 @@ void write_entries(const ScatterArgs& args, int64_t row) {
   }
 }
 
+Softmax softmax_of(float upstream, float factor, double logsumexp, float temperature) {
+  const float middle = finite(logsumexp * temperature);
+  const double rest = logsumexp - middle / static_cast<double>(temperature);
+  double scale = static_cast<double>(upstream) * factor * std::exp(-rest);
+  // Of finite values it stays finite, so that a p of 0 gives 0.
+  if (std::isfinite(upstream) && std::isfinite(factor)) scale = finite(scale);
+  return {middle, temperature, static_cast<float>(scale)};
+}
+
+void write_row_entries(const ScatterArgs& args, int64_t row) {
+  switch (args.out.dtype) {
+    case DType::kFloat32: return write_entries<Float32>(args, row);
+    case DType::kFloat16: return write_entries<Float16>(args, row);
+    default: return write_entries<BFloat16>(args, row);
+  }
+}
+
 }  // namespace
 
 void scatter(const ScatterArgs& args, const Processor& processor) {
@@ -57,12 +76,27 @@ void scatter(const ScatterArgs& args, const Processor& processor) {
   for_each_row(args.out.count, clear ? args.out.width : args.k, processor.threads, 0,
                [&](int64_t row, void*) {
                  if (clear) stream_zeros(args.out.row(row), row_bytes);
-                 switch (args.out.dtype) {
-                   case DType::kFloat32: return write_entries<Float32>(args, row);
-                   case DType::kFloat16: return write_entries<Float16>(args, row);
-                   default: return write_entries<BFloat16>(args, row);
-                 }
+                 write_row_entries(args, row);
                });
+}
+
+void scatter_background(const BackgroundArgs& args, const Processor& processor) {
+  const ScatterArgs& to = args.scatter;
+  const bool clear = to.mode == ScatterMode::kClear;
+  const int64_t size = element_size(to.out.dtype);
+  const BackgroundRow write = processor.kernels->of(to.out.dtype).background;
+  for_each_row(to.out.count, to.out.width, processor.threads, 0, [&](int64_t row, void*) {
+    char* out = to.out.row(row);
+    const float upstream = to.upstream[row], factor = args.factors[row];
+    int64_t written = 0;
+    if (factor != 0 && upstream * factor != 0) {
+      written = args.limit;
+      write(args.logits.row(row), written,
+            softmax_of(upstream, factor, args.logsumexp[row], args.temperature.at(row)), out);
+    }
+    if (clear) stream_zeros(out + written * size, (to.out.width - written) * size);
+    write_row_entries(to, row);
+  });
 }
 
 }  // namespace opd::cpu

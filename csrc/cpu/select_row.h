@@ -114,8 +114,10 @@ struct GroupMaxima {
   }
 
   // Writes the maxima of all groups. Returns how many it wrote, a whole number of vectors: groups
-  // past the row's end are kNotSelectable.
-  int64_t write(Bits* maxima) {
+  // past the row's end are kNotSelectable. After each block, while it is in L1, calls after(end)
+  // with its end or the row's. The blocks may be passed twice.
+  template <class After>
+  int64_t write(Bits* maxima, const After& after) {
     bool exact_only = false;
     for (;;) {
       int64_t groups = 0;
@@ -125,6 +127,7 @@ struct GroupMaxima {
         const V best = raw ? key_of_raw<Format>(reduce<true, kRun>(start))
                            : reduce<false, kRun>(start);
         store(maxima + groups, interleave_runs<kRun, Bits>(best, kLaneIndices));
+        after(start + kBlock < reader.limit ? start + kBlock : reader.limit);
       }
       if (exact_only || !lane_bits(lowest_raw < kRawNegativeInfinity<Format>)) return groups;
       exact_only = true;
@@ -214,9 +217,9 @@ inline void read_group(const RowReader<Format>& reader, int64_t group,
   }
 }
 
-template <class Format, int Group>
-inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scratch,
-                               int32_t* ids) {
+template <class Format, int Group, class After>
+inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scratch, int32_t* ids,
+                               const After& after) {
   using Bits = typename Format::Bits;
   constexpr int kWidth = kLanes<Bits>;
   // The scratch holds ranks[k], chosen[k] and the keys of either pass, each on its own cache lines.
@@ -227,7 +230,7 @@ inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scr
   part += round_up(k * sizeof(int32_t), kScratchAlignment);
   auto* keys = reinterpret_cast<Bits*>(part);
 
-  const int64_t groups = GroupMaxima<Format, Group>{reader}.write(keys);
+  const int64_t groups = GroupMaxima<Format, Group>{reader}.write(keys, after);
   Bits low, high;
   range_of<Bits>(keys, groups / kWidth, &low, &high);
   Cut<Bits> cut = {low, k};
@@ -254,14 +257,20 @@ inline void select_row_grouped(const RowReader<Format>& reader, int k, void* scr
   for (int i = 0; i < k; ++i) ids[i] = i < found ? rank_key_id(ranks[i]) : -1;
 }
 
+template <class Format, class After>
+inline void select_row_with(const void* row, int64_t limit, const uint64_t* banned, int k,
+                            void* scratch, int32_t* ids, const After& after) {
+  const RowReader<Format> reader{static_cast<const typename Format::Bits*>(row), limit, banned};
+  if (group_size(k) == kWideGroup)
+    select_row_grouped<Format, kWideGroup>(reader, k, scratch, ids, after);
+  else
+    select_row_grouped<Format, kNarrowGroup>(reader, k, scratch, ids, after);
+}
+
 template <class Format>
 void select_row(const void* row, int64_t limit, const uint64_t* banned, int k, void* scratch,
                 int32_t* ids) {
-  const RowReader<Format> reader{static_cast<const typename Format::Bits*>(row), limit, banned};
-  if (group_size(k) == kWideGroup)
-    select_row_grouped<Format, kWideGroup>(reader, k, scratch, ids);
-  else
-    select_row_grouped<Format, kNarrowGroup>(reader, k, scratch, ids);
+  select_row_with<Format>(row, limit, banned, k, scratch, ids, [](int64_t) {});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Compiler vectors as wide as the including file's flags allow, and the few operations on them that
-// the kernels need. Only select_row.h and linear_row.h include this: everything here is compiled
-// once per instruction set and must stay in an unnamed namespace.
+// the kernels need. Only the headers of row kernels include this: everything here is compiled once
+// per instruction set and must stay in an unnamed namespace.
 #pragma once
 
 #include <cstddef>

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from opd_kernels._arguments import Allowed, Objective
+from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails
 
 AUTO = "auto"
 # In order of preference: a module, or a module and its attribute.
@@ -26,8 +26,11 @@ MODULES = {
 # The backends written for a device. Where the reference serves instead, they say what is missing.
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
-# What backends may lack, by the function that serves it.
-FURTHER = {"gather_dot": "hidden states", "scatter_background_": "gradients with a background"}
+# What backends may lack, by a function that comes with it.
+FURTHER = {
+    "gather_dot": "hidden states",
+    "full_divergence": "divergences other than that of topk_rkl",
+}
 
 
 class Backend(Protocol):
@@ -88,6 +91,46 @@ class LinearBackend(Backend, Protocol):
         """The gradient of the weight."""
 
 
+class DivergenceBackend(Backend, Protocol):
+    """The further functions of a backend that serves every divergence of ``topk_divergence``."""
+
+    def select_with_tail(
+        self, logits: Tensor, k: int, allowed: Allowed, tail: Tail
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, values, the tail without these ids)."""
+
+    def tail_logsumexp(
+        self, logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
+    ) -> Tensor:
+        """The tail without the ids."""
+
+    def full_divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        ids: Tensor,
+        allowed: Allowed,
+        objective: Objective,
+        tails: Tails,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(loss, ids, entry gradients, factors, log-sum-exps) of full softmaxes."""
+
+    def scatter_background(
+        self, entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background
+    ) -> Tensor:
+        """The dense gradient over a background."""
+
+    def scatter_background_(
+        self,
+        out: Tensor,
+        entry_grad: Tensor,
+        ids: Tensor,
+        upstream: Tensor,
+        background: Background,
+    ) -> None:
+        """The dense gradient over a background, written over what ``out`` holds."""
+
+
 def resolve(
     name: str,
     device: torch.device,
@@ -95,7 +138,7 @@ def resolve(
     k: int,
     vocab: int = 0,
     needed: str = "select_divergence",
-) -> Backend:
+) -> Any:
     """What serves a call. A backend asked for by name is used or raises."""
     if name != AUTO:
         if name not in MODULES:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels._arguments import Allowed, Objective, Temperature
+from opd_kernels._arguments import (
+    Allowed,
+    Background,
+    Objective,
+    Tail,
+    Tails,
+    Temperature,
+)
 from opd_kernels.backends import _build
 from opd_kernels.divergences import Divergence
 
@@ -161,11 +168,9 @@ class Native:
         self, mode: str, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor
     ) -> None:
         """Writes entries into zeros ("assign"), after zeros ("clear"), or adds them ("add")."""
-        counts = {ids.shape[:-1].numel(), out.shape[:-1].numel()}
-        if counts != {upstream.numel()} or entry_grad.shape != ids.shape:
-            raise ValueError("ids and entry gradients are not (rows, k)")
+        _check_entries(out, entry_grad, ids, upstream)
         ids, entry_grad = ids.contiguous(), entry_grad.contiguous()
-        upstream = upstream.to(torch.float32).contiguous()
+        upstream = _float32(upstream)
         self._launch(
             "scatter",
             out.device,
@@ -224,13 +229,15 @@ class Native:
         )
 
     def _objective(self, objective: Objective) -> Any:
-        (value, rows), (teacher_value, teacher_rows), divergence = objective
+        (value, rows), (teacher_value, teacher_rows), divergence, weights, outside = objective
         return self.module.Objective(
             value,
-            0 if rows is None else rows.data_ptr(),
+            _address(rows),
             teacher_value,
-            0 if teacher_rows is None else teacher_rows.data_ptr(),
+            _address(teacher_rows),
             _divergence(self.module, divergence),
+            _address(weights),
+            outside,
         )
 
 
@@ -296,6 +303,170 @@ class NativeLinear(Native):
         )
 
 
+class NativeFull(NativeLinear):
+    """A backend whose module has the operators on the probability outside of a support."""
+
+    def select_with_tail(
+        self, logits: Tensor, k: int, allowed: Allowed, tail: Tail
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``select`` and a tail; see ``opd_kernels.reference.select_with_tail``."""
+        rows, device = logits.shape[:-1], logits.device
+        ids = self._empty((*rows, k), torch.int32, device)
+        values = self._empty((*rows, k), torch.float32, device)
+        sums = self._empty(rows, torch.float64, device)
+        allowed, temperature = _contiguous(allowed), _in_float32(tail.temperature)
+        self._launch(
+            "select_with_tail",
+            device,
+            self._rows(logits),
+            self._allowed(allowed, rows.numel()),
+            k,
+            tail.width,
+            temperature.value,
+            self._per_row(temperature.rows, rows),
+            ids.data_ptr(),
+            values.data_ptr(),
+            sums.data_ptr(),
+        )
+        return ids, values, sums
+
+    def tail_logsumexp(
+        self, logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
+    ) -> Tensor:
+        """The tail of a given support; see ``opd_kernels.reference.tail_logsumexp``."""
+        rows = logits.shape[:-1]
+        sums = self._empty(rows, torch.float64, logits.device)
+        mask = None if mask is None else mask.contiguous()
+        temperature = _in_float32(tail.temperature)
+        self._launch(
+            "tail_logsumexp",
+            logits.device,
+            self._rows(logits),
+            self._rows(ids),
+            self._per_row(mask, rows),
+            tail.width,
+            temperature.value,
+            self._per_row(temperature.rows, rows),
+            sums.data_ptr(),
+        )
+        return sums
+
+    def full_divergence(
+        self,
+        student: Tensor,
+        teacher_values: Tensor,
+        ids: Tensor,
+        allowed: Allowed,
+        objective: Objective,
+        tails: Tails,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(loss, ids, entry gradients, factors, log-sum-exps).
+
+        See ``opd_kernels.reference.full_divergence``.
+        """
+        rows, device = student.shape[:-1], student.device
+        loss, out_ids, entry_grad = self._results(rows, ids.shape[-1], device)
+        factors = self._empty(rows, torch.float32, device)
+        logsumexp = self._empty(rows, torch.float64, device)
+        allowed, objective = _contiguous(allowed), _with_float32_rows(objective)
+        teacher_tail = tails.teacher.to(torch.float64).contiguous()
+        student_tail = tails.student
+        if student_tail is not None:
+            student_tail = student_tail.to(torch.float64).contiguous()
+        self._launch(
+            "full_divergence",
+            device,
+            self._rows(student),
+            self._rows(teacher_values),
+            self._rows(ids),
+            self._allowed(allowed, rows.numel()),
+            self._objective(objective),
+            self._per_row(teacher_tail, rows),
+            self._per_row(student_tail, rows),
+            tails.width,
+            loss.data_ptr(),
+            out_ids.data_ptr(),
+            entry_grad.data_ptr(),
+            factors.data_ptr(),
+            logsumexp.data_ptr(),
+        )
+        return loss, out_ids, entry_grad, factors, logsumexp
+
+    def scatter_background(
+        self, entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background
+    ) -> Tensor:
+        """The dense gradient over a background, in memory of its own.
+
+        See ``opd_kernels.reference.scatter_background``.
+        """
+        logits = background.logits
+        if logits is None:
+            raise ValueError("a background in memory of its own needs its logits")
+        out = self._fresh_zeros(logits.shape, logits.dtype, all_written=True)
+        mode = "assign"
+        if out is None:
+            out, mode = self._empty(logits.shape, logits.dtype, logits.device), "clear"
+        self._scatter_background(mode, out, entry_grad, ids, upstream, background)
+        return out
+
+    def scatter_background_(
+        self,
+        out: Tensor,
+        entry_grad: Tensor,
+        ids: Tensor,
+        upstream: Tensor,
+        background: Background,
+    ) -> None:
+        """As ``scatter_background``, written over what ``out`` holds."""
+        self._scatter_background("clear", out, entry_grad, ids, upstream, background)
+
+    def _scatter_background(
+        self,
+        mode: str,
+        out: Tensor,
+        entry_grad: Tensor,
+        ids: Tensor,
+        upstream: Tensor,
+        background: Background,
+    ) -> None:
+        factors, logsumexp, limit, logits, temperature = background
+        if factors is None or logsumexp is None:
+            raise ValueError("a background has factors and log-sum-exps")
+        _check_entries(out, entry_grad, ids, upstream)
+        rows = out.shape[:-1]
+        logits = out if logits is None else logits
+        if logits.dtype != out.dtype:
+            raise ValueError(f"the logits are {logits.dtype} and their gradient {out.dtype}")
+        ids, entry_grad, upstream = ids.contiguous(), entry_grad.contiguous(), _float32(upstream)
+        factors, logsumexp = _float32(factors), logsumexp.to(torch.float64).contiguous()
+        temperature = _in_float32(temperature)
+        self._launch(
+            "scatter_background",
+            out.device,
+            self._rows(out),
+            ids.data_ptr(),
+            entry_grad.data_ptr(),
+            upstream.data_ptr(),
+            ids.shape[-1],
+            mode,
+            self._rows(logits),
+            self._per_row(factors, rows),
+            self._per_row(logsumexp, rows),
+            limit,
+            temperature.value,
+            self._per_row(temperature.rows, rows),
+        )
+
+    @staticmethod
+    def _per_row(values: Tensor | None, rows: torch.Size) -> int:
+        """The address of contiguous values, one per row; 0 for None."""
+        if values is None:
+            return 0
+        if values.numel() != rows.numel():
+            raise ValueError(f"{values.numel()} values for {rows.numel()} rows")
+        return values.data_ptr()
+
+
 @functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The modules' name of a dtype."""
@@ -316,15 +487,33 @@ def _contiguous(allowed: Allowed) -> Allowed:
 
 
 def _with_float32_rows(objective: Objective) -> Objective:
-    """With temperatures as the kernels read them."""
-    temperature, teacher_temperature, divergence = objective
-    if temperature.rows is None and teacher_temperature.rows is None:
+    """With temperatures and weights as the kernels read them."""
+    temperature, teacher_temperature, _, weights, _ = objective
+    if temperature.rows is None and teacher_temperature.rows is None and weights is None:
         return objective
-    return Objective(_in_float32(temperature), _in_float32(teacher_temperature), divergence)
+    return objective._replace(
+        temperature=_in_float32(temperature),
+        teacher_temperature=_in_float32(teacher_temperature),
+        weights=None if weights is None else _float32(weights),
+    )
 
 
 def _in_float32(temperature: Temperature) -> Temperature:
     value, rows = temperature
     if rows is None:
         return temperature
-    return Temperature(value, rows.to(torch.float32).contiguous())
+    return Temperature(value, _float32(rows))
+
+
+def _float32(values: Tensor) -> Tensor:
+    return values.to(torch.float32).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check_entries(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    counts = {ids.shape[:-1].numel(), out.shape[:-1].numel()}
+    if counts != {upstream.numel()} or entry_grad.shape != ids.shape:
+        raise ValueError("ids and entry gradients are not (rows, k)")

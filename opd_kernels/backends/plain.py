@@ -79,17 +79,22 @@ def logsumexp(
 
 
 def reduce_rows(
-    reduce: Callable[..., Tensor], logits: Tensor, mask: Tensor | None, *per_row: Tensor
+    reduce: Callable[..., Tensor],
+    logits: Tensor,
+    mask: Tensor | None,
+    *per_row: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """reduce(rows in the dtype of the arithmetic, *per_row of these rows), piece by piece.
+    """reduce(rows in ``dtype``, or that of the arithmetic, *per_row of these rows), by pieces.
 
     Masked rows are 0. On the CPU they are not read; elsewhere leaving them out would synchronise.
     Under vmap all rows are one piece: mapped tensors cannot be indexed by a mask or written to.
     """
+    dtype = compute_dtype(logits) if dtype is None else dtype
     if mapped():
-        found = reduce(logits.to(compute_dtype(logits)), *per_row)
+        found = reduce(logits.to(dtype), *per_row)
         return found if mask is None else found.masked_fill(~mask, 0)
-    out = logits.new_zeros(logits.shape[:-1], dtype=compute_dtype(logits))
+    out = logits.new_zeros(logits.shape[:-1], dtype=dtype)
     kept: Any = ...
     for piece in _pieces(logits.shape):
         if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():

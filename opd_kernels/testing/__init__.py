@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import backends
-from opd_kernels.api import linear_topk_rkl, topk_rkl
+from opd_kernels.api import linear_topk_rkl, topk_divergence, topk_rkl
 from opd_kernels.head import LinearLogits
 from opd_kernels.selection import select_topk
 from opd_kernels.support import TopK
@@ -40,7 +40,7 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
     """Raises ``AssertionError`` where a backend's result for the case is not within its budget."""
     inputs = make_inputs(case, device)
     expected = oracle(inputs)
-    if isinstance(inputs.teacher, Tensor):
+    if isinstance(inputs.teacher, Tensor) and case.support == "teacher":
         _check_selection(inputs, expected, backend)
     leaves, loss, grads = results(case, inputs, backend)
     _check_close(loss, expected.loss, expected.loss_budget, f"loss of {case}")
@@ -59,6 +59,8 @@ def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool
     """Whether a backend takes a case; one that does not raises."""
     module = backends.load(backend)
     if case.hidden and not hasattr(module, "gather_dot"):
+        return False
+    if case.divergence and not hasattr(module, "full_divergence"):
         return False
     dtypes = tuple(getattr(torch, name) for name in (case.student_dtype, case.teacher_dtype))
     return module.refusal(torch.device(device), dtypes, case.k, case.teacher_vocab) is None
@@ -102,6 +104,12 @@ def _call(case: Case, inputs: Inputs, backend: str | None) -> Tensor:
     """The loss."""
     teacher = inputs.teacher if inputs.teacher_head is None else inputs.teacher_head
     k = None if isinstance(teacher, TopK) else inputs.k
+    if inputs.head is not None and inputs.family:
+        parts = inputs.head
+        linear = LinearLogits(parts.hidden, parts.weight, parts.bias, parts.softcap, parts.scale)
+        return topk_divergence(
+            linear, teacher, k, backend=backend, **inputs.options, **inputs.family
+        )
     if inputs.head is not None:
         head = inputs.head
         return linear_topk_rkl(
@@ -117,6 +125,16 @@ def _call(case: Case, inputs: Inputs, backend: str | None) -> Tensor:
         )
     assert not isinstance(teacher, LinearLogits)
     student = inputs.student * 1 if case.inplace else inputs.student
+    if inputs.family:
+        return topk_divergence(
+            student,
+            teacher,
+            k,
+            inplace_grad=case.inplace,
+            backend=backend,
+            **inputs.options,
+            **inputs.family,
+        )
     return topk_rkl(
         student, teacher, k, inplace_grad=case.inplace, backend=backend, **inputs.options
     )

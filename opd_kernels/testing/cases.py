@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from opd_kernels.divergences import OUTSIDE
 from opd_kernels.testing import inputs
 from opd_kernels.testing.inputs import Case
 
@@ -123,7 +124,17 @@ def draw_case(
     teacher = one_of("teacher", *inputs.TEACHERS)
     if linear and teacher == "logits":
         teacher = draw(("logits", "linear"))
+    member = _draw_member(source, only, linear, teacher) if one_of("family", False, True) else {}
     k = min(k, k_most, k_most if teacher.startswith("topk") else teacher_vocab)
+    if member.get("support") == "student":
+        k = min(k, vocab)
+    if member.get("include_token") or member.get("outside") == "sample":
+        k = max(1, min(k, k_most - 1))  # and the token
+    temperature = one_of("temperature", *inputs.TEMPERATURES)
+    teacher_temperature = one_of("teacher_temperature", None, *inputs.TEMPERATURES)
+    if teacher.startswith("topk") and member.get("outside", "renormalize") != "renormalize":
+        # Its log-sum-exp is of one number.
+        teacher_temperature = "float" if teacher_temperature == "float" else "one"
     reduction = draw(("mean", "sum", "none"))
     normalizer = draw(inputs.NORMALIZERS) if reduction == "mean" else "none"
     return Case(
@@ -143,8 +154,8 @@ def draw_case(
         teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
         teacher=teacher,
         mask=one_of("mask", *inputs.MASKS),
-        temperature=one_of("temperature", *inputs.TEMPERATURES),
-        teacher_temperature=one_of("teacher_temperature", None, *inputs.TEMPERATURES),
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
         weight=one_of("weight", *inputs.WEIGHTS),
         banned=one_of("banned", *inputs.BANS),
         vocab_size=source.randint(least, vocab + 10) if draw((False, True)) else None,
@@ -155,8 +166,39 @@ def draw_case(
         hidden=one_of("hidden", *inputs.HIDDEN_SIZES) if linear else 0,
         head=draw(inputs.HEADS) if linear else "plain",
         frozen=linear and draw((False, True)),
+        **member,
         seed=source.randint(0, 2**31),
     )
+
+
+def _draw_member(
+    source: Source, only: Mapping[str, tuple[Any, ...]], linear: bool, teacher: str
+) -> dict[str, Any]:
+    """The fields of a case that say which divergence it is of."""
+    draw = source.choice
+
+    def one_of(name: str, *choices: Any) -> Any:
+        return draw(only.get(name, choices))
+
+    # Hidden states have no full log-sum-exp, and their logits no exact order.
+    outside = "renormalize" if linear else one_of("outside", *OUTSIDE)
+    members = {"generalize": inputs.WITHOUT_SKEW, "sample": inputs.SAMPLED}
+    tokens = inputs.TOKENS[outside == "sample" :]
+    # A TopK is a support of its own, and without its logits says nothing of other tokens.
+    chosen = linear or teacher.startswith("topk")
+    token = one_of("token", *tokens)
+    return {
+        "divergence": one_of("divergence", *members.get(outside, inputs.MEMBERS)),
+        "beta": one_of("beta", *inputs.BETAS),
+        "stop_ratio": draw((False, True)),
+        "clip": one_of("clip", *inputs.CLIPS),
+        "floor": one_of("floor", *inputs.FLOORS),
+        "outside": outside,
+        "support": "teacher" if chosen else one_of("support", *inputs.SUPPORTS),
+        "token": token,
+        "include_token": token != "none" and outside != "sample" and draw((False, True)),
+        "carried": one_of("carried", *inputs.CARRIED),
+    }
 
 
 def snippet(case: Case, backend: str, device: str, error: BaseException) -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from opd_kernels import divergences
 from opd_kernels.backends.plain import shaped
+from opd_kernels.divergences import Divergence
 from opd_kernels.head import LinearLogits
 from opd_kernels.support import TopK
 
@@ -43,6 +45,30 @@ WEIGHTS = ("none", "uniform", "poisoned")
 BANS = ("none", "few", "half", "outside", "all")
 NORMALIZERS = ("none", "float", "tensor")
 UPSTREAMS = ("one", "stride0", "random", "zero")
+# Members of the divergence family. Of "gate" one weight is 0 or 1 by row, of "rows" every weight is
+# a number of the row's own.
+MEMBERS = (
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "mixed",
+    "skew_reverse_kl",
+    "skew_forward_kl",
+    "all",
+    "gate",
+    "rows",
+)
+# Those that may be generalised, and those of which a sampled token may stand for the rest.
+WITHOUT_SKEW = ("reverse_kl", "forward_kl", "mixed", "gate")
+SAMPLED = ("reverse_kl", "reverse_rows")
+BETAS = (0.5, 0.1, 0.9)
+CLIPS = (None, 0.5, 5.0)
+FLOORS = (None, -2.0, -10.0)
+SUPPORTS = ("teacher", "student")
+# Sampled tokens: anywhere, in the teacher's support, banned, with q = 0, or no id in some rows.
+TOKENS = ("none", "any", "likely", "banned", "unlikely", "outside")
+# What a served support says of the teacher's whole distribution.
+CARRIED = ("tail", "logsumexp", "both")
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Case:
 
     With a ``hidden`` size it is a call of ``linear_topk_rkl``. Then fields about the student's
     logits are about its hidden states, and the teacher may be "linear": hidden states and a head.
+    With a ``divergence`` it is a call of ``topk_divergence``.
     """
 
     rows: tuple[int, ...] = (3,)
@@ -77,6 +104,16 @@ class Case:
     hidden: int = 0
     head: str = "plain"
     frozen: bool = False
+    divergence: str = ""
+    beta: float = 0.5
+    stop_ratio: bool = False
+    clip: float | None = None
+    floor: float | None = None
+    outside: str = "renormalize"
+    support: str = "teacher"
+    token: str = "none"
+    include_token: bool = False
+    carried: str = "tail"
     seed: int = 0
 
 
@@ -96,7 +133,7 @@ class Inputs:
     """The tensors of a case and the keyword arguments of the call.
 
     ``student`` and ``teacher`` are logits or a support. If the call gets a head instead, they are
-    the head's logits in float64.
+    the head's logits in float64. ``family`` are the keywords of ``topk_divergence`` alone.
     """
 
     student: Tensor
@@ -107,6 +144,7 @@ class Inputs:
     upstream: Tensor | None = None
     head: Head | None = None
     teacher_head: LinearLogits | None = None
+    family: dict[str, Any] = field(default_factory=dict)
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
@@ -114,7 +152,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     generator = torch.Generator().manual_seed(case.seed)
     student = _logits(case, "student", generator)
     teacher: Tensor | TopK = _logits(case, "teacher", generator)
-    if case.teacher in ("topk_int32", "topk_int64"):
+    served = case.teacher in ("topk_int32", "topk_int64")
+    if served and not case.divergence:
         teacher = _support(case, generator)
     if case.student_content == "close" and not case.hidden:
         _bring_close(student, teacher, generator)
@@ -130,13 +169,15 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         value = float(torch.rand((), generator=generator)) * 10 + 0.5
         options["normalizer"] = value if case.normalizer == "float" else torch.tensor(value)
     upstream = _upstream(case, options["mask"], generator)
-    if not isinstance(teacher, TopK):
+    if isinstance(teacher, Tensor) and not (served and case.divergence):
         _poison_masked_rows(teacher, options["mask"])
     _poison_masked_rows(student, options["mask"])
     wide = case.student_dtype == "float64" or case.teacher_dtype == "float64"
     inputs = Inputs(student, teacher, case.k, wide, options, upstream)
     if case.hidden:
         _make_heads(case, inputs, generator)
+    if case.divergence:
+        inputs.family = _family(case, inputs, generator)
     if torch.device(device).type != "cpu":
         for name, value in vars(inputs).items():
             setattr(inputs, name, copied_to(device, value))
@@ -296,6 +337,112 @@ def _support(case: Case, generator: torch.Generator) -> TopK:
     content = case.teacher_content
     logits = _fill(content, shape, getattr(torch, case.teacher_dtype), generator)
     return TopK(ids, logits)
+
+
+def _family(case: Case, inputs: Inputs, generator: torch.Generator) -> dict[str, Any]:
+    """The keywords of ``topk_divergence``; makes a served support of the teacher's logits."""
+    family: dict[str, Any] = {
+        "divergence": _divergence(case, generator),
+        "outside": case.outside,
+        "support": case.support,
+        "include_token": case.include_token,
+        "token_ids": None if case.token == "none" else _tokens(case, inputs, generator),
+    }
+    if case.teacher in ("topk_int32", "topk_int64"):
+        assert isinstance(inputs.teacher, Tensor)
+        inputs.teacher = _served(case, inputs, family["token_ids"], generator)
+    return family
+
+
+def _divergence(case: Case, generator: torch.Generator) -> Divergence:
+    """The member. Its numbers are exact in every dtype, as its rows' weights are."""
+    rows = torch.randint(0, 17, (4, *case.rows), generator=generator) / 8
+    gate = (torch.rand(case.rows, generator=generator) < 0.5).float()
+    made = {
+        "reverse_kl": lambda: divergences.reverse_kl(),
+        "forward_kl": lambda: divergences.forward_kl(),
+        "jsd": lambda: divergences.jsd(case.beta),
+        "mixed": lambda: divergences.mixed(0.25),
+        "skew_reverse_kl": lambda: divergences.skew_reverse_kl(case.beta),
+        "skew_forward_kl": lambda: divergences.skew_forward_kl(case.beta),
+        "all": lambda: Divergence(0.5, 0.25, 1.5, 0.75, case.beta),
+        "gate": lambda: Divergence(reverse=1.0, forward=gate),
+        "rows": lambda: Divergence(rows[0], rows[1], rows[2], rows[3], case.beta),
+        "reverse_rows": lambda: Divergence(reverse=rows[0]),
+    }[case.divergence]()
+    return made._replace(
+        stop_ratio=case.stop_ratio, log_ratio_clip=case.clip, logp_floor=case.floor
+    )
+
+
+def _tokens(case: Case, inputs: Inputs, generator: torch.Generator) -> Tensor:
+    """A token of each row that the student may have sampled, -100 in masked rows."""
+    width = (
+        case.student_vocab if case.vocab_size is None else min(case.student_vocab, case.vocab_size)
+    )
+    student, teacher = inputs.student[..., :width].double(), inputs.teacher
+    assert isinstance(teacher, Tensor)
+    wanted = torch.ones(student.shape, dtype=torch.bool)
+    shared = min(width, teacher.shape[-1])
+    if case.token == "likely":
+        best = teacher[..., :shared].double().nan_to_num(nan=torch.inf).argmax(-1, keepdim=True)
+        wanted = torch.zeros_like(wanted).scatter_(-1, best, True)
+    elif case.token == "banned" and inputs.options["banned_ids"] is not None:
+        banned = torch.as_tensor(inputs.options["banned_ids"], dtype=torch.long)
+        wanted[:] = torch.isin(torch.arange(width), banned)
+    elif case.token == "unlikely":
+        wanted[..., :shared] = teacher[..., :shared] == -torch.inf
+    chance = torch.rand(student.shape, generator=generator, dtype=torch.float64)
+    # Nobody samples what has no probability.
+    possible = chance + (student > -torch.inf) * 2 + (wanted & (student > -torch.inf)) * 2
+    tokens = possible.argmax(-1)
+    if case.token == "outside":
+        gone = torch.rand(case.rows, generator=generator) < 0.5
+        tokens = tokens.masked_fill(gone, case.student_vocab + 2 if case.seed % 3 else -100)
+    if inputs.options["mask"] is not None:
+        tokens = tokens.masked_fill(inputs.options["mask"] == 0, -100)
+    return tokens.to(torch.int32 if case.seed % 2 else torch.int64)
+
+
+def _served(case: Case, inputs: Inputs, tokens: Tensor | None, generator: torch.Generator) -> TopK:
+    """The teacher's logits as a server hands them over: any order, repeats, gaps, and the rest."""
+    logits, k = inputs.teacher, case.k
+    assert isinstance(logits, Tensor)
+    noisy = logits.double().nan_to_num(nan=torch.inf) + torch.randn(
+        logits.shape, generator=generator, dtype=torch.float64
+    )
+    listed = min(k, logits.shape[-1])
+    ids = noisy.topk(listed).indices
+    ids = ids[..., torch.randperm(listed, generator=generator)]
+    ids = torch.nn.functional.pad(ids, (0, k - listed), value=-1)
+    chance = torch.rand(ids.shape, generator=generator)
+    ids = torch.where(chance > 0.95, ids.roll(1, -1), ids)  # listed twice
+    ids = ids.masked_fill(chance < 0.1, -1)
+    values = logits.gather(-1, ids.clamp(min=0))
+    values = values.masked_fill(ids < 0, -1e4 if case.seed % 2 else -torch.inf)
+
+    temperature = inputs.options.get("teacher_temperature", inputs.options["temperature"])
+    temperature = temperature if isinstance(temperature, float) else 1.0
+    dtype = torch.float64 if case.teacher_dtype == "float64" else torch.float32
+    scaled = logits.double() / temperature
+    rest = torch.nn.functional.pad(scaled, (0, 1))
+    rest = rest.scatter(-1, ids.masked_fill(ids < 0, logits.shape[-1]), -torch.inf)
+    rest[..., -1] = -torch.inf
+    whole, tail = scaled.logsumexp(-1).to(dtype), rest.logsumexp(-1).to(dtype)
+    carried = "both" if (whole == -torch.inf).any() else case.carried
+    at = None
+    if tokens is not None:
+        inside = (tokens >= 0) & (tokens < logits.shape[-1])
+        at = logits.gather(-1, tokens.long().where(inside, 0)[..., None])[..., 0]
+        at = at.masked_fill(~inside, -torch.inf)
+    return TopK(
+        ids.to(torch.int32 if case.teacher == "topk_int32" else torch.int64),
+        values,
+        None if carried == "tail" else whole,
+        None if carried == "logsumexp" else tail,
+        at,
+        temperature,
+    )
 
 
 def _bring_close(student: Tensor, teacher: Tensor | TopK, generator: torch.Generator) -> None:

@@ -2,7 +2,7 @@
 
 It works row by row and shares no code with the package. Budgets are first-order forward error
 bounds of float32 (float64) arithmetic on the given, already rounded inputs, plus one rounding to
-the gradient's dtype; see ``_row_oracle``.
+the gradient's dtype; see ``_row_oracle`` for ``topk_rkl`` and ``members`` for ``topk_divergence``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from opd_kernels.support import TopK
+from opd_kernels.testing.arithmetic import WIDE_UNIT, Arithmetic, sum_depth
 from opd_kernels.testing.inputs import Head, Inputs
-
-# The unit roundoff of float64, which is what is computed in here.
-_WIDE_UNIT = float(np.finfo(np.float64).eps) / 2
+from opd_kernels.testing.rows import RowResult, best, family_row
 
 
 @dataclass
@@ -36,16 +35,16 @@ class Expected:
 def oracle(inputs: Inputs) -> Expected:
     """The specification row by row in float64, with budgets; reads the unmasked rows only."""
     options = inputs.options
-    student, teacher = inputs.student.detach().cpu(), inputs.teacher
+    student = inputs.student.detach().cpu()
     rows, vocab = student.shape[:-1], student.shape[-1]
     count = math.prod(rows)
     arithmetic = torch.finfo(torch.float64 if inputs.wide else torch.float32)
-    numeric = _Arithmetic(arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max))
+    numeric = Arithmetic(arithmetic.eps / 2, float(arithmetic.tiny), float(arithmetic.max))
     unit, tiny, _ = numeric
     # A head is computed in float32, whatever the teacher's dtype is.
     head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
     head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
-    head_numeric = _Arithmetic(head_arithmetic.eps / 2, tiny, float(head_arithmetic.max))
+    head_numeric = Arithmetic(head_arithmetic.eps / 2, tiny, float(head_arithmetic.max))
     head_unit = head_numeric.unit
     student_error, slope, slope_error = _head_errors(inputs, head_unit)
 
@@ -66,15 +65,19 @@ def oracle(inputs: Inputs) -> Expected:
         if not mask[row]:
             continue
         index = np.unravel_index(row, rows)
-        ids, values = _row_support(teacher, index, allowed, inputs.k)
-        support[row] = ids
-        used = (ids >= 0) & (values != -np.inf)
-        ids, t = ids[used], values[used]
-        z, z_error = student[index].double().numpy()[ids], student_error[row][ids]
-        numbers = _row_oracle(z, z_error, t, student_t[row], teacher_t[row], numeric)
+        temperatures = student_t[row], teacher_t[row]
+        errors = student_error[row]
+        row_result = family_row if inputs.family else _reverse_kl_row
+        numbers = row_result(inputs, index, allowed, errors, temperatures, numeric)
+        ids, support[row] = numbers.ids, numbers.selected
         loss[row], loss_budget[row] = numbers.loss, numbers.loss_budget
         scale = weight[row] * upstream[row] * factor
         with np.errstate(all="ignore"):
+            if numbers.background is not None:
+                grad[row] = np.where(numbers.background == 0, 0.0, scale * numbers.background)
+                budget = abs(scale) * numbers.background_budget + 8 * unit * abs(grad[row]) + tiny
+                budget = np.where((numbers.background_budget == 0) | (scale == 0), 0.0, budget)
+                grad_budget[row] = np.nan_to_num(budget, nan=np.inf, posinf=np.inf)
             np.add.at(grad[row], ids, scale * numbers.grad)
             np.add.at(size[row], ids, abs(scale * numbers.grad))
             np.add.at(repeats[row], ids, 1)
@@ -97,12 +100,13 @@ def oracle(inputs: Inputs) -> Expected:
             parts = (grad, np.where(lost, np.inf, budget), size, repeats)
             grads = _head_grads(inputs.head, *parts, head_numeric)
         weight_grad = loss * upstream * factor
-        weight_budget = (loss_budget + 8 * unit * abs(loss)) * abs(upstream * factor) + tiny
+        size_of_loss = np.where(np.isinf(loss), 0.0, abs(loss))
+        weight_budget = (loss_budget + 8 * unit * size_of_loss) * abs(upstream * factor) + tiny
         weight_budget = _rounded(weight_grad, weight_budget, torch.float32)
         weight_budget = np.where(np.isinf(loss_budget), np.inf, weight_budget)
         weighted, weighted_budget = (
             loss * weight,
-            loss_budget * abs(weight) + 4 * unit * abs(loss * weight),
+            loss_budget * abs(weight) + 4 * unit * size_of_loss * abs(weight),
         )
     total, total_budget = weighted, weighted_budget
     if options["reduction"] != "none":
@@ -141,21 +145,13 @@ def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
     return error + 8 * unit * z, head.scale * (1 - tanh**2), slope_error
 
 
-class _Arithmetic(NamedTuple):
-    """Unit roundoff, smallest normal and largest number."""
-
-    unit: float
-    tiny: float
-    largest: float
-
-
 def _head_grads(
     head: Head,
     grad: np.ndarray,
     budget: np.ndarray,
     size: np.ndarray,
     repeats: np.ndarray,
-    numeric: _Arithmetic,
+    numeric: Arithmetic,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(gradient, budget) of hidden states, weight and bias from those of the logits (N, V).
 
@@ -197,6 +193,32 @@ def _head_grads(
     }
 
 
+def _reverse_kl_row(
+    inputs: Inputs,
+    index: tuple[Any, ...],
+    allowed: np.ndarray,
+    z_error: np.ndarray,
+    temperatures: tuple[float, float],
+    numeric: Arithmetic,
+) -> RowResult:
+    """The renormalised reverse KL's results of an unmasked row, whose budgets are the tightest."""
+    teacher = inputs.teacher
+    if isinstance(teacher, TopK):
+        ids = teacher.ids.cpu()[index].long().numpy()
+        values = teacher.logits.detach().cpu()[index].double().numpy()
+        inside = (ids >= 0) & (ids < len(allowed))
+        selected = np.where(inside & allowed[np.where(inside, ids, 0)], ids, -1)
+    else:
+        row = teacher.detach().cpu()[index].double().numpy()
+        selected = best(row, allowed, inputs.k)
+        values = np.where(selected < 0, -np.inf, row[selected])
+    used = (selected >= 0) & (values != -np.inf)
+    ids, t = selected[used], values[used]
+    z, z_error = inputs.student.detach().cpu()[index].double().numpy()[ids], z_error[ids]
+    found = _row_oracle(z, z_error, t, *temperatures, numeric)
+    return RowResult(selected, found.loss, found.loss_budget, ids, found.grad, found.grad_budget)
+
+
 @dataclass
 class _RowNumbers:
     loss: float
@@ -211,7 +233,7 @@ def _row_oracle(
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
-    numeric: _Arithmetic,
+    numeric: Arithmetic,
 ) -> _RowNumbers:
     """One row on its present entries: loss, gradient, and first-order bounds on their errors.
 
@@ -237,7 +259,7 @@ def _finite_row_oracle(
     t: np.ndarray,
     student_t: float,
     teacher_t: float,
-    numeric: _Arithmetic,
+    numeric: Arithmetic,
 ) -> _RowNumbers:
     unit, tiny, largest = numeric
     nothing = np.zeros(len(z))
@@ -251,11 +273,11 @@ def _finite_row_oracle(
     grad = np.where(live, p * (ratio - loss) / student_t, 0.0)
     numbers = _RowNumbers(loss, 0.0, grad, nothing)
 
-    sides = _softmax(z, nothing, student_t, _WIDE_UNIT), _softmax(t, nothing, teacher_t, _WIDE_UNIT)
+    sides = _softmax(z, nothing, student_t, WIDE_UNIT), _softmax(t, nothing, teacher_t, WIDE_UNIT)
     # The result's budget, and what float64 loses here: more, where the loss is next to nothing.
     budgets = [
         _row_budgets(numbers, ratio, (p_side, q_side), (student_t, teacher_t), unit, tiny),
-        _row_budgets(numbers, ratio, sides, (student_t, teacher_t), _WIDE_UNIT, 0.0),
+        _row_budgets(numbers, ratio, sides, (student_t, teacher_t), WIDE_UNIT, 0.0),
     ]
     loss_budget = sum(loss_error for loss_error, _ in budgets)
     grad_budget = np.where(live, sum(grad_error for _, grad_error in budgets), 0.0)
@@ -279,7 +301,7 @@ def _row_budgets(
     """Bounds on the errors of a row's loss and gradient in arithmetic of that unit."""
     (p_side, q_side), (student_t, teacher_t) = sides, temperatures
     p, loss = np.exp(p_side.log), numbers.loss
-    depth = _sum_depth(len(p))
+    depth = sum_depth(len(p))
     live = p_side.live
     p_error = np.where(live, np.minimum(p_side.log_error + 2 * unit, 1.0), 0.0)  # relative
     errors = _log_ratio_errors(p_side, q_side, student_t == teacher_t, unit)
@@ -325,15 +347,10 @@ def _softmax(x: np.ndarray, x_error: np.ndarray, temperature: float, unit: float
     input_error = np.where(finite, (x_error + x_error[x.argmax()]) / temperature, 0.0)
     s_error = np.where(finite, 3 * unit * abs(s) + x_error / temperature, 0.0)
     sum_error = float((exp * (s_error + 2 * unit)).sum() / exp.sum())
-    sum_error += _sum_depth(len(x)) * unit
+    sum_error += sum_depth(len(x)) * unit
     log_x = s - log_sum
     error = s_error + sum_error + 2 * unit * abs(log_sum) + unit * np.where(finite, abs(log_x), 0.0)
     return _Softmax(finite, s, s_error, input_error, log_x, error, log_sum, sum_error)
-
-
-def _sum_depth(terms: int) -> int:
-    """By how many roundings of its size a sum of so many terms is off."""
-    return math.ceil(math.log2(max(terms, 2))) + 1
 
 
 class _RatioErrors(NamedTuple):
@@ -361,13 +378,13 @@ def _log_ratio_errors(
     to second order.
     """
     p, q = np.exp(p_side.log), np.exp(q_side.log)
-    depth, live = _sum_depth(len(p)), p_side.live
+    depth, live = sum_depth(len(p)), p_side.live
     s, u = (np.where(live, side.scaled, 0.0) for side in (p_side, q_side))
-    if unit <= _WIDE_UNIT:
+    if unit <= WIDE_UNIT:
         both = np.where(live, p_side.log_error + q_side.log_error, 0.0)
         return _RatioErrors(both, float((p * both).sum()))
     d = s - u
-    d_error = p_side.input_error + 4 * _WIDE_UNIT * (abs(s) + abs(u)) + 2 * unit * abs(d)
+    d_error = p_side.input_error + 4 * WIDE_UNIT * (abs(s) + abs(u)) + 2 * unit * abs(d)
     if not same_temperature:
         d_error += unit * (abs(s) + abs(u))
     d_error = np.where(live, d_error, 0.0)
@@ -394,26 +411,6 @@ def _log_ratio_errors(
     return _RatioErrors(
         np.where(live, entries, 0.0), max(log_error + mean for log_error, mean in possible)
     )
-
-
-def _row_support(
-    teacher: Tensor | TopK, index: tuple[Any, ...], allowed: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, values) of a row, -1 and -inf where there are fewer than k."""
-    if isinstance(teacher, TopK):
-        ids = teacher.ids.cpu()[index].long().numpy()
-        values = teacher.logits.detach().cpu()[index].double().numpy()
-        inside = (ids >= 0) & (ids < len(allowed))
-        keep = inside & allowed[np.where(inside, ids, 0)]
-        return np.where(keep, ids, -1), values
-    row = teacher.detach().cpu()[index].double().numpy()
-    candidates = np.flatnonzero(allowed)
-    values = row[candidates]
-    is_nan = np.isnan(values)
-    order = np.lexsort((candidates, np.where(is_nan, 0.0, -values), ~is_nan))[:k]
-    ids, picked = np.full(k, -1), np.full(k, -np.inf)
-    ids[: len(order)], picked[: len(order)] = candidates[order], values[order]
-    return ids, picked
 
 
 def _allowed_ids(inputs: Inputs) -> np.ndarray:

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pages import DOCS, ROOT, snippets
+from ranks import leave
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -315,9 +316,8 @@ def main(rank: int, folder: Path) -> None:
     )
     view = Rank(init_device_mesh("cpu", (WORLD,)))
     found = {name: measure(view) for name, measure in MEASUREMENTS.items()}
-    dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

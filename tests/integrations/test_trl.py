@@ -21,6 +21,7 @@ pytest.importorskip("trl", reason="the trainer needs TRL")
 
 import tiny_trl
 from datasets import Dataset
+from ranks import leave
 from tiny_trl import (
     PROMPTS,
     SMALL,
@@ -97,7 +98,7 @@ def train_on_a_rank(rank: int, port: int, folder: Path) -> None:
         assert trained.accelerator.num_processes == 2
         measured = {name: logged(trained, name) for name in ("loss", "student_mass", "valid_k")}
         torch.save((trained.model.state_dict(), measured), folder / "result.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def refusals() -> None:
         objective = Objective(divergence=reverse_kl()._replace(**change))
         with pytest.raises(ValueError, match="the only one"):
             cuda.backend.select_divergence(row, row, 4, Allowed(4), objective)
+    objective = Objective(weights=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="the only one"):
+        cuda.backend.select_divergence(row, row, 4, Allowed(4), objective)
+    with pytest.raises(ValueError, match="not renormalised"):
+        cuda.backend.select_divergence(row, row, 4, Allowed(4), Objective(outside="bucket"))
     for shape, strides, said in (
         ((), (), "one dimension or more"),
         ((3,), (1, 1), "one dimension or more"),

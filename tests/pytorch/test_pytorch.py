@@ -20,6 +20,7 @@ from opd_kernels import (
     EntryGradient,
     TopK,
     TopKReverseKL,
+    backends,
     linear_topk_rkl,
     select_topk,
     topk_rkl,
@@ -56,12 +57,17 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
     mask = torch.tensor([[True, False, True], [True, True, True]])
     banned = torch.zeros((V + 63) // 64 * 8, dtype=torch.uint8).fill_(1)
     rows = torch.rand(2, 3) + 0.5
-    kl = (*reverse_kl(), "reference")
+    kl = (*reverse_kl(), None, "renormalize", "reference")
+    jsd = (0.2, 0.1, 0.3, 0.4, 0.3, True, 5.0, -20.0)
+    tails = (rows, None, V)
+    factors = (rows, rows.double() + 5, V - 5)
     loss, ids, entry_grad = ops.select_divergence(
         student, teacher, K, V, None, None, 1.0, None, 1.0, None, *kl
     )
     return {
-        "select": (teacher, K, V - 5, banned, mask, True, "cpu"),
+        "select": (teacher, K, V - 5, banned, mask, 0, 1.0, None, "cpu"),
+        "select with a tail": (teacher, K, V - 5, banned, mask, V, 1.0, rows, "cpu"),
+        "tail_logsumexp": (teacher, ids, mask, V - 1, 0.7, None, "cpu"),
         "gather": (student, ids, V - 5, banned, mask, "cpu"),
         "select_divergence": (
             student, teacher, K, V, banned, mask, 1.5, None, 1.0, rows, *kl,
@@ -69,11 +75,23 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
         "entry_divergence": (
             student, logits(2, 3, K), ids, V, None, None, 1.0, rows, 1.0, None, *kl,
         ),
+        "full_divergence": (
+            student, logits(2, 3, K), ids, V, None, None, 1.0, rows, 1.3, None, *jsd, None,
+            "bucket", *tails, "cpu",
+        ),
+        "full_divergence with weights of rows": (
+            student, logits(2, 3, K), ids, V, banned, mask, 1.0, rows, 1.3, None, *jsd,
+            torch.rand(2, 3, 4), "truncate", *tails, "cpu",
+        ),
         "scatter": (entry_grad, ids, loss, V, torch.bfloat16, "cpu"),
+        "scatter_background": (
+            entry_grad, ids, loss,
+            *flat(Background(*factors, logits(2, 3, V))), "cpu",
+        ),
         "scatter_": (logits(2, 3, V), entry_grad, ids, loss, *flat(Background()), "cpu"),
         "scatter_ with a background": (
             logits(2, 3, V), entry_grad, ids, loss,
-            *flat(Background(rows, rows + 5, V - 5, logits(2, 3, V))), "cpu",
+            *flat(Background(*factors, logits(2, 3, V))), "cpu",
         ),
         "scatter_add_": (logits(2, 3, V), entry_grad, ids, loss, "cpu"),
     }  # fmt: skip
@@ -81,8 +99,9 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("name", list(op_arguments()))
 def test_operators_pass_opcheck(backend: str, name: str) -> None:
-    if "background" in name and backend != "reference":
-        pytest.skip("kernels compute none yet")
+    needed = "scatter_background_" if name == "scatter_ with a background" else name.split()[0]
+    if not hasattr(backends.load(backend), needed):
+        pytest.skip("it lacks that")
     arguments = (*op_arguments()[name][:-1], backend)
     torch.library.opcheck(getattr(ops, name.split()[0]).default, arguments)
 

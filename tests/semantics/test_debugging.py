@@ -12,6 +12,7 @@ from test_memory import GuardedRows
 
 import opd_kernels
 from opd_kernels import (
+    Divergence,
     EntryGradient,
     LinearLogits,
     TopK,
@@ -21,6 +22,7 @@ from opd_kernels import (
     linear_topk_rkl,
     sampled_token_loss,
     select_topk,
+    topk_divergence,
     topk_rkl,
 )
 from opd_kernels._arguments import Allowed, Objective, Temperature
@@ -356,9 +358,65 @@ def test_what_is_added_to_a_gradient_or_becomes_one_is_checked(dense: bool) -> N
         call()
 
 
+@pytest.mark.parametrize(
+    ("message", "options", "spoil"),
+    [
+        (r"student: nan at \[1, 1, 39\]", {"outside": "bucket"}, "student"),
+        (r"teacher logits: inf at \[1, 1, 39\]", {"outside": "truncate"}, "teacher"),
+        (r"token_ids: -100 in row \(1, 1\), allowed are 0 to 39", {"outside": "sample"}, "token"),
+        (r"token_ids: 40 in row \(1, 1\)", {"include_token": True}, "token"),
+        (r"the divergence's weights: inf at \[1, 1, 1\]", {"outside": "bucket"}, "weight"),
+    ],
+)
+def test_what_a_divergence_takes_more_is_checked(
+    message: str, options: dict[str, Any], spoil: str
+) -> None:
+    student, teacher, weight = STUDENT, TEACHER, ONES
+    token = torch.full(ROWS, 3)
+    if spoil == "student":
+        student = spoilt(STUDENT, NAN, 39)
+    elif spoil == "teacher":
+        teacher = spoilt(TEACHER, INF, 39)
+    elif spoil == "token":
+        token = spoilt(token, 40 if "include_token" in options else -100)
+    else:
+        weight = spoilt(ONES, INF)
+    divergence = Divergence(reverse=1.0, forward=weight) if spoil == "weight" else "reverse_kl"
+
+    def loss(**more: Any) -> torch.Tensor:
+        return topk_divergence(
+            student, teacher, K, divergence=divergence, token_ids=token, **options, **more
+        )
+
+    with debug():
+        loss(mask=MASK)
+        with pytest.raises(ValueError, match=message):
+            loss()
+    loss()
+
+
 @pytest.fixture
 def spoilt_student() -> torch.Tensor:
     return spoilt(STUDENT, NAN, 7)
+
+
+def test_fields_of_a_support_that_do_not_fit_its_entries_are_found() -> None:
+    student, teacher = drawn(*ROWS, V), 3 * drawn(*ROWS, V + 1)[..., 1:]
+    best = teacher.argmax(-1)
+    topk = select_topk(teacher, K, token_ids=best, with_logsumexp=True, temperature=0.5)
+    raw = TopK(topk.ids, topk.logits, logsumexp=torch.zeros(ROWS))
+    served = TopK.from_tensors(teacher.log_softmax(-1).bfloat16(), torch.arange(V).expand(*ROWS, V))
+    moved = {"token_ids": spoilt(best, topk.ids[BAD][-1].item()), "include_token": True}
+    tempered = {"outside": "bucket", "temperature": 0.5}
+    topk_divergence(student, raw, outside="bucket")
+    with debug():
+        topk_divergence(student, served, outside="bucket")
+        topk_divergence(student, topk, **tempered, token_ids=best, include_token=True)
+        with pytest.raises(ValueError, match=r"entries by its logsumexp: .* in row \(0, 0\)"):
+            topk_divergence(student, raw, outside="bucket")
+        with pytest.raises(ValueError, match=r"token in token_ids: .* in row \(1, 1\)"):
+            topk_divergence(student, topk, **moved)
+        topk_divergence(student, topk, **moved, mask=MASK)
 
 
 def test_a_compiled_call_is_checked_when_it_runs(spoilt_student: torch.Tensor) -> None:

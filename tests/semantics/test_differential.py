@@ -15,7 +15,8 @@ from opd_kernels.fuzz import cases
 from opd_kernels.testing import Case, Inputs, check, make_inputs, oracle
 from opd_kernels.testing.inputs import CONTENTS
 
-LOGITS = {"form": ("logits",)}  # test_linear.py has the other
+# test_linear.py and test_divergences.py have the others.
+LOGITS = {"form": ("logits",), "family": (False,)}
 
 
 @given(case=cases(float64=False, only=LOGITS))

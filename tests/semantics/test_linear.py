@@ -22,7 +22,7 @@ from opd_kernels.fuzz import cases
 from opd_kernels.testing import Case, check
 
 INF, NAN = torch.inf, torch.nan
-LINEAR = {"form": ("linear",)}
+LINEAR = {"form": ("linear",), "family": (False,)}  # test_divergences.py has the others
 
 
 def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -334,11 +334,13 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
     ids = torch.randint(30, (2, 3, 5), generator=torch.Generator().manual_seed(3))
     mask, banned = torch.arange(6).view(2, 3) != 1, torch.full((8,), 2, dtype=torch.uint8)
     return {
-        "select_linear": (hidden, weight, bias, 0.5, 4.0, 5, 28, banned, mask, True),
+        "select_linear": (
+            hidden, weight, bias, 0.5, 4.0, 5, 28, banned, mask, 29, 0.7, None,
+        ),
         "gather_dot": (hidden, weight, bias, ids, 28, banned, mask),
         "gather_dot_hidden": (normal(2, 3, 5), ids, weight, torch.bfloat16),
         "gather_dot_weight": (normal(2, 3, 5), ids, hidden, 30, torch.float32),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(op_arguments()))

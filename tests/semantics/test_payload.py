@@ -444,6 +444,126 @@ def test_batches_read_as_a_plain_loop_reads_them(
     assert by_arrays.k == (k or max(longest, 1))
 
 
+# The sampled tokens
+
+
+def test_the_sampled_token_is_looked_up_before_the_list_is_cut() -> None:
+    best = [[-0.5, 7], [-1.0, 3], [-1.5, 2]]
+    payload = [None, [[-9.0, 50], *best], [[-1.0, 3], *best]]
+    topk = TopK.from_logprobs(payload, k=2, token_ids=[4, 50, 3])
+    assert topk.ids.tolist() == [[-1, -1], [7, 3], [7, 3]]
+    assert topk.token_logits.dtype == torch.float32
+    assert topk.token_logits[1:].tolist() == [-9.0, -1.0]
+    assert topk.token_logits[0].isnan()
+    assert topk.temperature == 1.0
+    assert TopK.from_logprobs(payload, k=2).token_logits is None
+
+
+TOKENS = [[7, -100, None], [5, 4]]  # of the positions of BATCH and one without entries
+IN_BATCH = [[[(-0.5, 7), (-1.5, 3)], [], []], [[(-0.25, 5), (-2.0, 9)], [(-1.0, 4), (-3.0, 2)]]]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TOKENS,
+        [(7, -1, -1), (5, 4)],
+        [[7, -100, 0], [5, 4, -100]],
+        torch.tensor([[7, 8, 3], [5, 4, 99]], dtype=torch.int32),
+        np.array([[7, 0, 0], [5, 4, 0]], dtype=np.uint16),
+        [torch.tensor([7, -1]), np.array([5, 4, -1])],
+        [[np.int64(7), torch.tensor(-100), None], ["5", "token_id:4"]],
+        torch.nested.nested_tensor(
+            [torch.tensor([7, 1, 2]), torch.tensor([5, 4])], layout=torch.jagged
+        ),
+    ],
+    ids=["ragged", "tuples", "padded", "tensor", "array", "arrays", "scalars", "jagged"],
+)
+def test_every_form_of_token_ids_is_taken(tokens: Any) -> None:
+    for k in (None, 1):
+        topk = TopK.from_logprobs(IN_BATCH, k=k, token_ids=tokens)
+        expected = torch.tensor([[-0.5, NAN, NAN], [-0.25, -1.0, NAN]])
+        torch.testing.assert_close(topk.token_logits, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parallel_arrays_and_single_positions_take_token_ids() -> None:
+    logprobs, ids = torch.tensor([[-0.5, -1.5], [-0.25, -2.0]]), torch.tensor([[7, 3], [5, 9]])
+    topk = TopK.from_logprobs(logprobs, ids, token_ids=torch.tensor([3, 5]))
+    assert topk.token_logits.tolist() == [-1.5, -0.25]
+    for tokens in (3, torch.tensor(3), np.int64(3)):
+        assert TopK.from_logprobs({7: -0.5, 3: -1.5}, token_ids=tokens).token_logits == -1.5
+    assert TopK.from_logprobs({7: -0.5}, token_ids=-100).token_logits.isnan()
+    for payload, tokens in (([], []), ([[], []], [[], []]), (np.empty((0, 5)), [])):
+        ids = np.empty((0, 5), int) if isinstance(payload, np.ndarray) else None
+        empty = TopK.from_logprobs(payload, ids, token_ids=tokens)
+        assert empty.token_logits.shape == empty.shape
+
+
+def test_a_token_that_is_listed_twice_or_as_a_sentinel() -> None:
+    payload = [[[-3.0, 5], [-1.0, 5], [-2.0, 4]], [[-9999.0, 5], [-2.0, 4]], [[-2.0, 4], [None, 5]],
+               [[NAN, 5], [-1.0, 5]], [[-9999.0, 5]]]  # fmt: skip
+    topk = TopK.from_logprobs(payload, token_ids=[5] * 5)
+    expected = torch.tensor([-1.0, -INF, -INF, NAN, NAN])  # the last lists nothing
+    torch.testing.assert_close(topk.token_logits, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([[7, 1, 1], [5, 8]], ValueError,
+         r"token_ids\[1\]\[1\] is 8, which payload\[1\]\[1\] does not list; compare the "
+         r"positions.*ask the server to list the sampled token"),
+        ([[7, 1, 1], [5]], ValueError,
+         r"token_ids\[1\]\[1\] is missing, but that position .* has entries"),
+        ([[7, 1, 1], [5, None]], ValueError, r"token_ids\[1\]\[1\] is missing"),
+        ([[7], None], ValueError, r"token_ids have shape \(2, 1\), .* of the payload \(2, 3\)"),
+        ([7, 5], ValueError, r"token_ids have shape \(2,\), the positions of the payload \(2, 3\)"),
+        ([[7, 1, 1, 1], [5, 4]], ValueError, r"shape \(2, 4\), .* \(2, 3\); expected one per pos"),
+        (7, ValueError, r"shape \(\), .* \(2, 3\)"),
+        ([], ValueError, r"shape \(0,\), .* \(2, 3\)"),
+        ([[7, 1, 1], 5], TypeError, "token_ids lie at different depths"),
+        ([[7, 1, 1], [5, "the"]], TypeError, r"names a token 'the'.*\(token_ids\[1\]\[1\]\)"),
+        ([[7, 1, 1], [5.0, 4]], TypeError, r"names a token 5.0.*\(token_ids\[1\]\[0\]\)"),
+        ([[7, 1, 1], [True, 4]], TypeError, "names a token True"),
+        (torch.zeros(2, 3), TypeError, "token_ids have dtype float32, expected integers"),
+        (torch.zeros(2, 3).bfloat16(), TypeError, "token_ids have dtype float32, expected int"),
+        (np.zeros((2, 3), bool), TypeError, "token_ids have dtype bool, expected integers"),
+        (torch.full((2, 3), 2**31), ValueError, "2147483648 is beyond int32"),
+        ({7: 1}, TypeError, "names a token {7: 1}"),
+    ],
+)  # fmt: skip
+def test_token_ids_that_are_refused(tokens: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TopK.from_logprobs(IN_BATCH, token_ids=tokens)
+
+
+def test_a_missing_token_is_missed_where_the_list_is_short_too() -> None:
+    payload = [[{7: -0.5, 3: -1.0}, {5: -0.25}], [{5: -1.0}, {4: -1.0}]]
+    with pytest.raises(ValueError, match=r"token_ids\[1\]\[1\] is missing"):
+        TopK.from_logprobs(payload, token_ids=[[7, 5], [5]])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(POSITION, min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_token_logits_are_what_a_plain_loop_finds(
+    batch: list[list[list[tuple[int, float]]]], data: st.DataObject
+) -> None:
+    pairs = [[[(v, t, "text") for t, v in position] for position in seq] for seq in batch]
+    tokens = [
+        [data.draw(st.sampled_from([-100, *(t for t, _ in position)])) for position in seq]
+        for seq in batch
+    ]
+    topk = TopK.from_logprobs(pairs, k=1, token_ids=tokens)
+    for i, seq in enumerate(batch):
+        for j, position in enumerate(seq):
+            listed = [v for t, v in position if t == tokens[i][j] >= 0]
+            value = max((v if v > -1e3 else -INF for v in listed), default=NAN)
+            value = value if any(t >= 0 and v > -1e3 for t, v in position) else NAN
+            got = topk.token_logits[i, j].item()
+            assert got == value or (math.isnan(got) and math.isnan(value))
+        assert topk.token_logits[i, len(seq) :].isnan().all()
+
+
 def test_a_payload_gives_the_loss_of_the_teacher_it_came_from() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 6, 40, generator=generator)

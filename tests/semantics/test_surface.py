@@ -13,13 +13,15 @@ from opd_kernels import (
     LinearLogits,
     TopKReverseKL,
     _ops,
+    backends,
     linear_topk_rkl,
     select_topk,
+    topk_divergence,
     topk_rkl,
 )
 from opd_kernels._arguments import Allowed, Objective
 from opd_kernels.divergences import Divergence
-from opd_kernels.options import Options, RowOptions
+from opd_kernels.options import MEMBER_DEFAULTS, Options, RowOptions
 
 N, H, V, K = 6, 16, 50, 8
 MASK = torch.tensor([True, True, False, True, True, True])
@@ -74,6 +76,9 @@ def test_aliases_show_the_options_that_they_take() -> None:
         "student", "teacher", "k", "return_stats",
     }  # fmt: skip
     assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in alias.values())
+    family = inspect.signature(topk_divergence).parameters
+    assert set(family) - set(spelled) == set(MEMBER_DEFAULTS)
+    assert family["token_ids"].annotation == "Tensor | None"
 
 
 def test_entries_show_the_options_that_they_take() -> None:
@@ -182,9 +187,11 @@ def test_a_dense_gradient_maps_under_vmap() -> None:
         Divergence(reverse=1.0, stop_ratio=True), Divergence(reverse=1.0, log_ratio_clip=5.0),
     ],
 )  # fmt: skip
-def test_a_divergence_that_is_not_computed_is_refused(other: Divergence, backend: str) -> None:
+def test_a_backend_without_a_divergence_refuses_it(other: Divergence, backend: str) -> None:
+    if hasattr(backends.load(backend), "full_divergence"):
+        pytest.skip("it has all divergences")
     objective = Objective(divergence=other)
-    with pytest.raises(ValueError, match="is not computed yet"):
+    with pytest.raises(ValueError, match="no kernels for divergences other than that of topk_rkl"):
         _ops.select_divergence(normal(N, V), normal(N, V), K, Allowed(V), objective, backend)
 
 

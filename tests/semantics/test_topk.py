@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -16,22 +17,28 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from opd_kernels import LinearLogits, TopK, select_topk, topk_rkl
 
+PER_ROW = ("logsumexp", "tail_logsumexp", "token_logits")
+# Without fields per row, with one, with all.
+SOME = [(), PER_ROW[:1], PER_ROW[2:], PER_ROW]
 
-def make(*rows: int, k: int = 4, logsumexp: bool = True, seed: int = 0) -> TopK:
+
+def make(*rows: int, k: int = 4, per_row: tuple[str, ...] = PER_ROW, seed: int = 0) -> TopK:
     generator = torch.Generator().manual_seed(seed)
     return TopK(
         torch.randint(0, 50, (*rows, k), generator=generator, dtype=torch.int32),
         torch.randn(*rows, k, generator=generator),
-        torch.randn(rows, generator=generator) if logsumexp else None,
+        **{name: torch.randn(rows, generator=generator) for name in per_row},
+        temperature=0.75,
     )
 
 
 def tensors(topk: TopK) -> tuple[torch.Tensor | None, ...]:
-    return topk.ids, topk.logits, topk.logsumexp
+    return topk.ids, topk.logits, *(getattr(topk, name) for name in PER_ROW)
 
 
 def assert_same(a: TopK, b: TopK) -> None:
     assert isinstance(a, TopK)
+    assert a.temperature == b.temperature
     for x, y in zip(tensors(a), tensors(b), strict=True):
         assert (x is None) == (y is None)
         if x is not None:
@@ -61,6 +68,52 @@ def test_what_is_refused(arguments: tuple[Any, ...], error: type[Exception], mes
         TopK(*arguments)
 
 
+@pytest.mark.parametrize("name", PER_ROW)
+def test_fields_per_row_that_are_refused(name: str) -> None:
+    ids, logits = torch.zeros(2, 3).int(), torch.zeros(2, 3)
+    for given, error, message in (
+        (
+            torch.zeros(2, 3),
+            ValueError,
+            rf"{name} has shape \(2, 3\), expected one per row: \(2,\)",
+        ),
+        (torch.zeros(2).int(), TypeError, f"{name} have dtype torch.int32"),
+        (torch.zeros(2, device="meta"), ValueError, f"ids are on cpu and {name} on meta"),
+        ([0.0, 0.0], TypeError, f"{name} is a list, expected a tensor"),
+        (torch.zeros(2).to_sparse(), TypeError, f"{name} is torch.sparse_coo"),
+    ):
+        with pytest.raises(error, match=message):
+            TopK(ids, logits, **{name: given})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        (torch.tensor(0.7), TypeError, "TopK temperature is a Tensor, expected a number"),
+        (True, TypeError, "TopK temperature is a bool"),
+        (None, TypeError, "TopK temperature is a NoneType"),
+        ("1", TypeError, "TopK temperature is a str"),
+        (0.0, ValueError, "TopK temperature is 0.0, allowed are numbers above 0"),
+        (-1.0, ValueError, "TopK temperature is -1.0"),
+        (float("nan"), ValueError, "TopK temperature is nan"),
+        (float("inf"), ValueError, "TopK temperature is inf"),
+    ],
+)
+def test_temperatures_that_are_refused(
+    temperature: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        TopK(torch.zeros(2, 3).int(), torch.zeros(2, 3), temperature=temperature)
+
+
+def test_a_temperature_becomes_a_python_float() -> None:
+    for given in (2, np.float32(2), np.int64(2)):
+        topk = TopK(torch.zeros(2, 3).int(), torch.zeros(2, 3), temperature=given)
+        assert type(topk.temperature) is float
+        assert topk.temperature == 2.0
+        assert_same(through_torch_save(topk), topk)
+
+
 def test_validate_names_the_first_bad_id_and_returns_itself() -> None:
     topk = make(2, 3)
     topk.ids[1, 2, 0] = -1
@@ -88,7 +141,7 @@ def test_validate_sees_ids_that_int32_does_not_hold() -> None:
 
 @pytest.mark.parametrize("vocab", [2**31, 2**33])
 def test_vocabularies_whose_ids_int32_does_not_hold_are_refused(vocab: int) -> None:
-    huge, topk = torch.empty(2, vocab, device="meta"), make(2, logsumexp=False).to("meta")
+    huge, topk = torch.empty(2, vocab, device="meta"), make(2, per_row=()).to("meta")
     for call in (
         lambda: select_topk(huge, 4),
         lambda: topk_rkl(huge, topk),
@@ -110,7 +163,7 @@ def test_the_largest_vocabulary_is_not_refused() -> None:
 # Rows
 
 
-@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize("per_row", [(), PER_ROW])
 @pytest.mark.parametrize(
     "index",
     [
@@ -132,20 +185,21 @@ def test_the_largest_vocabulary_is_not_refused() -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_rows_are_indexed_as_in_a_tensor(index: Any, logsumexp: bool) -> None:
-    topk = make(2, 3, 2, logsumexp=logsumexp)
+def test_rows_are_indexed_as_in_a_tensor(index: Any, per_row: tuple[str, ...]) -> None:
+    topk = make(2, 3, 2, per_row=per_row)
     numbers = torch.arange(12).view(2, 3, 2)[index]
     picked = topk[index]
     assert picked.shape == numbers.shape
     assert torch.equal(picked.ids, topk.ids.view(12, 4)[numbers])
     assert torch.equal(picked.logits, topk.logits.view(12, 4)[numbers])
-    if logsumexp:
-        assert torch.equal(picked.logsumexp, topk.logsumexp.view(12)[numbers])
-    else:
-        assert picked.logsumexp is None
+    for name in PER_ROW:
+        if name in per_row:
+            assert torch.equal(getattr(picked, name), getattr(topk, name).view(12)[numbers])
+        else:
+            assert getattr(picked, name) is None
 
 
-@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize("per_row", [(), PER_ROW])
 @pytest.mark.parametrize(
     "index",
     [
@@ -157,13 +211,13 @@ def test_rows_are_indexed_as_in_a_tensor(index: Any, logsumexp: bool) -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_lists_index_as_the_tensors_that_they_mean(index: Any, logsumexp: bool) -> None:
+def test_lists_index_as_the_tensors_that_they_mean(index: Any, per_row: tuple[str, ...]) -> None:
     def meant(part: Any) -> Any:
         if not isinstance(part, list):
             return part
         return torch.tensor(part) if np.size(part) else torch.zeros(np.shape(part)).long()
 
-    topk = make(2, 3, 2, logsumexp=logsumexp)
+    topk = make(2, 3, 2, per_row=per_row)
     as_tensors = tuple(map(meant, index)) if isinstance(index, tuple) else meant(index)
     numbers = torch.arange(12).view(2, 3, 2)[as_tensors]
     assert_same(topk[index], topk[as_tensors])
@@ -233,7 +287,8 @@ def test_reshape_changes_leading_dimensions_only(
     topk = make(*rows)
     reshaped = topk.reshape(*shape)
     assert reshaped.k == 4
-    assert torch.equal(reshaped.logsumexp, topk.logsumexp.reshape(shape))
+    for name in PER_ROW:
+        assert torch.equal(getattr(reshaped, name), getattr(topk, name).reshape(shape))
     assert_same(reshaped.reshape(*rows), topk)
 
 
@@ -259,10 +314,24 @@ def test_cat_joins_rows_along_a_leading_dimension(dim: int) -> None:
     assert_same(whole[tuple(along)], parts[1])
 
 
-def test_cat_keeps_logsumexp_only_where_all_parts_have_one() -> None:
-    assert TopK.cat([make(2), make(3, logsumexp=False)]).logsumexp is None
-    assert TopK.cat([make(2, logsumexp=False)]).logsumexp is None
-    assert TopK.cat([make(2), make(3)]).logsumexp.shape == (5,)
+@pytest.mark.parametrize("name", PER_ROW)
+def test_what_all_parts_have_is_kept(name: str) -> None:
+    others = tuple(other for other in PER_ROW if other != name)
+    for join in (TopK.cat, TopK.stack):
+        joined = join([make(2), make(2, per_row=others)])
+        assert getattr(joined, name) is None
+        assert all(getattr(joined, other) is not None for other in others)
+        assert joined.temperature == 0.75
+        alone = join([make(2, per_row=(name,)), make(2, seed=1)])
+        assert getattr(alone, name).numel() == 4
+        assert all(getattr(alone, other) is None for other in others)
+
+
+def test_parts_of_several_temperatures_are_not_joined() -> None:
+    parts = [make(2), dataclasses.replace(make(2), temperature=1.0)]
+    for join in (TopK.cat, TopK.stack, default_collate):
+        with pytest.raises(ValueError, match=r"parts of temperatures \[0.75, 1.0\], expected one"):
+            join(parts)
 
 
 def test_cat_of_an_iterator_and_of_its_rows_gives_the_whole() -> None:
@@ -306,7 +375,6 @@ def test_stack_joins_along_a_new_leading_dimension(dim: int) -> None:
         index = [slice(None)] * 3
         index[dim] = i
         assert_same(whole[tuple(index)], part)
-    assert TopK.stack([make(), make(logsumexp=False)]).logsumexp is None
 
 
 @pytest.mark.parametrize(
@@ -324,18 +392,20 @@ def test_stack_says_what_does_not_fit(parts: list[TopK], dim: int, message: str)
         TopK.stack(parts, dim)
 
 
-@pytest.mark.parametrize("logsumexp", [True, False])
-def test_pad_adds_absent_entries_and_rows(logsumexp: bool) -> None:
-    topk = make(2, 3, logsumexp=logsumexp)
+@pytest.mark.parametrize("per_row", SOME)
+def test_pad_adds_absent_entries_and_rows(per_row: tuple[str, ...]) -> None:
+    topk = make(2, 3, per_row=per_row)
     padded = topk.pad(4, 5, k=6)
     assert padded.ids.shape == padded.logits.shape == (4, 5, 6)
-    assert_same(TopK(padded.ids[:2, :3, :4], padded.logits[:2, :3, :4],
-                     padded.logsumexp[:2, :3] if logsumexp else None), topk)  # fmt: skip
+    cut = padded[:2, :3]
+    assert_same(dataclasses.replace(cut, ids=cut.ids[..., :4], logits=cut.logits[..., :4]), topk)
     assert (padded.ids >= 0).sum() == (padded.logits > -torch.inf).sum() == 24
     assert padded.present.sum() == 6
-    assert not logsumexp or padded.logsumexp.isnan().sum() == 14
+    assert all(getattr(padded, name).isnan().sum() == 14 for name in per_row)
     assert_same(topk.pad(), topk)
-    assert topk.pad(k=6).shape == (2, 3)
+    wider = topk.pad(k=6)
+    assert wider.shape == (2, 3)
+    assert_same(dataclasses.replace(wider, ids=topk.ids, logits=topk.logits), topk)
     assert make().pad(k=5).ids.shape == (5,)
 
 
@@ -379,19 +449,29 @@ def test_to_moves_all_and_converts_all_but_ids(
     args: tuple[Any, ...], kwargs: dict[str, Any], id_dtype: torch.dtype
 ) -> None:
     topk = make(2, 3)
-    topk = TopK(topk.ids.to(id_dtype), topk.logits, topk.logsumexp)
+    topk = dataclasses.replace(topk, ids=topk.ids.to(id_dtype))
     moved = topk.to(*args, **kwargs)
     assert moved.device.type == "meta"
-    assert [x.device.type for x in tensors(moved)] == ["meta"] * 3
-    assert [x.dtype for x in tensors(moved)] == [id_dtype, torch.bfloat16, torch.bfloat16]
+    assert [x.device.type for x in tensors(moved)] == ["meta"] * 5
+    assert [x.dtype for x in tensors(moved)] == [id_dtype] + [torch.bfloat16] * 4
+    assert moved.temperature == 0.75
 
 
 def test_to_a_device_or_a_dtype_alone_leaves_the_other() -> None:
-    topk = make(2, logsumexp=False)
+    topk = make(2, per_row=())
     assert topk.to("meta").logits.dtype == torch.float32
     assert topk.to(torch.float64).device.type == "cpu"
     assert topk.to(torch.float64).logits.dtype == torch.float64
     assert topk.to("meta").logsumexp is None
+
+
+def test_to_a_device_without_float64_makes_log_sum_exps_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topk = dataclasses.replace(make(2), logsumexp=torch.zeros(2).double())
+    assert topk.to("meta").logsumexp.dtype == torch.float64
+    monkeypatch.setattr("opd_kernels.support.wide_dtype", lambda device: torch.float32)
+    assert topk.to("meta").logsumexp.dtype == torch.float32
 
 
 def test_to_copies_only_if_it_must_or_is_told_to() -> None:
@@ -435,14 +515,14 @@ def through_torch_save(topk: TopK) -> Any:
     return torch.load(file, weights_only=True)["teacher"]
 
 
-@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize("per_row", SOME)
 @pytest.mark.parametrize(
     "copied",
     [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), through_torch_save],
     ids=["copy", "deepcopy", "pickle", "torch.save"],
 )
-def test_copies_are_equal(copied: Callable[[TopK], TopK], logsumexp: bool) -> None:
-    topk = make(2, 3, logsumexp=logsumexp)
+def test_copies_are_equal(copied: Callable[[TopK], TopK], per_row: tuple[str, ...]) -> None:
+    topk = make(2, 3, per_row=per_row)
     assert_same(copied(topk), topk)
 
 
@@ -450,6 +530,23 @@ def test_a_deep_copy_has_memory_of_its_own() -> None:
     topk = make(2)
     copy.deepcopy(topk).ids.fill_(-1)
     assert (topk.ids >= 0).all()
+
+
+@pytest.mark.parametrize("with_logsumexp", [True, False])
+def test_files_of_three_fields_load(with_logsumexp: bool) -> None:
+    """What versions without the fields after logsumexp have written."""
+    new = make(2, 3, per_row=PER_ROW[: int(with_logsumexp)])
+    old = object.__new__(TopK)
+    for name in ("ids", "logits", "logsumexp"):
+        object.__setattr__(old, name, getattr(new, name))
+    assert set(vars(old)) == {"ids", "logits", "logsumexp"}
+    expected = dataclasses.replace(new, temperature=1.0)
+    for loaded in (through_torch_save(old), pickle.loads(pickle.dumps(old))):
+        assert "temperature" not in vars(loaded)
+        assert_same(loaded, expected)
+        assert_same(TopK.cat([loaded[:1], expected[1:]]), expected)
+        assert repr(loaded) == repr(expected)
+        assert pytree.tree_structure(loaded) == pytree.tree_structure(expected)
 
 
 class Supports(Dataset):
@@ -483,14 +580,15 @@ def test_pinned_memory_holds_the_same() -> None:
 # Pytree
 
 
-@pytest.mark.parametrize("logsumexp", [True, False])
-def test_tree_map_sees_the_tensors_that_are_there(logsumexp: bool) -> None:
-    topk = make(2, 3, logsumexp=logsumexp)
+@pytest.mark.parametrize("per_row", SOME)
+def test_tree_map_sees_the_tensors_that_are_there(per_row: tuple[str, ...]) -> None:
+    topk = make(2, 3, per_row=per_row)
     leaves, spec = pytree.tree_flatten({"teacher": topk})
     assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in tensors(topk) if x is not None]
     assert_same(pytree.tree_unflatten(leaves, spec)["teacher"], topk)
     assert_same(pytree.tree_map(lambda x: x[1:], topk), topk[1:])
     restored = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    assert restored == spec
     assert_same(pytree.tree_unflatten(leaves, restored)["teacher"], topk)
 
 
@@ -498,13 +596,15 @@ def test_paths_name_the_fields() -> None:
     def paths(tree: Any) -> list[str]:
         return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
-    assert paths([make(2)]) == ["[0].ids", "[0].logits", "[0].logsumexp"]
-    assert paths(make(2, logsumexp=False)) == [".ids", ".logits"]
+    names = ["ids", "logits", *PER_ROW]
+    assert paths([make(2)]) == [f"[0].{name}" for name in names]
+    assert paths(make(2, per_row=())) == [".ids", ".logits"]
+    assert paths(make(2, per_row=PER_ROW[1:])) == [f".{name}" for name in (*names[:2], *names[3:])]
     hidden, weight, bias = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)
     assert paths(LinearLogits(hidden, weight, bias)) == [".hidden", ".weight", ".bias"]
     topk, seen = make(2), []
     mapped = pytree.tree_map_with_path(lambda path, x: seen.append(path) or x[:1], topk)
-    assert len(seen) == 3
+    assert len(seen) == 5
     assert_same(mapped, topk[:1])
     head = LinearLogits(hidden, weight, softcap=3.0)
     halved = pytree.tree_map_with_path(lambda path, x: x / 2, head)
@@ -524,12 +624,12 @@ class Loss(torch.nn.Module):
         return topk_rkl(student, support)
 
 
-@pytest.mark.parametrize("kind", ["support", "no logsumexp", "head"])
+@pytest.mark.parametrize("kind", ["all", "no fields per row", "token_logits", "head"])
 def test_exported_programs_take_supports_and_heads(kind: str) -> None:
     def draw() -> TopK | LinearLogits:
         if kind == "head":
             return LinearLogits(torch.randn(2, 3, 8), torch.randn(50, 8), softcap=2.0)
-        return make(2, 3, logsumexp=kind == "support")
+        return make(2, 3, per_row=PER_ROW if kind == "all" else PER_ROW[2:] * (kind in PER_ROW))
 
     student, teacher = torch.randn(2, 3, 50), draw()
     program = torch.export.export(Loss(), (student, teacher))
@@ -545,8 +645,8 @@ def test_exported_programs_take_supports_and_heads(kind: str) -> None:
 
 def test_tree_map_may_put_anything_at_the_leaves() -> None:
     shapes = pytree.tree_map(lambda x: tuple(x.shape), make(2, 3))
-    assert (shapes.ids, shapes.logits, shapes.logsumexp) == ((2, 3, 4), (2, 3, 4), (2, 3))
-    assert pytree.tree_leaves(pytree.tree_map(str, shapes)) == [*"234234", *"23"]
+    assert tensors(shapes) == ((2, 3, 4), (2, 3, 4), (2, 3), (2, 3), (2, 3))
+    assert pytree.tree_leaves(pytree.tree_map(str, shapes)) == [*"234234", *"23" * 3]
     assert "ids=(2, 3, 4)" in repr(shapes)
 
 
@@ -560,10 +660,12 @@ def test_vmap_maps_over_rows() -> None:
 
 
 def test_repr_shows_dtypes_and_shapes_not_values() -> None:
-    topk = make(2, 3, logsumexp=False).to(torch.bfloat16)
-    expected = "TopK(ids=int32[2, 3, 4], logits=bfloat16[2, 3, 4], logsumexp=None, device=cpu)"
-    assert repr(topk) == expected
-    assert len(repr(make(100, 100))) < 110
+    topk = make(2, 3, per_row=PER_ROW[1:2]).to(torch.bfloat16)
+    shown = "ids=int32[2, 3, 4], logits=bfloat16[2, 3, 4], tail_logsumexp=bfloat16[2, 3]"
+    assert repr(topk) == f"TopK({shown}, temperature=0.75, device=cpu)"
+    topk = TopK(topk.ids, topk.logits)
+    assert repr(topk) == "TopK(ids=int32[2, 3, 4], logits=bfloat16[2, 3, 4], device=cpu)"
+    assert len(repr(make(100, 100))) < 210
 
 
 def test_equality_is_identity_so_that_supports_can_be_keys() -> None:
@@ -578,7 +680,7 @@ def test_equality_is_identity_so_that_supports_can_be_keys() -> None:
 
 def test_compiled_functions_take_index_and_return_supports() -> None:
     def step(student: torch.Tensor, topk: TopK) -> tuple[torch.Tensor, TopK, TopK, TopK]:
-        halved = TopK(topk.ids, topk.logits / 2, topk.logsumexp)
+        halved = dataclasses.replace(topk, logits=topk.logits / 2)
         joined = TopK.cat([topk[:1], halved[1:]])
         return topk_rkl(student, topk), joined.to(torch.bfloat16), topk[..., 0], topk.reshape(-1)
 

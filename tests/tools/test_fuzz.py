@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_kernels import fuzz
+from opd_kernels import fuzz, reference
 from opd_kernels.backends import cpu
 from opd_kernels.testing import Case
 
@@ -45,6 +45,26 @@ def test_a_broken_backend_is_found_shrunk_and_reproduced(
     with pytest.raises(AssertionError, match="outside the budget"):
         exec(compile(program, str(path), "exec"), {})
     monkeypatch.setattr(cpu.backend, "select_divergence", sound)
+    exec(compile(program, str(path), "exec"), {})
+
+
+def test_a_broken_divergence_is_found_and_reproduced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sound = reference.full_divergence
+
+    def broken(*arguments: object) -> tuple[torch.Tensor, ...]:
+        loss, ids, entry_grad, factors, logsumexp = sound(*arguments)
+        return loss, ids, entry_grad, factors * 1.001, logsumexp
+
+    monkeypatch.setattr(reference, "full_divergence", broken)
+    arguments = ["--backend", "reference", "--minutes", "1", "--output", str(tmp_path)]
+    assert fuzz.main(arguments) == 1
+    (path,) = tmp_path.glob("fuzz_failure_*.py")
+    program = path.read_text()
+    with pytest.raises(AssertionError, match="gradient for student"):
+        exec(compile(program, str(path), "exec"), {})
+    monkeypatch.setattr(reference, "full_divergence", sound)
     exec(compile(program, str(path), "exec"), {})
 
 
@@ -96,6 +116,7 @@ def test_a_family_is_what_its_cases_have_in_common(data: st.DataObject, seed: in
     assert least <= case.student_vocab <= most
     assert case.k <= k_most
     sizes, linear = only.pop("hidden"), only.pop("form") == ("linear",)
+    assert only.pop("family") == (bool(case.divergence),)
     assert case.hidden in sizes if linear else case.hidden == 0
     if case.teacher == "linear":  # in place of logits
         assert linear

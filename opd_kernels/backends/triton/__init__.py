@@ -107,7 +107,7 @@ def select_divergence(
     """Both steps in one kernel; see ``opd_kernels.reference.select_divergence``."""
     limit, banned, mask = _contiguous(allowed)
     results = _divergence_results((*student.shape[:-1], k), student.device)
-    temperature, teacher_temperature, _ = objective
+    temperature, teacher_temperature, *_ = objective
     student_t, student_ts = _temperature(temperature)
     teacher_t, teacher_ts = _temperature(teacher_temperature)
     with _current(student.device):
@@ -136,7 +136,7 @@ def entry_divergence(
     limit, banned, mask = _contiguous(allowed)
     k = ids.shape[-1]
     results = _divergence_results((*student.shape[:-1], k), student.device)
-    temperature, teacher_temperature, _ = objective
+    temperature, teacher_temperature, *_ = objective
     student_t, student_ts = _temperature(temperature)
     teacher_t, teacher_ts = _temperature(teacher_temperature)
     teacher, ids = teacher.contiguous(), ids.contiguous()

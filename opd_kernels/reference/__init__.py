@@ -1,15 +1,19 @@
 """The mathematics in plain PyTorch: the specification, and the backend that runs anywhere.
 
 One row is one token. With student logits z, teacher logits t and the support S, the teacher's K
-best allowed ids:
+best allowed ids, the paper's loss is
 
     p = softmax(z[S] / T)    q = softmax(t[S] / T')    l = log p - log q
     L = sum over S of p l    dL/dz_v = p_v (l_v - L) / T  for v in S, 0 elsewhere
 
-The loss is a pipeline of entries: ``select`` the support, ``gather`` the student's values there,
+and ``opd_kernels.reference.divergence`` has the formulas of the whole family.
+
+A loss is a pipeline of entries: ``select`` the support, ``gather`` the student's values there,
 ``entry_divergence``, ``scatter`` the gradient. ``select_divergence`` is the first three at once.
-``scatter_`` writes into given memory and ``scatter_add_`` adds to it. ``gather_dot`` and its two
-gradients are for students that are hidden states and a head.
+Losses of full softmaxes need the log-sum-exp outside of the support on both sides as well, its
+*tail*: ``select_with_tail`` or ``tail_logsumexp``, ``full_divergence``, ``scatter_background``.
+``scatter_`` and ``scatter_background_`` write into given memory, ``scatter_add_`` adds to it.
+``gather_dot`` and its two gradients are for students that are hidden states and a head.
 
 Shapes: student (..., V), teacher (..., V_t) or (..., K), ids int32 (..., K), hidden (..., H),
 weight (V, H), everything per row (...).
@@ -34,15 +38,30 @@ from opd_kernels._arguments import (
     Allowed,
     Background,
     Objective,
+    Tail,
+    Tails,
     Temperature,
     compute_dtype,
     unpack_bitmap,
+    wide_dtype,
+)
+from opd_kernels._ordering import repeats
+from opd_kernels.backends import plain
+from opd_kernels.reference.divergence import (
+    NEVER,
+    centred,
+    log_softmax,
+    per_row,
+    sampled_terms,
+    terms,
+    wide,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NEVER = float("-inf")
 # Gathered rows of a head are widened in pieces of this many elements.
 _PIECE_ELEMENTS = 1 << 22
+# A slope is so many times p where p has next to no digits in float32.
+_FAR_TAIL = 1e25
 
 
 def refusal(
@@ -95,53 +114,177 @@ def gather(student: Tensor, ids: Tensor, allowed: Allowed) -> tuple[Tensor, Tens
     return _with_slots(values, ids)
 
 
+def select_with_tail(
+    logits: Tensor, k: int, allowed: Allowed, tail: Tail
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``select``, and ``tail_logsumexp`` without the ids that it selects."""
+    ids, values = select(logits, k, allowed)
+    return ids, values, tail_logsumexp(logits, ids, allowed.mask, tail)
+
+
+def tail_logsumexp(logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail) -> Tensor:
+    """log of the sum of exp(x / T) over the ids in [0, width) that are not listed, float64.
+
+    Ids outside of that range name nothing. Masked rows have 0. It is summed directly: 1 minus what
+    the listed ids hold would lose a small tail.
+    """
+    width, (value, rows) = tail
+    temperatures = () if rows is None else (rows,)
+
+    def reduce(logits: Tensor, ids: Tensor, *temperatures: Tensor) -> Tensor:
+        listed = (ids >= 0) & (ids < width)
+        places = torch.where(listed, ids, width).long()  # one more column, which is cut off
+        logits = torch.nn.functional.pad(logits, (0, 1)).scatter(-1, places, NEVER)
+        divisor = wide(temperatures[0])[..., None] if temperatures else value
+        return (logits[..., :width] / divisor).logsumexp(-1)
+
+    logits, dtype = logits[..., :width], wide_dtype(logits.device)
+    return plain.reduce_rows(reduce, logits, mask, ids, *temperatures, dtype=dtype)
+
+
 def select_divergence(
     student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``entry_divergence`` on the support that ``select`` finds in the teacher's logits."""
     ids, values = select(teacher, k, allowed)
-    loss, ids, grad = _divergence(student, values, ids, objective)
+    loss, ids, grad = _renormalised(student, values, ids, objective)
     return loss, ids, _finite(grad, loss.dtype)
 
 
 def entry_divergence(
     student: Tensor, teacher: Tensor, ids: Tensor, allowed: Allowed, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (...), ids (..., K) and entry gradients (..., K) of the renormalised reverse KL.
+    """Loss (...), ids (..., K) and entry gradients (..., K), both sides normalised over the ids.
 
     ``teacher`` holds its values at the ids. In the returned ids every id occurs once: gradients of
     repeated ids are added into the first, and absent entries are -1 with gradient 0.
     """
-    loss, ids, grad = _divergence(student, teacher, _allowed_ids(ids, allowed), objective)
+    loss, ids, grad = _renormalised(student, teacher, _allowed_ids(ids, allowed), objective)
     ids, grad = _merge_duplicates(ids, grad)
     return loss, ids, _finite(grad, loss.dtype)
 
 
-def _divergence(
+def _renormalised(
     student: Tensor, values: Tensor, ids: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formulas at the top of this page; gradients of repeated ids are not added yet."""
-    dtype = compute_dtype(student, values)
-    present = (ids >= 0) & (values != NEVER)
+    """``entry_divergence``; gradients of repeated ids are not added yet."""
+    ids, z, t = _entries(student, values, ids)
+    log_p, _ = log_softmax(z, objective.temperature)
+    log_q, _ = log_softmax(t, objective.teacher_temperature)
+    value, slope, _ = centred(terms(log_p, log_q, objective), log_p, objective)
+    grad = (slope - log_p.exp() * slope.sum(-1, keepdim=True)) / per_row(objective.temperature)
+    nothing = (z == NEVER).all(-1, keepdim=True)
+    loss, grad = _judged(nothing, _poisoned(ids, z, t), value.sum(-1, keepdim=True), grad)
+    return loss[..., 0].to(compute_dtype(student, values)), ids, grad.masked_fill(ids < 0, 0)
+
+
+def full_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    allowed: Allowed,
+    objective: Objective,
+    tails: Tails,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``entry_divergence`` of full softmaxes, which are normalised over entries and tails.
+
+    Returns (loss, ids, entry gradients, factors, log-sum-exps of the student, or of its tail where
+    the factor is relative to that). The last two, one per row, make the gradient elsewhere. An id
+    that is listed again is absent. With outside="sample" the last id is the sampled token's, or -1
+    where the token is in the support.
+    """
+    sample, bucket = objective.outside == "sample", objective.outside == "bucket"
+    count, dtype, mask = ids.shape[-1] - sample, compute_dtype(student, teacher), allowed.mask
+    known = _allowed_ids(ids, allowed)
+    if sample:  # a token may have been sampled although it is banned
+        token = _allowed_ids(ids[..., -1:], Allowed(tails.width, None, mask))
+        known = torch.cat((known[..., :-1], token), -1)
+    listed = torch.where(teacher == NEVER, -1, ids)[..., :count]
+    repeat = torch.nn.functional.pad(repeats(listed) & (listed >= 0), (0, int(sample)))
+    found, z, t = _entries(student, teacher, torch.where(repeat, -1, known))
+    absent = torch.where((found >= 0) | repeat, -1, ids)[..., :count]
+    tail_s = _student_tail(student, found[..., :count], absent, mask, objective, tails)
+    rest = torch.where(absent >= 0, wide(teacher)[..., :count], NEVER)
+    tail_t = _rejoined(tails.teacher, rest, objective.teacher_temperature)
+
+    log_p, total_s = log_softmax(z, objective.temperature, tail_s, count)
+    log_q, total_t = log_softmax(t, objective.teacher_temperature, tail_t, count)
+    reference = total_s
+    if sample:
+        value, slope = sampled_terms(log_p, log_q, objective)
+        background = -slope.sum(-1, keepdim=True)
+    elif bucket:
+        log_p_and_tail = torch.cat((log_p, tail_s - total_s), -1)
+        log_q_and_tail = torch.cat((log_q, tail_t - total_t), -1)
+        found_terms = terms(log_p_and_tail, log_q_and_tail, objective)
+        value, slope, relative = centred(found_terms, log_p_and_tail, objective)
+        share, c = relative[..., -1:], slope.sum(-1, keepdim=True)
+        # Where p of the tail is next to nothing, the background is relative to the tail.
+        far, empty = ~(share.abs() <= _FAR_TAIL), tail_s == NEVER
+        of_tail = slope[..., -1:] - c * log_p_and_tail[..., -1:].exp()
+        background = torch.where(far, torch.where(empty, 0, of_tail), share - c)
+        reference = torch.where(far & ~empty, tail_s, total_s)
+    else:
+        value, slope, _ = terms(log_p, log_q, objective)
+        background = -slope.sum(-1, keepdim=True)
+    temperature, c = per_row(objective.temperature), slope.sum(-1, keepdim=True)
+    grad = (slope[..., : ids.shape[-1]] - c * log_p.exp()) / temperature
+
+    nothing = (total_s == NEVER) | (total_t == NEVER)
+    poisoned = _poisoned(found, z, t) | ~(tail_s < torch.inf) | ~(tail_t < torch.inf)
+    if mask is not None:
+        nothing, poisoned = nothing | ~mask[..., None], poisoned & mask[..., None]
+    loss, grad, factors = _judged(
+        nothing, poisoned, value.sum(-1, keepdim=True), grad, background / temperature
+    )
+    grad = _finite(grad.masked_fill(found < 0, 0), dtype)
+    loss, factors = loss[..., 0].to(dtype), _finite(factors[..., 0], dtype)
+    return loss, found, grad, factors, reference[..., 0].masked_fill(nothing[..., 0], 0)
+
+
+def _entries(student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, student's and teacher's values there), -1 and -inf where an entry is absent."""
+    present = (ids >= 0) & (teacher != NEVER)
     ids = torch.where(present, ids, -1)
-    t = torch.where(present, _wide(values), NEVER)
-    z = _wide(student.gather(-1, ids.clamp(min=0).long()))
-    z = torch.where(present, z, NEVER)
+    z = wide(student.gather(-1, ids.clamp(min=0).long()))
+    return ids, torch.where(present, z, NEVER), torch.where(present, wide(teacher), NEVER)
 
-    temperature = _per_row(objective.temperature)
-    log_p = _log_softmax(z, temperature)
-    log_ratio = log_p - _log_softmax(t, _per_row(objective.teacher_temperature))
-    p = log_p.exp()
-    # p = 0 contributes 0 whatever log_ratio is: 0 * inf must not become NaN.
-    loss = torch.where(p == 0, 0, p * log_ratio).sum(-1, keepdim=True)
-    grad = torch.where(p == 0, 0, p * (log_ratio - loss) / temperature)
-    grad = _finite(grad, grad.dtype)
 
-    empty = (z == NEVER).all(-1, keepdim=True)
-    poisoned = (present & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
-    loss = loss.masked_fill(empty, 0).masked_fill(poisoned, torch.nan)
-    grad = grad.masked_fill(empty, 0).masked_fill(poisoned, torch.nan).masked_fill(~present, 0)
-    return loss.squeeze(-1).to(dtype), ids, grad
+def _student_tail(
+    student: Tensor,
+    ids: Tensor,
+    absent: Tensor,
+    mask: Tensor | None,
+    objective: Objective,
+    tails: Tails,
+) -> Tensor:
+    """The student's tail (..., 1): of its logits, or the given one and the absent ids' values."""
+    width, temperature = tails.width, objective.temperature
+    if tails.student is None:
+        return tail_logsumexp(student, ids, mask, Tail(width, temperature))[..., None]
+    listed = (absent >= 0) & (absent < width)
+    values = wide(student.gather(-1, torch.where(listed, absent, 0).long()))
+    return _rejoined(tails.student, torch.where(listed, values, NEVER), temperature)
+
+
+def _rejoined(tail: Tensor, values: Tensor, temperature: Temperature) -> Tensor:
+    """A tail (..., 1) that also holds these values."""
+    return torch.logaddexp(
+        wide(tail)[..., None], (values / per_row(temperature)).logsumexp(-1, keepdim=True)
+    )
+
+
+def _poisoned(ids: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """Whether an entry of the row is NaN or +inf, (..., 1)."""
+    return ((ids >= 0) & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
+
+
+def _judged(nothing: Tensor, poisoned: Tensor, *results: Tensor) -> Iterator[Tensor]:
+    """Results of rows: 0 where there is nothing to compute, NaN where an entry is.
+
+    NaN in other rows are differences of what overflowed; no input is NaN there.
+    """
+    return (x.masked_fill(x.isnan() | nothing, 0).masked_fill(poisoned, torch.nan) for x in results)
 
 
 def scatter(
@@ -164,6 +307,17 @@ def scatter_(out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> 
     out.zero_().scatter_add_(-1, torch.where(present, ids, 0).long(), values)
 
 
+def scatter_background(
+    entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background
+) -> Tensor:
+    """The dense gradient over a background, of the shape and dtype of the background's logits."""
+    logits = background.logits
+    assert logits is not None
+    out = logits.new_empty(logits.shape)
+    scatter_background_(out, entry_grad, ids, upstream, background)
+    return out
+
+
 def scatter_background_(
     out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor, background: Background
 ) -> None:
@@ -174,9 +328,11 @@ def scatter_background_(
     factors, logsumexp, limit, logits, temperature = background
     assert factors is not None
     assert logsumexp is not None
-    z = _wide(out if logits is None else logits)[..., :limit]
-    p = (z / _per_row(temperature) - _wide(logsumexp)[..., None]).exp()
-    scaled = (upstream * factors)[..., None]
+    z = wide(out if logits is None else logits)[..., :limit]
+    p = (z / per_row(temperature) - wide(logsumexp)[..., None]).clamp(max=0).exp()
+    # Finite, unless it is NaN, so that a p of 0 gives 0.
+    scaled = _finite(wide(upstream) * wide(factors), wide_dtype(out.device))
+    scaled = torch.where(factors == 0, 0, scaled)[..., None]
     values = torch.where(scaled == 0, 0, scaled * p)
     width = out.shape[-1]
     # Absent entries go to one more column, which is cut off.
@@ -263,26 +419,6 @@ def _with_slots(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(values, slots) of entries, 0 and -1 where the id is."""
     slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
     return torch.where(ids < 0, 0, values), torch.where(ids < 0, -1, slots)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """As float64, or float32 on devices that lack it."""
-    return x.float() if x.device.type == "mps" else x.double()
-
-
-def _per_row(temperature: Temperature) -> float | Tensor:
-    value, rows = temperature
-    return value if rows is None else _wide(rows[..., None])
-
-
-def _log_softmax(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """log softmax(x / T), kept finite so that an overflowing span never makes inf - inf.
-
-    The maximum is subtracted before dividing: x / T alone may overflow.
-    """
-    top = x.amax(-1, keepdim=True)
-    scaled = (x - top.masked_fill(top == NEVER, 0)) / temperature
-    return (scaled - scaled.exp().sum(-1, keepdim=True).log()).clamp(min=torch.finfo(x.dtype).min)
 
 
 def _finite(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,186 @@
+"""The CPU kernels of what lies outside of a support: tails and backgrounds, over their whole range.
+
+The public functions' tests compare ordinary rows; here rows are peaked, far from 0, or hold NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails, Temperature
+from opd_kernels.backends.cpu import backend
+from opd_kernels.divergences import jsd
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# x / T is rounded by 2^-24 twice and one exponential by 2.5e-7: a term at x / T = -t below its
+# group's maximum is wrong by (t 2^-23 + 2.5e-7), and its share of the group falls with e^-t.
+TAIL = 6e-7
+NO_IDS = torch.full((1, 1), -1, dtype=torch.int32)
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tail_of(x: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log of the sum of exp(x / T) without the ids, in float64."""
+    divisor = torch.tensor(temperature, dtype=torch.float32).double()
+    x = torch.nn.functional.pad(x.double() / divisor, (0, 1))
+    places = torch.where((ids >= 0) & (ids < x.shape[-1] - 1), ids, x.shape[-1] - 1).long()
+    return x.scatter(-1, places, -math.inf)[..., :-1].logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [7, 20, 70])
+def test_tails_of_peaked_rows_keep_their_precision(dtype: torch.dtype, gap: int) -> None:
+    """Tails of 1e-3 down to 1e-30 of the mass; 1 - P would have no digit left from 1e-7 on."""
+    for vocab in (1, 9, 511, 512, 2049, 5001):
+        for temperature in (0.3, 1.0, 2.0):
+            x = torch.randn(3, vocab, generator=seeded(vocab))
+            x[:, torch.randperm(vocab, generator=seeded())[:5]] += gap
+            x[0] -= 200
+            x = x.to(dtype)
+            tail = Tail(vocab, Temperature(temperature))
+            ids, _, found = backend.select_with_tail(x, min(8, vocab), Allowed(vocab), tail)
+            expected = tail_of(x, ids, temperature)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=TAIL)
+            assert torch.equal(backend.tail_logsumexp(x, ids.long(), None, tail), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tails_are_over_their_width_without_what_is_listed(dtype: torch.dtype) -> None:
+    """Ids outside of the width name nothing, repeats count once, 1024 ids share groups."""
+    for k in (1, 30, 1024):
+        x = (torch.randn(2, 5, 1800, generator=seeded(k)) * 3).to(dtype)[..., 1:1700]
+        ids = torch.randint(-3, 1900, (2, 5, k), generator=seeded(k))
+        mask = torch.tensor([[True, False, True, True, True]] * 2)
+        rows = torch.rand(2, 5, generator=seeded(1)) + 0.5
+        tail = Tail(1601, Temperature(1.0, rows))
+        found = backend.tail_logsumexp(x, ids, mask, tail)
+        for row in range(10):
+            at = row // 5, row % 5
+            expected = tail_of(x[at][:1601], ids[at], rows[at].item())
+            torch.testing.assert_close(found[at], expected * mask[at], rtol=0, atol=TAIL)
+
+
+def test_tails_of_nothing_are_never_and_nan_is_found_anywhere() -> None:
+    never = torch.full((2, 700), -math.inf)
+    never[1, 3] = 5
+    ids = torch.tensor([[3], [3]])
+    assert (backend.tail_logsumexp(never, ids, None, Tail(700)) == -math.inf).all()
+    assert (backend.tail_logsumexp(never, ids, None, Tail(0)) == -math.inf).all()
+    for place in (0, 511, 640, 699):
+        x = torch.zeros(4, 700)
+        # NaNs with every payload, which exponents are made from.
+        x.view(torch.int32)[:3, place] = torch.tensor([0x7F800001, 0x7FC000FF, -1])
+        x[3, place] = math.inf
+        assert backend.tail_logsumexp(x, NO_IDS.expand(4, 1), None, Tail(700)).isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.37, 1.0, 5.0])
+def test_the_exponential_over_its_range(temperature: float) -> None:
+    """Of 2e5 arguments; the background of a log-sum-exp of 0 is the exponential itself."""
+    t = torch.linspace(-87, 0, 200_001)[None]
+    z = t * temperature
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.float64)
+    background = Background(one, zero, z.shape[1], z, Temperature(temperature))
+    found = backend.scatter_background(one[None], NO_IDS, one, background).double()
+    exact = (z.double() / torch.tensor(temperature).double()).exp()
+    relative = ((found - exact) / exact).abs()
+    # The polynomial and four roundings; log2(e) / T and its product with z are rounded, too.
+    assert (relative <= 4e-7 + 2**-23 * 1.5 * -t).all()
+    z = torch.tensor([[-120.0, -1e30, -math.inf, 0.0, -math.nan]])
+    background = Background(one, zero, 5, z)
+    found = backend.scatter_background(one[None], NO_IDS, one, background)
+    assert found[0, :4].tolist() == [0, 0, 0, 1]
+    assert found[0, 4].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_nan_makes_a_background_nan(dtype: torch.dtype) -> None:
+    """Rounded like a number, a NaN with all bits set would carry into the sign and become 0."""
+    nan = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
+    ids, zeros = NO_IDS.expand(2, 1), torch.zeros(2, 1)
+    background = Background(nan, torch.zeros(2).double(), 40, torch.zeros(2, 40, dtype=dtype))
+    assert backend.scatter_background(zeros, ids, torch.ones(2), background).isnan().all()
+    background = Background(torch.ones(2), nan.double(), 40, torch.zeros(2, 40, dtype=dtype))
+    assert backend.scatter_background(zeros, ids, torch.ones(2), background).isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-6, 1e-4, 1.0, 1e5, 1e30])
+def test_backgrounds_at_every_temperature(temperature: float) -> None:
+    """Two logits share the top: T logsumexp then lies between two floats, or 1e6 of them."""
+    z = torch.randn(2, 1000, generator=seeded())
+    z[:, 5:7] = z.amax(-1, keepdim=True)
+    divisor = torch.tensor(temperature).double()
+    top = z.double().amax(-1, keepdim=True)
+    powers = ((z.double() - top) / divisor).exp()
+    logsumexp = (top / divisor)[:, 0] + powers.sum(-1).log()
+    factors, upstream = torch.tensor([1.5, -2.0]), torch.tensor([0.3, 4.0])
+    background = Background(factors, logsumexp, 999, z, Temperature(temperature))
+    ids, entries = NO_IDS.expand(2, 1), torch.zeros(2, 1)
+    found = backend.scatter_background(entries, ids, upstream, background)
+    expected = (factors * upstream)[:, None] * powers / powers.sum(-1, keepdim=True)
+    torch.testing.assert_close(found[:, :999].double(), expected[:, :999], rtol=5e-6, atol=1e-30)
+    assert (found[:, 999] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 31, 33, 2001])
+def test_backgrounds_round_once_in_any_memory(dtype: torch.dtype, vocab: int) -> None:
+    """Fresh, given or the logits' own memory: the float32 gradient, rounded."""
+    z = (torch.randn(3, vocab + 1, generator=seeded()) * 3).to(dtype)[:, 1:]
+    ids = torch.tensor([[0], [-1], [vocab - 1]], dtype=torch.int32)
+    entries, upstream = torch.randn(3, 1, generator=seeded()), torch.tensor([1e-4, 2.0, 0.0])
+    background = Background(
+        torch.tensor([1.0, -3.0, 2.0]), z.double().logsumexp(-1), vocab, z.float()
+    )
+    exact = backend.scatter_background(entries, ids, upstream, background)
+    background = background._replace(logits=z)
+    fresh = backend.scatter_background(entries, ids, upstream, background)
+    assert torch.equal(fresh, exact.to(dtype))
+    z[2] = math.nan  # where upstream is 0 nothing is read
+    given = torch.full_like(z, math.nan)
+    backend.scatter_background_(given, entries, ids, upstream, background)
+    assert torch.equal(given, fresh)
+    backend.scatter_background_(z, entries, ids, upstream, background._replace(logits=None))
+    assert torch.equal(z, fresh)
+
+
+@pytest.mark.parametrize(("dtype", "tie"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_backgrounds_round_ties_to_even(dtype: torch.dtype, tie: float) -> None:
+    z, sums = torch.zeros(3, 40, dtype=dtype), torch.zeros(3, dtype=torch.float64)
+    factors = torch.tensor([1 + tie, 1 + 3 * tie, 1 + tie * (1 + 2**-10)])
+    background = Background(factors, sums, 40, z)
+    ids, ones = NO_IDS.expand(3, 1), torch.ones(3, 1)
+    found = backend.scatter_background(ones, ids, ones[:, 0], background)
+    expected = torch.tensor([1, 1 + 4 * tie, 1 + 2 * tie]).to(dtype)
+    assert torch.equal(found, expected[:, None].expand(3, 40))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    teacher, student = torch.randn(2, 40, 5001, generator=seeded()).bfloat16() * 3
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        ids, values, tail = backend.select_with_tail(teacher, 20, Allowed(5001), Tail(5001))
+        full = backend.full_divergence(
+            student,
+            values,
+            ids,
+            Allowed(5001),
+            Objective(divergence=jsd(), outside="bucket"),
+            Tails(tail, None, 5001),
+        )
+        _, ids, entries, factors, logsumexp = full
+        background = Background(factors, logsumexp, 5001, student)
+        upstream = torch.linspace(-1, 1, 40)
+        grad = backend.scatter_background(entries, ids, upstream, background)
+        results.append((tail, *full, grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
