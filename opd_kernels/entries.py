@@ -142,11 +142,9 @@ def _check_sources(
             'states and a head; pass its logits, or outside="renormalize"'
         )
     if isinstance(teacher, LinearLogits):
-        selected = (
-            ""
-            if call.support == "student"
-            else (", or select_topk(teacher, k, with_logsumexp=True)")
-        )
+        selected = ", or select_topk(teacher, k, with_logsumexp=True)"
+        if call.support == "student":
+            selected = ""
         raise ValueError(
             f"outside={outside!r} needs the teacher's full log-sum-exp, and teacher is hidden "
             f"states and a head; pass its logits{selected}"
