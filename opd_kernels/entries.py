@@ -309,7 +309,7 @@ def _given_tail(teacher: TopK, call: Call) -> Tensor:
     is 0 whatever it is; unless the sampled token takes part, whose share is unknown.
     """
     tail = teacher.tail()
-    return tail if call.with_token else tail.masked_fill(tail.isnan() & ~teacher.present, 0)
+    return tail if call.with_token else tail.masked_fill(~(tail < torch.inf) & ~teacher.present, 0)
 
 
 def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float) -> Tensor:

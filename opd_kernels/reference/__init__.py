@@ -174,7 +174,8 @@ def _renormalised(
     value, slope, _ = centred(terms(log_p, log_q, objective), log_p, objective)
     grad = (slope - log_p.exp() * slope.sum(-1, keepdim=True)) / per_row(objective.temperature)
     nothing = (z == NEVER).all(-1, keepdim=True)
-    loss, grad = _judged(nothing, _poisoned(ids, z, t), value.sum(-1, keepdim=True), grad)
+    poisoned = _poisoned(ids, z, t)
+    loss, grad = _judged(nothing, poisoned, objective, value.sum(-1, keepdim=True), grad)
     return loss[..., 0].to(compute_dtype(student, values)), ids, grad.masked_fill(ids < 0, 0)
 
 
@@ -235,7 +236,7 @@ def full_divergence(
     if mask is not None:
         nothing, poisoned = nothing | ~mask[..., None], poisoned & mask[..., None]
     loss, grad, factors = _judged(
-        nothing, poisoned, value.sum(-1, keepdim=True), grad, background / temperature
+        nothing, poisoned, objective, value.sum(-1, keepdim=True), grad, background / temperature
     )
     grad = _finite(grad.masked_fill(found < 0, 0), dtype)
     loss, factors = loss[..., 0].to(dtype), _finite(factors[..., 0], dtype)
@@ -279,12 +280,20 @@ def _poisoned(ids: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return ((ids >= 0) & ~((z < torch.inf) & (t < torch.inf))).any(-1, keepdim=True)
 
 
-def _judged(nothing: Tensor, poisoned: Tensor, *results: Tensor) -> Iterator[Tensor]:
+def _judged(
+    nothing: Tensor, poisoned: Tensor, objective: Objective, *results: Tensor
+) -> Iterator[Tensor]:
     """Results of rows: 0 where there is nothing to compute, NaN where an entry is.
 
-    NaN in other rows are differences of what overflowed; no input is NaN there.
+    A temperature that is not allowed is NaN and makes its row NaN. Other NaN are differences of
+    what overflowed; no input is NaN there.
     """
-    return (x.masked_fill(x.isnan() | nothing, 0).masked_fill(poisoned, torch.nan) for x in results)
+    sides = per_row(objective.temperature), per_row(objective.teacher_temperature)
+    known = (sides[0] == sides[0]) & (sides[1] == sides[1])
+    return (
+        x.masked_fill(x.isnan() & known | nothing, 0).masked_fill(poisoned, torch.nan)
+        for x in results
+    )
 
 
 def scatter(
