@@ -169,8 +169,8 @@ def _renormalised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``entry_divergence``; gradients of repeated ids are not added yet."""
     ids, z, t = _entries(student, values, ids)
-    log_p, _ = log_softmax(z, objective.temperature)
-    log_q, _ = log_softmax(t, objective.teacher_temperature)
+    log_p, *_ = log_softmax(z, objective.temperature)
+    log_q, *_ = log_softmax(t, objective.teacher_temperature)
     value, slope, _ = centred(terms(log_p, log_q, objective), log_p, objective)
     grad = (slope - log_p.exp() * slope.sum(-1, keepdim=True)) / per_row(objective.temperature)
     nothing = (z == NEVER).all(-1, keepdim=True)
@@ -208,15 +208,15 @@ def full_divergence(
     rest = torch.where(absent >= 0, wide(teacher)[..., :count], NEVER)
     tail_t = _rejoined(tails.teacher, rest, objective.teacher_temperature)
 
-    log_p, total_s = log_softmax(z, objective.temperature, tail_s, count)
-    log_q, total_t = log_softmax(t, objective.teacher_temperature, tail_t, count)
+    log_p, rest_p, total_s = log_softmax(z, objective.temperature, tail_s, count)
+    log_q, rest_q, total_t = log_softmax(t, objective.teacher_temperature, tail_t, count)
     reference = total_s
     if sample:
         value, slope = sampled_terms(log_p, log_q, objective)
         background = -slope.sum(-1, keepdim=True)
     elif bucket:
-        log_p_and_tail = torch.cat((log_p, tail_s - total_s), -1)
-        log_q_and_tail = torch.cat((log_q, tail_t - total_t), -1)
+        log_p_and_tail = torch.cat((log_p, rest_p), -1)
+        log_q_and_tail = torch.cat((log_q, rest_q), -1)
         found_terms = terms(log_p_and_tail, log_q_and_tail, objective)
         value, slope, relative = centred(found_terms, log_p_and_tail, objective)
         share, c = relative[..., -1:], slope.sum(-1, keepdim=True)

@@ -55,22 +55,22 @@ def per_row(temperature: Temperature) -> float | Tensor:
 
 def log_softmax(
     x: Tensor, temperature: Temperature, tail: Tensor | None = None, count: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """(log softmax of x / T, its log-sum-exp (..., 1)).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log softmax of x / T, what the tail holds as a log-prob, the log-sum-exp).
 
-    The log-sum-exp is over the first ``count`` of x, or all, and the ``tail`` (..., 1), itself one.
-    -inf stays. What is finite stays so: a span that overflows never makes inf - inf. The maximum is
-    subtracted before dividing, because x / T alone may overflow.
+    The log-sum-exp (..., 1) is over the first ``count`` of x, or all, and the ``tail`` (..., 1),
+    itself one. -inf stays. What is finite stays so: a span that overflows never makes inf - inf.
+    The maximum is subtracted before dividing, because x / T alone may overflow.
     """
     divisor, summed = per_row(temperature), x[..., :count]
     top = summed.amax(-1, keepdim=True)
     top = top.masked_fill(top == NEVER, 0)
     offset = top / divisor
     total = ((summed - top) / divisor).exp().sum(-1, keepdim=True).log()
-    if tail is not None:
-        total = torch.logaddexp(total, tail - offset)
+    rest = torch.full_like(total, NEVER) if tail is None else tail - offset
+    total = torch.logaddexp(total, rest)
     log_p = ((x - top) / divisor - total).clamp(torch.finfo(x.dtype).min, 0)
-    return log_p.masked_fill(x == NEVER, NEVER), total + offset
+    return log_p.masked_fill(x == NEVER, NEVER), (rest - total).clamp(max=0), total + offset
 
 
 def terms(a: Tensor, b: Tensor, objective: Objective) -> Terms:
