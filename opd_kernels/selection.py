@@ -124,7 +124,7 @@ def _nucleus(scaled: Tensor, tail: Tensor, top_p: float) -> Tensor:
 
 
 def _sums_before(shares: Tensor) -> Tensor:
-    """Of each element, the sum of those before it in its row; torch.cumsum may vary on GPUs."""
+    """The sum of the elements before each one in its row; torch.cumsum may vary on GPUs."""
     sums, step = torch.nn.functional.pad(shares[..., :-1], (1, 0)), 1
     while step < shares.shape[-1]:
         sums = sums + torch.nn.functional.pad(sums[..., :-step], (step, 0))

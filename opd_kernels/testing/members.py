@@ -273,7 +273,7 @@ def _numbers(student: Side, teacher: Side, member: Member, unit: float, tiny: fl
     p = np.exp(p_logs.log)
 
     parts = _parts(p_logs, q_logs, ratio_error, member, unit, tiny)
-    # An entry of which the teacher has nothing is absent.
+    # An entry is absent where the teacher gives it probability 0.
     used = (q_logs.log > NEVER) & ~is_token & (~is_tail | (outside == "bucket"))
     columns = [np.where(used, column, 0.0) for column in parts]
     value, value_error, slope, slope_error, per_p, per_p_error, share, share_error = columns[:8]
