@@ -88,10 +88,12 @@ fuzz: $(VENV)/.test ## fuzzes the CPU backend for ten minutes
 bench: $(VENV)/.test ## benchmarks on the CPU
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/divergences.py
+	$(BIN)/python benchmarks/stats.py
 	$(BIN)/python benchmarks/linear.py
 
 # The suite on builds with AddressSanitizer and UndefinedBehaviorSanitizer: of the CPU kernels, in a
-# folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels.
+# folder that PYTHONPATH puts before the installed package, and of the emulated CUDA kernels. The
+# reference has no code of ours that a sanitizer could watch.
 sanitize: sanitize-numbers sanitize-calls ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 
 # Two parts, for two cores.
@@ -102,7 +104,8 @@ sanitize-numbers sanitize-calls: sanitized
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  OPD_KERNELS_EXPECT=$(SANITIZED) OPD_KERNELS_EMULATED=sanitized $(BIN)/pytest \
 	  -p no:cacheprovider $(SANITIZED_TESTS:%=tests/*/test_%.py) \
-	  -k "not barrier and not needs_memory and not allocates and not same_bits and not without_a_gpu"
+	  -k "not reference and not barrier and not needs_memory and not allocates and not same_bits \
+	  and not without_a_gpu"
 
 sanitized: $(VENV)/.test
 	OPD_KERNELS_SANITIZE=1 OPD_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \

@@ -47,7 +47,12 @@ def evaluate(
     for chunk, teacher_logits in zip(held_out.chunks, held_out.teacher_logits, strict=True):
         logits = response_logits(student, chunk, dtype)
         loss, stats = topk_rkl(
-            logits, teacher_logits, k, mask=chunk.mask, reduction="none", return_stats=True
+            logits,
+            teacher_logits,
+            k,
+            mask=chunk.mask,
+            reduction="none",
+            return_stats=("student_mass", "teacher_mass"),
         )
         log_p = logits.float().log_softmax(-1)
         log_q = teacher_logits.float().log_softmax(-1)

@@ -208,12 +208,15 @@ def on_policy_step(
     hidden = response_hidden(student, rollouts, options.dtype)
     with autocast(options.dtype):
         loss, stats = linear_topk_rkl(
-            hidden, student.lm_head.weight, support, mask=rollouts.mask, return_stats=True
+            hidden,
+            student.lm_head.weight,
+            support,
+            mask=rollouts.mask,
+            return_stats=("student_mass", "teacher_mass"),
         )
     trainer.update(loss)
-    student_mass = stats.student_mass[rollouts.mask].mean().item()
-    teacher_mass = stats.teacher_mass[rollouts.mask].mean().item()
-    return loss.item(), student_mass, teacher_mass
+    means = stats.mean()
+    return loss.item(), means.student_mass.item(), means.teacher_mass.item()
 
 
 def on_policy(

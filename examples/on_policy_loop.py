@@ -57,12 +57,14 @@ def main(steps: int = 20, batch_size: int = 8, new_tokens: int = 48, k: int = 32
         # The student takes a step.
         hidden = student.model(**inputs, use_cache=False).last_hidden_state
         head = student.lm_head.weight
-        loss, stats = linear_topk_rkl(hidden, head, scores, k, mask=mask, return_stats=True)
+        loss, stats = linear_topk_rkl(
+            hidden, head, scores, k, mask=mask, return_stats=("student_mass",)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mass = stats.student_mass[mask].mean().item()
+        mass = stats.mean().student_mass.item()
         print(f"step {step + 1}: loss {loss.item():.3f}, student mass {mass:.3f}", flush=True)
 
 

@@ -11,8 +11,8 @@ to add its gradient to another loss's.
 
 Around the loss: ``response_mask``, ``special_token_mask`` and ``predicting`` say which positions
 take part, ``compare_tokenizers`` and ``token_ids`` which ids. ``sampled_token_loss``, with
-``sampled_token_advantages`` or ``returns_to_go``, is the sampled-token baseline. ``debug`` makes
-calls look at values and raise with the first bad row.
+``token_logprobs`` and ``sampled_token_advantages`` or ``returns_to_go``, is the sampled-token
+baseline. ``debug`` makes calls look at values and raise with the first bad row.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from opd_kernels.divergences import (
 )
 from opd_kernels.gradient import EntryGradient
 from opd_kernels.head import LinearLogits
+from opd_kernels.logprobs import token_logprobs
 from opd_kernels.model_head import head_of
 from opd_kernels.selection import select_topk
 from opd_kernels.stats import Stats
@@ -80,6 +81,7 @@ __all__ = [
     "skew_reverse_kl",
     "special_token_mask",
     "token_ids",
+    "token_logprobs",
     "topk_divergence",
     "topk_rkl",
 ]

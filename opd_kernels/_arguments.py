@@ -6,6 +6,7 @@ have a struct of the same name (csrc/common/arguments.h). So a new option is a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -50,26 +51,28 @@ class Objective(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What a log-sum-exp outside of the support is over.
+    """What a softmax outside of the support is over.
 
-    It is that of x / T over the ids in [0, ``width``) that are not in the support, banned ones
-    included. Width 0: nobody asks for it.
+    It is that of x / T over the ids in [0, ``width``), banned ones included, that are not in
+    ``ids`` (..., K), or where these are None, not selected in the same pass. ``with_entropy`` asks
+    for its entropy beside its log-sum-exp. Width 0: nobody asks for either.
     """
 
     width: int = 0
     temperature: Temperature = Temperature()
+    ids: Tensor | None = None
+    with_entropy: bool = False
 
 
 def no_tail() -> Tail:
     """Written out: of a default, torch.compile would make an input of the graph."""
-    return Tail(0, Temperature(1.0, None))
+    return Tail(0, Temperature(1.0, None), None, False)
 
 
 class Tails(NamedTuple):
     """Both sides' log-sum-exps (...), each at its own temperature, outside of the listed ids.
 
-    ``student`` may be None: it is computed, over the ids in [0, ``width``). Where it is given, no
-    id is listed twice.
+    ``student`` may be None: it is computed, over the ids in [0, ``width``).
     """
 
     teacher: Tensor
@@ -138,6 +141,11 @@ def unpack_bitmap(bitmap: Tensor, limit: int) -> Tensor:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 where an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x. MKL, which torch.exp calls on CPUs, wakes its threads even for a few numbers."""
+    return torch.exp2(x * math.log2(math.e))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -599,17 +599,17 @@ def check_backend(backend: str | None) -> None:
 
 
 def check_inplace(student: Tensor) -> None:
-    """Backward may overwrite the student's memory: it is no leaf's, and no elements overlap."""
+    """Backward may overwrite the logits' memory: it is no leaf's, and no elements overlap."""
     base = student if student._base is None else student._base
     if base.requires_grad and base.is_leaf:
-        kind = "is" if base is student else "is a view of"
+        kind = "" if base is student else "a view of "
         raise ValueError(
-            f"inplace_grad=True would overwrite student, which {kind} a leaf of the graph; "
+            f"inplace_grad=True would overwrite the logits, which are {kind}a leaf of the graph; "
             "pass the output of a layer, or inplace_grad=False"
         )
     if _overlaps(student):
         raise ValueError(
-            "inplace_grad=True needs elements of their own, but those of student "
+            "inplace_grad=True needs elements of their own, but those of the logits "
             f"overlap (shape {tuple(student.shape)}, strides {student.stride()}: expanded or "
             "unfolded); pass inplace_grad=False"
         )

@@ -4,15 +4,13 @@ They are registered with ``torch.library`` define/impl/fake. Autograd is outside
 so that ``torch.func`` works and a call costs microseconds. A backend is chosen when an operator
 runs, never while it is traced.
 
-Here an operator is a function of values that travel whole, such as ``Allowed``. PyTorch's schema is
-flat: ``_register`` derives it from the function's types, and takes values apart and puts them
-together again. ``OPERATORS``, at the end, has one record for each.
+``OPERATORS``, at the end, has one record for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +31,6 @@ from opd_kernels._checks import (
     ID_DTYPES,
     check_bias,
     check_bitmap,
-    check_buffer,
     check_entries_dtype,
     check_logits,
     check_row_shape,
@@ -42,8 +39,9 @@ from opd_kernels._checks import (
     check_same_rows,
     check_upstream_dtype,
 )
+from opd_kernels._library import Operator, register
 from opd_kernels.backends import plain
-from opd_kernels.divergences import Divergence, reverse_kl
+from opd_kernels.divergences import reverse_kl
 
 _LOST_GRAPH = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant, and "
@@ -54,99 +52,190 @@ _LOST_GRAPH = (
 
 def _select(
     logits: Tensor, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_allowed(allowed, logits, logits.shape[-1])
     if debugging.ON:
         debugging.check_select(logits, allowed)
-    module = backends.resolve(backend, logits.device, (logits.dtype,), k, allowed.limit)
+    listed = _listed(k, tail)
+    module = backends.resolve(backend, logits.device, (logits.dtype,), listed, allowed.limit)
     if not tail.width:
-        return *module.select(logits, k, allowed), _no_tail(logits)
+        return *module.select(logits, k, allowed), _nothing_of(logits), _nothing_of(logits)
     _check_tail(tail, logits)
     if debugging.ON:
         debugging.check_row(logits, "teacher logits", tail.width, allowed.mask)
     if hasattr(module, "select_with_tail"):
-        return module.select_with_tail(logits, k, allowed, tail)
-    ids, values = module.select(logits, k, allowed)
-    return ids, values, _tail_logsumexp(logits, ids, allowed.mask, tail, backends.AUTO)
+        *selected, sums, entropy = module.select_with_tail(logits, k, allowed, tail)
+    else:
+        selected = module.select(logits, k, allowed)
+        sums, entropy = _tail_beside(logits, selected[0], allowed.mask, tail)
+    return *selected, sums, _nothing_of(logits) if entropy is None else entropy
 
 
 def _select_fake(
     logits: Tensor, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = logits.new_empty((*logits.shape[:-1], k), dtype=torch.int32)
-    values = torch.empty_like(ids, dtype=compute_dtype(logits))
-    return ids, values, _wide_rows(logits) if tail.width else _no_tail(logits)
+    return ids, torch.empty_like(ids, dtype=compute_dtype(logits)), *_tail_fake(logits, tail)
+
+
+def _listed(k: int, tail: Tail) -> int:
+    """How many ids a row has, selected or left out of the tail: with a token one more than k."""
+    return k if tail.ids is None or not tail.width else max(k, tail.ids.shape[-1])
+
+
+def _tail_beside(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
+) -> tuple[Tensor, Tensor | None]:
+    """A tail without its ids or these, by the best backend for it."""
+    if tail.ids is None:
+        tail = tail._replace(ids=ids)
+    return _tail_module(backends.AUTO, logits, tail).tail_logsumexp(logits, mask, tail)
 
 
 def _select_linear(
     head: Head, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``select`` on the logits of a head, which are computed a few rows at a time."""
     hidden, weight, bias, scale, softcap = head
     limit, banned, mask = allowed
     _check_head(hidden, weight, bias, allowed)
     if debugging.ON:
         debugging.check_head(head, allowed)
-    rows, dtype = hidden.shape[:-1], compute_dtype(hidden)
-    module = backends.resolve(backend, hidden.device, (hidden.dtype,), k, limit)
-    ids = hidden.new_full((*rows, k), -1, dtype=torch.int32)
-    values = hidden.new_full((*rows, k), -torch.inf, dtype=dtype)
-    tails = _wide_rows(hidden).zero_() if tail.width else _no_tail(hidden)
-    out_ids, out_values, out_tails = ids.view(-1, k), values.view(-1, k), tails.view(-1)
-    width = max(limit, tail.width)
-    weight, bias = weight[:width], None if bias is None else bias[:width]
-    temperatures = None if tail.temperature.rows is None else tail.temperature.rows.reshape(-1)
-    for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
-        out_ids[piece], picked = module.select(logits, k, Allowed(limit, banned, piece_mask))
+    module = backends.resolve(backend, hidden.device, (hidden.dtype,), _listed(k, tail), limit)
+    ids = hidden.new_full((*hidden.shape[:-1], k), -1, dtype=torch.int32)
+    values = hidden.new_full(ids.shape, -torch.inf, dtype=compute_dtype(hidden))
+    sums, entropy = _tail_results(hidden, tail)
+    out_ids, out_values = ids.view(-1, k), values.view(-1, k)
+    for piece, logits, piece_mask, part in _head_pieces(head, mask, tail, max(limit, tail.width)):
+        which = Allowed(limit, banned, piece_mask)
+        if tail.width and hasattr(module, "select_with_tail") and not _reshapes(head):
+            # Of the logits while they are in the cache.
+            out_ids[piece], picked, *found = module.select_with_tail(logits, k, which, part)
+        else:
+            out_ids[piece], picked = module.select(logits, k, which)
+            found = []
+            if tail.width:
+                shaped = _shaped_pieces(head, logits)
+                found = [*_tail_beside(shaped, out_ids[piece], piece_mask, part)]
         out_values[piece] = plain.shaped(picked, scale, softcap)
-        if tail.width:
-            given = None if temperatures is None else temperatures[piece]
-            some = Tail(tail.width, Temperature(tail.temperature.value, given))
-            # In float32: a softcap or a scale would round the logits once more.
-            shaped = logits
-            if scale != 1 or softcap is not None:
-                shaped = plain.shaped(logits.to(dtype), scale, softcap)
-            out_tails[piece] = _tail_logsumexp(
-                shaped, out_ids[piece], piece_mask, some, backends.AUTO
-            )
+        _write_tails(piece, found, sums, entropy)
     if debugging.ON:
         debugging.check_selected(values, mask)
-    return ids, values, tails
+    return ids, values, sums, entropy
 
 
 def _select_linear_fake(
     head: Head, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _select_fake(head.hidden, k, allowed, tail, backend)
 
 
 def _tail_logsumexp(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail, backend: str
-) -> Tensor:
-    _check_ids(ids, (*logits.shape[:-1], ids.shape[-1]), logits)
-    _check_mask(mask, logits)
+    logits: Tensor, mask: Tensor | None, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy outside of the tail's ids."""
+    if tail.ids is None:
+        raise ValueError("the tail has no ids, expected those that it leaves out")
     _check_tail(tail, logits)
+    _check_mask(mask, logits)
     if debugging.ON:
-        debugging.check_row(logits, "teacher logits", tail.width, mask)
-    module = backends.resolve(
-        backend, logits.device, (logits.dtype,), ids.shape[-1], needed="full_divergence"
-    )
-    return module.tail_logsumexp(logits, ids, mask, tail)
+        debugging.check_row(logits, "logits", tail.width, mask)
+    sums, entropy = _tail_module(backend, logits, tail).tail_logsumexp(logits, mask, tail)
+    return sums, _nothing_of(logits) if entropy is None else entropy
+
+
+def _tail_fake(logits: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
+    sums = _wide_rows(logits) if tail.width else _nothing_of(logits)
+    return sums, _wide_rows(logits) if tail.width and tail.with_entropy else _nothing_of(logits)
 
 
 def _tail_logsumexp_fake(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail, backend: str
-) -> Tensor:
-    return _wide_rows(logits)
+    logits: Tensor, mask: Tensor | None, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _tail_fake(logits, tail._replace(width=1))
+
+
+def _tail_logsumexp_linear(
+    head: Head, mask: Tensor | None, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``tail_logsumexp`` on the logits of a head, which are computed a few rows at a time."""
+    hidden, weight, bias, *_ = head
+    _check_head(hidden, weight, bias, Allowed(0, None, mask))
+    if tail.ids is None:
+        raise ValueError("the tail has no ids, expected those that it leaves out")
+    _check_tail(tail, hidden, weight.shape[0])
+    if debugging.ON:
+        debugging.check_head(head, Allowed(tail.width, None, mask))
+    module = _tail_module(backend, hidden, tail)
+    sums, entropy = _tail_results(hidden, tail)
+    for piece, logits, piece_mask, part in _head_pieces(head, mask, tail, tail.width):
+        found = module.tail_logsumexp(_shaped_pieces(head, logits), piece_mask, part)
+        _write_tails(piece, found, sums, entropy)
+    return sums, entropy
+
+
+def _tail_logsumexp_linear_fake(
+    head: Head, mask: Tensor | None, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _tail_fake(head.hidden, tail._replace(width=1))
+
+
+def _tail_module(backend: str, logits: Tensor, tail: Tail) -> Any:
+    """The backend, or where it lacks tails the best that has them: statistics need no other."""
+    assert tail.ids is not None
+    needed = "full_divergence"
+    backend, k = backends.having(backend, needed), tail.ids.shape[-1]
+    return backends.resolve(backend, logits.device, (logits.dtype,), k, needed=needed)
+
+
+def _tail_results(hidden: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
+    """Memory for the tails of a head's logits, 0 in rows that are left out."""
+    sums, entropy = _tail_fake(hidden, tail)
+    return sums.zero_(), entropy.zero_()
+
+
+def _write_tails(
+    piece: slice | Tensor, found: Sequence[Tensor | None], sums: Tensor, entropy: Tensor
+) -> None:
+    """Writes what was found for some rows, if anything was asked for."""
+    for out, some in zip((sums, entropy), found, strict=False):
+        if some is not None:
+            out.view(-1)[piece] = some
+
+
+def _head_pieces(
+    head: Head, mask: Tensor | None, tail: Tail, width: int
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None, Tail]]:
+    """(rows, the head's logits below a width, mask, tail) of a few rows at a time."""
+    hidden, weight, bias, *_ = head
+    ids = None if tail.ids is None else tail.ids.reshape(-1, tail.ids.shape[-1])
+    value, rows = tail.temperature
+    rows = None if rows is None else rows.reshape(-1)
+    weight, bias = weight[:width], None if bias is None else bias[:width]
+    for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
+        temperature = Temperature(value, None if rows is None else rows[piece])
+        listed = None if ids is None else ids[piece]
+        yield piece, logits, piece_mask, tail._replace(temperature=temperature, ids=listed)
+
+
+def _reshapes(head: Head) -> bool:
+    return head.scale != 1 or head.softcap is not None
+
+
+def _shaped_pieces(head: Head, logits: Tensor) -> Tensor:
+    """Logits with scale and softcap, in float32: they would be rounded once more."""
+    if not _reshapes(head):
+        return logits
+    return plain.shaped(logits.to(compute_dtype(logits)), head.scale, head.softcap)
 
 
 def _wide_rows(logits: Tensor) -> Tensor:
-    """Memory for a log-sum-exp of each row."""
+    """Memory for a sum of each row."""
     return logits.new_empty(logits.shape[:-1], dtype=wide_dtype(logits.device))
 
 
-def _no_tail(logits: Tensor) -> Tensor:
-    """In place of log-sum-exps that nobody asked for: no element in each row."""
+def _nothing_of(logits: Tensor) -> Tensor:
+    """In place of sums that nobody asked for: no element in each row."""
     return logits.new_empty((*logits.shape[:-1], 0), dtype=wide_dtype(logits.device))
 
 
@@ -372,8 +461,10 @@ def _scatter_backend(
     check_row_shape(upstream, ids.shape[:-1], "upstream", "the entries'")
     _check_device(entry_grad, "entry_grad", ids)
     _check_device(upstream, "upstream", ids)
-    dtypes = (dtype, entry_grad.dtype)
-    return backends.resolve(backend, ids.device, dtypes, ids.shape[-1], needed=needed)
+    dtypes, k = (dtype, entry_grad.dtype), ids.shape[-1]
+    if needed == "full_divergence":
+        k = max(k - 1, 1)  # a sampled token is one entry more than a support has
+    return backends.resolve(backend, ids.device, dtypes, k, needed=needed)
 
 
 def _gather_dot(
@@ -502,13 +593,14 @@ def _check_mask(mask: Tensor | None, logits: Tensor) -> None:
         raise TypeError(f"mask is {mask.dtype}, expected bool")
 
 
-def _check_tail(tail: Tail, logits: Tensor) -> None:
-    """Raises unless a tail lies in the vocabulary and its temperature has the logits' rows."""
-    if not 0 <= tail.width <= logits.shape[-1]:
-        raise ValueError(
-            f"width is {tail.width}, allowed is 0 to the vocabulary of {logits.shape[-1]}"
-        )
+def _check_tail(tail: Tail, logits: Tensor, vocab: int | None = None) -> None:
+    """Raises unless a tail lies in the vocabulary and what it has per row has the logits' rows."""
+    vocab = logits.shape[-1] if vocab is None else vocab
+    if not 0 <= tail.width <= vocab:
+        raise ValueError(f"width is {tail.width}, allowed is 0 to the vocabulary of {vocab}")
     _check_rows(tail.temperature.rows, "temperature", logits)
+    if tail.ids is not None:
+        _check_ids(tail.ids, (*logits.shape[:-1], tail.ids.shape[-1]), logits)
 
 
 def _check_sides(student: Tensor, teacher: Tensor, allowed: Allowed, objective: Objective) -> None:
@@ -570,146 +662,8 @@ def _tell_autograd(out: Tensor) -> None:
     torch.autograd.graph.increment_version(out)
 
 
-# What all rows share, which vmap cannot map.
-_SHARED = {
-    "banned": "banned_ids",
-    "weight": "a head's weight (student_weight, or that of a LinearLogits)",
-    "bias": "a head's bias (student_bias, or that of a LinearLogits)",
-}
-
-
-def mapped(info: Any, in_dims: Sequence[Any], args: Sequence[Any], names: Sequence[str]) -> Any:
-    """The arguments with their mapped dimension as one more leading dimension."""
-    return [
-        _leading(arg, dim, name, info) for arg, dim, name in zip(args, in_dims, names, strict=True)
-    ]
-
-
-def _leading(arg: Any, dim: Any, name: str, info: Any) -> Any:
-    if isinstance(arg, tuple):
-        fields: Any = arg
-        return type(arg)(*mapped(info, dim, arg, fields._fields))
-    if name in _SHARED:
-        if dim is not None:
-            raise ValueError(
-                f"{_SHARED[name]} cannot be mapped by vmap: all rows of a call share one; map the "
-                "rest with in_dims None there, or call the loss for each and torch.stack the losses"
-            )
-        return arg
-    if not isinstance(arg, Tensor):
-        return arg
-    return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-
-
-def _mapped_out(out: Tensor, dim: int | None, info: Any) -> Tensor:
-    """What ``scatter_add_`` adds to: it must be mapped, without overlap."""
-    if dim is None:
-        raise ValueError("grad is not mapped by vmap, but what is added to it is; map grad as well")
-    return check_buffer(out.movedim(dim, 0))
-
-
-_LIBRARY = torch.library.Library("opd_kernels", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_TYPES = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    int: "SymInt",
-    float: "float",
-    float | None: "float?",
-    float | Tensor: "float",  # a divergence's weight; rows have theirs in ``Objective.weights``
-    bool: "bool",
-    str: "str",
-    torch.dtype: "ScalarType",
-}
-_WHOLE = (Allowed, Background, Divergence, Head, Objective, Tail, Tails, Temperature)
-
-
-class Operator(NamedTuple):
-    """``impl``, the shapes of its results for tracing, their names, whether vmap may map rows.
-
-    An argument ``out`` is written to.
-    """
-
-    impl: Callable[..., Any]
-    fake: Callable[..., Any]
-    results: str
-    by_rows: bool = False
-
-
-def _register(name: str, record: Operator) -> Callable[..., Any]:
-    """Defines an operator; returns it as a function of values that travel whole."""
-    hints = get_type_hints(record.impl)
-    hints.pop("return")
-    leaves = dict(leaf for item in hints.items() for leaf in _leaves(*item))
-    names = tuple(leaves)
-    schema = ", ".join(
-        f"Tensor(a!) {leaf}" if leaf == "out" else f"{_TYPES[hint]} {leaf}"
-        for leaf, hint in leaves.items()
-    )
-    _LIBRARY.define(f"{name}({schema}) -> ({record.results})", tags=_TAGS)
-    overload = getattr(torch.ops.opd_kernels, name).default
-    # As source text, so that a call costs what it would if somebody had written it out.
-    whole = ", ".join(_whole(*item) for item in hints.items())
-    apart = ", ".join(field for item in hints.items() for field in _apart(*item))
-    types = {hint.__name__: hint for hint in _WHOLE}
-    together = eval(f"lambda {', '.join(names)}: ({whole},)", types)
-    impl = eval(f"lambda {', '.join(names)}: impl({whole})", types | {"impl": record.impl})
-    call = eval(f"lambda {', '.join(hints)}: overload({apart})", {"overload": overload})
-
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-        first = next(iter(tensors.values()))
-        # One meta tensor is enough for the dispatcher to trace a call, whose results would then be
-        # memory that nobody has written.
-        for key, tensor in tensors.items():
-            _check_device(tensor, key, first)
-        return record.fake(*together(**named))
-
-    def by_rows(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
-        args, dims = together(*values), together(*in_dims)
-        moved = mapped(info, dims, args, tuple(hints))
-        if "out" in hints:
-            moved[0] = _mapped_out(args[0], dims[0], info)
-            call(*moved)
-            return None, None
-        results = call(*moved)
-        return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
-
-    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opd_kernels::{name}", fake, lib=_LIBRARY)
-    if record.by_rows:
-        torch.library.register_vmap(f"opd_kernels::{name}", by_rows, lib=_LIBRARY)
-    return call
-
-
-def _leaves(name: str, hint: Any) -> Iterator[tuple[str, Any]]:
-    """(name, type) of the arguments of the flat schema that an argument becomes."""
-    if hint not in _WHOLE:
-        yield name, hint
-        return
-    for field, inner in get_type_hints(hint).items():
-        yield from _leaves(f"{name}_{field}", inner)
-
-
-def _whole(name: str, hint: Any) -> str:
-    """The expression that puts an argument together: Allowed(allowed_limit, ...)."""
-    if hint not in _WHOLE:
-        return name
-    fields = (_whole(f"{name}_{field}", inner) for field, inner in get_type_hints(hint).items())
-    return f"{hint.__name__}({', '.join(fields)})"
-
-
-def _apart(path: str, hint: Any) -> Iterator[str]:
-    """The expressions of the leaves of an argument: allowed[0], ..."""
-    if hint not in _WHOLE:
-        yield path
-        return
-    for i, inner in enumerate(get_type_hints(hint).values()):
-        yield from _apart(f"{path}[{i}]", inner)
-
-
-_SELECTED = "Tensor ids, Tensor values, Tensor tail"
+_TAIL = "Tensor tail, Tensor entropy"
+_SELECTED = f"Tensor ids, Tensor values, {_TAIL}"
 _DIVERGENCE = "Tensor loss, Tensor ids, Tensor entry_grad"
 _FULL_DIVERGENCE = f"{_DIVERGENCE}, Tensor factors, Tensor logsumexp"
 _GATHERED = "Tensor values, Tensor slots"
@@ -718,7 +672,10 @@ _GRADIENT = "Tensor grad"
 OPERATORS = {
     "select": Operator(_select, _select_fake, _SELECTED, by_rows=True),
     "select_linear": Operator(_select_linear, _select_linear_fake, _SELECTED, by_rows=True),
-    "tail_logsumexp": Operator(_tail_logsumexp, _tail_logsumexp_fake, "Tensor tail", by_rows=True),
+    "tail_logsumexp": Operator(_tail_logsumexp, _tail_logsumexp_fake, _TAIL, by_rows=True),
+    "tail_logsumexp_linear": Operator(
+        _tail_logsumexp_linear, _tail_logsumexp_linear_fake, _TAIL, by_rows=True
+    ),
     "gather": Operator(_gather, _gather_fake, _GATHERED, by_rows=True),
     "gather_dot": Operator(_gather_dot, _gather_dot_fake, _GATHERED, by_rows=True),
     "entry_divergence": Operator(
@@ -739,11 +696,12 @@ OPERATORS = {
     "gather_dot_hidden": Operator(_gather_dot_hidden, _gather_dot_hidden_fake, _GRADIENT),
     "gather_dot_weight": Operator(_gather_dot_weight, _gather_dot_weight_fake, _GRADIENT),
 }
-_CALLS = {name: _register(name, record) for name, record in OPERATORS.items()}
+_CALLS = {name: register(name, record) for name, record in OPERATORS.items()}
 
 select = _CALLS["select"]
 select_linear = _CALLS["select_linear"]
 tail_logsumexp = _CALLS["tail_logsumexp"]
+tail_logsumexp_linear = _CALLS["tail_logsumexp_linear"]
 gather = _CALLS["gather"]
 gather_dot = _CALLS["gather_dot"]
 entry_divergence = _CALLS["entry_divergence"]

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from opd_kernels import _checks
-from opd_kernels import stats as _stats
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
 from opd_kernels.options import (
@@ -21,6 +20,7 @@ from opd_kernels.options import (
     check_names,
     resolve,
 )
+from opd_kernels.stats import NAMES as STATS
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
@@ -44,7 +44,7 @@ def topk_rkl(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None = None,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | Sequence[str],
     **options: Unpack[Options],
 ) -> tuple[Tensor, Stats]: ...
 
@@ -55,7 +55,7 @@ def topk_rkl(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None = None,
     *,
-    return_stats: bool,
+    return_stats: bool | Sequence[str],
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Stats]: ...
 
@@ -74,7 +74,7 @@ def topk_rkl(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     inplace_grad: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | Sequence[str] = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Renormalised reverse KL of the student to the teacher on the teacher's top-K support.
@@ -113,14 +113,20 @@ def topk_rkl(
             afterwards gets PyTorch's error about in-place modification. Refused for leaves, views
             of leaves and rows that overlap. A compiled function plans memory itself: no effect
             there.
-        return_stats: also return ``Stats``: full softmaxes in plain PyTorch, many times the cost of
-            the loss, so not for every step.
+        return_stats: also return ``Stats``, per row and detached: True for all, or names as in
+            ``("student_mass", "overlap")``, the others being None then. The teacher's come from the
+            pass that selects. The student's mass, entropy and the overlap take one read of its
+            logits together; of a ``LinearLogits`` one product with the whole head, in pieces and
+            without a gradient. On GPUs all of them run in plain PyTorch so far.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best for the device. One
             that is named is used or raises.
 
+    Returns the loss, or with ``return_stats`` (loss, ``Stats``). Masked rows of ``Stats`` are NaN;
+    ``stats.mean()`` is over the others.
+
     Gradients: ``student`` (in its dtype; hidden states, weight and bias of a ``LinearLogits``) and
-    ``weight``. Kept for backward: 8 bytes per row
-    and entry; the logits only with ``inplace_grad``. Differentiating twice raises ``RuntimeError``.
+    ``weight``. Kept for backward: 8 bytes per row and entry; the logits only with ``inplace_grad``.
+    Differentiating twice raises ``RuntimeError``.
 
     Absent entries (id -1, outside the vocabulary, banned, or teacher -inf) take no part. A student
     value of -inf has p = 0. NaN or +inf at an entry that takes part makes its row NaN and no other.
@@ -154,7 +160,8 @@ def topk_rkl(
         "inplace_grad": inplace_grad,
         "backend": backend,
     }
-    return _topk_divergence(_checked(student), teacher, k, return_stats, options)
+    loss, _, stats = _topk_divergence(_checked(student), teacher, k, return_stats, options)
+    return loss if stats is None else (loss, stats)
 
 
 @overload
@@ -164,6 +171,7 @@ def topk_divergence(
     k: int | None = None,
     *,
     return_stats: Literal[False] = False,
+    return_token_logprobs: Literal[False] = False,
     **options: Unpack[DivergenceOptions],
 ) -> Tensor: ...
 
@@ -174,7 +182,8 @@ def topk_divergence(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None = None,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | Sequence[str],
+    return_token_logprobs: Literal[False] = False,
     **options: Unpack[DivergenceOptions],
 ) -> tuple[Tensor, Stats]: ...
 
@@ -185,9 +194,58 @@ def topk_divergence(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None = None,
     *,
-    return_stats: bool,
+    return_stats: Literal[False] = False,
+    return_token_logprobs: Literal[True],
+    **options: Unpack[DivergenceOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: Literal[True] | Sequence[str],
+    return_token_logprobs: Literal[True],
+    **options: Unpack[DivergenceOptions],
+) -> tuple[Tensor, Tensor, Stats]: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool | Sequence[str],
+    return_token_logprobs: Literal[False] = False,
     **options: Unpack[DivergenceOptions],
 ) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool | Sequence[str],
+    return_token_logprobs: Literal[True],
+    **options: Unpack[DivergenceOptions],
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Stats]: ...
+
+
+@overload
+def topk_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int | None = None,
+    *,
+    return_stats: bool | Sequence[str] = False,
+    return_token_logprobs: bool = False,
+    **options: Unpack[DivergenceOptions],
+) -> Tensor | tuple[Tensor, Stats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Stats]: ...
 
 
 def topk_divergence(
@@ -195,9 +253,10 @@ def topk_divergence(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None = None,
     *,
-    return_stats: bool = False,
+    return_stats: bool | Sequence[str] = False,
+    return_token_logprobs: bool = False,
     **options: Unpack[DivergenceOptions],
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Tensor | tuple[Tensor, Stats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Stats]:
     """A divergence between student and teacher on the K most likely tokens; ``topk_rkl`` is one.
 
     With a = log p of the student and b = log q of the teacher at the entries of the support S, the
@@ -235,29 +294,61 @@ def topk_divergence(
         support: whose K most likely tokens: "teacher", or "student", which needs the teacher's
             logits.
         token_ids: int (...), the sampled token of each row. On their own they change nothing. One
-            outside of the student's vocabulary makes its row NaN, unless the row is masked.
+            outside of the student's vocabulary makes its row NaN where it is used, unless the row
+            is masked.
         include_token: the sampled token joins the support as one more entry.
+        return_token_logprobs: also return log p of ``token_ids``, per row (...) and differentiable,
+            as ``token_logprobs`` gives it: of softmax(z / T) at this ``temperature``, over the ids
+            below ``vocab_size``, 0 in masked rows, never weighted or reduced. It needs the
+            student's logits.
+        return_stats: as in ``topk_rkl``. S is the K entries, without a token that joins them. The
+            divergence, the token log-probs and these share one read of the student in forward.
+
+    Returns the loss, followed by the token log-probs and then by ``Stats``, where they are asked
+    for: loss, (loss, logprobs), (loss, stats) or (loss, logprobs, stats). Upstream gradients of
+    loss and log-probs make one gradient in one backward. Statistics are detached, the entropy too.
 
     All other arguments, and the rules for absent entries, masked rows and NaN, are those of
     ``topk_rkl``. Full softmaxes run over the ids below ``vocab_size`` of their own side; banned ids
     are in them, outside of S. There an id that a ``TopK`` lists twice counts once, NaN or +inf
     anywhere in a row makes it NaN, and what a teacher gives exactly 0 outside of S is absent.
 
-    Shapes and dtypes: as in ``topk_rkl``. Gradients: as there. Kept for backward: K entries and two
-    numbers a row, and outside of "renormalize" the student's logits, which backward reads again.
+    Shapes and dtypes: as in ``topk_rkl``; token log-probs are float32 (float64 for float64).
+    Gradients: as there. Kept for backward: K entries and two numbers a row; outside of
+    "renormalize" and with token log-probs the student's logits as well, which backward reads again,
+    and for the log-probs one more number an entry and a row.
 
-    Errors: as in ``topk_rkl``; ``ValueError`` for unknown names and combinations that do not exist.
+    Errors: as in ``topk_rkl``; ``ValueError`` for unknown names and combinations that do not exist,
+    and for ``return_token_logprobs`` without ``token_ids``.
 
     Example::
 
         loss = topk_divergence(student_logits, teacher_logits, 64, outside="bucket")
         loss = topk_divergence(student_logits, teacher_logits, divergence=jsd(0.1))
+        loss, logprobs, stats = topk_divergence(
+            student_logits,
+            teacher_logits,
+            token_ids=tokens,
+            return_token_logprobs=True,
+            return_stats=("student_mass", "student_entropy"),
+        )
+        (loss - (advantages * logprobs).mean()).backward()
 
     Source: arXiv 2603.25562 for "renormalize"; docs/divergences.md names the others'.
     """
     check_names(options, "topk_divergence", DivergenceOptions)
+    _checks.check_flag(return_token_logprobs, "return_token_logprobs")
+    if return_token_logprobs and options.get("token_ids") is None:
+        raise ValueError(
+            "return_token_logprobs=True needs token_ids, the sampled token of each row"
+        )
     complete: DivergenceOptions = {**MEMBER_DEFAULTS, **options}
-    return _topk_divergence(_checked(student), teacher, k, return_stats, complete)
+    loss, logprobs, stats = _topk_divergence(
+        _checked(student), teacher, k, return_stats, complete, return_token_logprobs
+    )
+    if logprobs is None:
+        return loss if stats is None else (loss, stats)
+    return (loss, logprobs) if stats is None else (loss, logprobs, stats)
 
 
 @overload
@@ -285,7 +376,7 @@ def linear_topk_rkl(
     student_bias: Tensor | None = None,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | Sequence[str],
     **options: Unpack[Options],
 ) -> tuple[Tensor, Stats]: ...
 
@@ -300,7 +391,7 @@ def linear_topk_rkl(
     student_bias: Tensor | None = None,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
-    return_stats: bool,
+    return_stats: bool | Sequence[str],
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Stats]: ...
 
@@ -314,7 +405,7 @@ def linear_topk_rkl(
     student_bias: Tensor | None = None,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
-    return_stats: bool = False,
+    return_stats: bool | Sequence[str] = False,
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Stats]:
     """``topk_rkl`` on the logits of a head; only k logits of each row are computed.
@@ -351,9 +442,10 @@ def linear_topk_rkl(
 
     All other arguments are those of ``topk_rkl``, and so are the rules for absent entries, masked
     rows, NaN and reductions. Masked rows are not read; only a GPU's matrix product of a
-    ``LinearLogits`` includes them. ``return_stats`` does compute the student's logits, a few
-    hundred rows at a time. ``backend`` "cuda" has no kernels for hidden states; None takes "triton"
-    on such GPUs.
+    ``LinearLogits`` includes them. ``return_stats`` does compute the student's logits, once for
+    ``student_mass``, ``student_entropy`` and ``overlap`` together, a few hundred rows at a time and
+    without a gradient; the k entries have the loss's precision there, all others the product's.
+    ``backend`` "cuda" has no kernels for hidden states; None takes "triton" on such GPUs.
 
     Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
     it is needed: with a frozen head nothing of shape (V, H) is made. The head's gradient is dense
@@ -384,7 +476,8 @@ def linear_topk_rkl(
     student = LinearLogits._unchecked(
         student_hidden, student_weight, student_bias, logit_softcap, logit_scale
     )
-    return _topk_divergence(student, teacher, k, return_stats, options)
+    loss, _, stats = _topk_divergence(student, teacher, k, return_stats, options)
+    return loss if stats is None else (loss, stats)
 
 
 def _checked(student: object) -> Tensor | LinearLogits:
@@ -400,11 +493,15 @@ def _topk_divergence(
     student: Tensor | LinearLogits,
     teacher: object,
     k: int | None,
-    return_stats: bool,
+    return_stats: bool | Sequence[str],
     options: Options,
-) -> Tensor | tuple[Tensor, Stats]:
-    """``topk_divergence`` of a student that is checked, and of a divergence if there is a name."""
-    _checks.check_flag(return_stats, "return_stats")
+    with_logprobs: bool = False,
+) -> tuple[Tensor, Tensor | None, Stats | None]:
+    """``topk_divergence`` of a student that is checked, and of a divergence if there is a name.
+
+    Returns (loss, token log-probs, stats), None for what is not asked for.
+    """
+    names = _stats_names(return_stats)
     device = student.device
     rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
     teacher = check_teacher(teacher, k, rows, device)
@@ -414,14 +511,24 @@ def _topk_divergence(
             "inplace_grad=True reuses the memory of logits, and student is hidden states and a "
             "head, which has none; leave it out"
         )
-    losses = row_losses(student, teacher, k, call, with_support=return_stats, depth=2)
-    loss = call.reduce(losses.loss)
-    if losses.support is None:
-        return loss
-    stats = _stats.measure(
-        student, teacher, losses.support, losses.allowed, call.objective, call.vocab_size
-    )
-    return loss, stats
+    if names is not None or with_logprobs:
+        call = call._replace(stats=names, with_logprobs=with_logprobs)
+    losses = row_losses(student, teacher, k, call, depth=2)
+    return call.reduce(losses.loss), losses.logprobs, losses.stats
+
+
+def _stats_names(return_stats: object) -> tuple[str, ...] | None:
+    """The statistics that are asked for, or None."""
+    if isinstance(return_stats, _checks.FLAGS):
+        return STATS if return_stats else None
+    if isinstance(return_stats, str) or not isinstance(return_stats, Sequence):
+        raise TypeError(
+            f"return_stats is a {type(return_stats).__name__}, expected True, False or names as in "
+            '("student_mass",)'
+        )
+    for name in return_stats:
+        _checks.check_choice(name, "a name in return_stats", STATS)
+    return tuple(return_stats)
 
 
 def spelled(function: Callable[..., Any], taken: type[RowOptions]) -> inspect.Signature:

@@ -68,7 +68,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
     - ids of a ``TopK`` that are neither -1 nor in the student's vocabulary, unless their logit is
       -inf: the global ids of a vocabulary shard, for instance;
     - NaN and +inf in logits of student and teacher, at all ids that may be selected: below
-      ``vocab_size`` and not banned, banned ones too where softmaxes are full;
+      ``vocab_size`` and not banned, banned ones too where softmaxes are full: those of a
+      divergence, of masses and entropies, of token log-probs;
     - NaN and infinities in hidden states, in a teacher's head at these ids and in the student's
       head at the ids of the support; a bias may be -inf;
     - entries of a ``TopK`` that hold more probability than 1 by its ``logsumexp``, and
@@ -167,14 +168,29 @@ def check_row(logits: Tensor, name: str, width: int, mask: Tensor | None) -> Non
 
 
 @_looks
-def check_tokens(token_ids: Tensor, width: int, mask: Tensor | None) -> None:
-    """Sampled tokens that a loss uses."""
+def check_student(logits: Tensor, allowed: Allowed) -> None:
+    """The student's logits, before an operator reads them that does not know whose they are."""
+    _check_logits(logits, allowed, _rows(logits, allowed.mask), "student")
+
+
+@_looks
+def check_student_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, used: Allowed) -> None:
+    """The same of hidden states and a head whose logits are computed at all these ids."""
+    _check_finite(hidden, _rows(hidden, used.mask), "student_hidden")
+    _check_head(weight, bias, _allowed(used, weight.device), "student_")
+
+
+@_looks
+def check_tokens(
+    token_ids: Tensor, width: int, mask: Tensor | None, whose: str = "the student's"
+) -> None:
+    """Sampled tokens that a loss uses, or whose log-probs are asked for."""
     _check(
         token_ids,
         _Rows(token_ids.shape, mask, token_ids.device),
         lambda some, _: (some < 0) | (some >= width),
         "token_ids",
-        f"0 to {width - 1} (the student's vocabulary)",
+        f"0 to {width - 1} ({whose} vocabulary)",
         "mask the row",
     )
 

@@ -12,28 +12,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels import _checks, _ops, debugging
-from opd_kernels._arguments import Allowed, Tail, Tails, compute_dtype, no_tail, unpack_bitmap
-from opd_kernels._autograd import FullDivergence, GatherDot, Request, TopKReverseKL
+from opd_kernels import _checks
+from opd_kernels._arguments import Allowed
+from opd_kernels._autograd import BackgroundLoss, GatherDot, Request, TopKReverseKL
 from opd_kernels.backends import plain
 from opd_kernels.divergences import RENORMALIZE
-from opd_kernels.head import LinearLogits, as_autocast
+from opd_kernels.head import LinearLogits
 from opd_kernels.options import Call
-from opd_kernels.selection import select
+from opd_kernels.sides import check_backend, find_support, stats_of, token_of, vocab_of, watched
+from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
 
 class RowLosses(NamedTuple):
     """Per-row losses (...); ids and gradient entries (..., K) of the logits they are computed from.
 
-    ``support`` is the one they are of, if it was asked for.
+    With ``logprobs`` (...) of the sampled tokens and ``stats``, if they were asked for.
     """
 
     loss: Tensor
     ids: Tensor
     entry_grad: Tensor
-    support: TopK | None
-    allowed: Allowed
+    logprobs: Tensor | None = None
+    stats: Stats | None = None
 
 
 def row_losses(
@@ -41,23 +42,24 @@ def row_losses(
     teacher: Tensor | TopK | LinearLogits,
     k: int | None,
     call: Call,
-    with_support: bool,
     depth: int,
 ) -> RowLosses:
     """The loss of each row; masked rows have 0. The user's code is ``depth`` frames above."""
     k, limit = _support_size(student, teacher, k, call.support)
-    simple = not (call.full or call.with_token or call.support == "student")
+    simple = not (call.needs_tails or call.with_token or call.support == "student")
     if not simple:
         _check_sources(student, teacher, call)
     _warn_about_losses(k, call, depth + 3)
     device, backend, objective = student.device, call.backend, call.objective
     allowed = call.allowed(limit, device)
-    simple = simple and not with_support
+    simple = simple and call.stats is None
     if simple and isinstance(teacher, Tensor) and isinstance(student, Tensor):
         request = Request(None, allowed, objective, call.inplace, backend)
         loss, ids, entry_grad = TopKReverseKL.apply(student, teacher.detach(), k, request)
-        return RowLosses(loss, ids, entry_grad, None, allowed)
-    ids, values, tails = find_support(student, teacher, k, allowed, call)
+        return RowLosses(loss, ids, entry_grad)
+    support = find_support(student, teacher, k, allowed, call)
+    ids, values = support.entries()
+    sides = watched(student, teacher, support, allowed, call)
     if isinstance(student, LinearLogits):
         logits, slots = _gathered(student, ids, values, allowed, backend)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
@@ -65,12 +67,28 @@ def row_losses(
     else:
         logits = student
         request = Request(ids, allowed, objective, call.inplace, backend)
-    if tails is None:
-        loss, found, entry_grad = TopKReverseKL.apply(logits, values, k, request)
+    logprobs: Tensor | None = None
+    if call.needs_tails:
+        tails = support.tails(call.range(vocab_of(student))) if call.full else None
+        token = token_of(student, sides[0], allowed, call) if call.with_logprobs else None
+        loss, logprob, found, entry_grad, *_ = BackgroundLoss.apply(
+            logits, values, request, tails, token
+        )
+        logprobs = logprob if call.with_logprobs else None
     else:
-        loss, found, entry_grad, *_ = FullDivergence.apply(logits, values, request, tails)
-    support = TopK(ids[..., :k], values[..., :k]) if with_support else None
-    return RowLosses(loss, found, entry_grad, support, allowed)
+        loss, found, entry_grad = TopKReverseKL.apply(logits, values, k, request)
+    stats: Stats | None = None
+    if call.stats is not None:
+        given = isinstance(teacher, TopK)
+        stats = stats_of(
+            support.ids[..., :k],
+            support.values[..., :k],
+            sides,
+            allowed,
+            call.stats,
+            repeated=given,
+        )
+    return RowLosses(loss, found, entry_grad, logprobs, stats)
 
 
 def check_teacher(
@@ -134,13 +152,18 @@ def _check_sources(
             f"{what} needs the teacher's value at the sampled token, and this TopK has no "
             "token_logits; pass token_ids to select_topk or TopK.from_logprobs"
         )
+    if isinstance(student, LinearLogits) and call.needs_tails:
+        what = f"outside={outside!r}" if call.full else "return_token_logprobs=True"
+        instead = ', or outside="renormalize"' if call.full else ""
+        raise ValueError(
+            f"{what} needs the student's full log-sum-exp, and student is hidden "
+            f"states and a head; pass its logits{instead}"
+        )
+    if call.with_logprobs:
+        assert isinstance(student, Tensor)
+        check_backend(student, call)
     if not call.full:
         return
-    if isinstance(student, LinearLogits):
-        raise ValueError(
-            f"outside={outside!r} needs the student's full log-sum-exp, and student is hidden "
-            'states and a head; pass its logits, or outside="renormalize"'
-        )
     if isinstance(teacher, LinearLogits):
         selected = ", or select_topk(teacher, k, with_logsumexp=True)"
         if call.support == "student":
@@ -172,160 +195,6 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
         )
 
 
-class _Support(NamedTuple):
-    """Ids and the teacher's values (..., K), with the sampled token's last if it takes part.
-
-    ``tails`` are the log-sum-exps outside of the ids, or None if nobody needs them.
-    """
-
-    ids: Tensor
-    values: Tensor
-    tails: Tails | None
-
-
-def find_support(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | TopK | LinearLogits,
-    k: int,
-    allowed: Allowed,
-    call: Call,
-) -> _Support:
-    """The support, selected or given; nothing differentiates through it."""
-    full, joined, backend = call.full, call.include_token, call.backend
-    temperature, teacher_temperature, *_ = call.objective
-    width = call.range(vocab_of(student))
-    if (
-        full
-        and isinstance(teacher, Tensor)
-        and isinstance(student, Tensor)
-        and compute_dtype(student, teacher) == torch.float64
-    ):
-        student, teacher = student.detach().double(), teacher.double()  # both tails in float64
-    mine, theirs = no_tail(), no_tail()
-    student_tail: Tensor | None = None
-    teacher_tail: Tensor | None = None
-    if full and not joined:  # a token that joins the support leaves the tails
-        mine = Tail(width, temperature)
-        theirs = Tail(call.range(vocab_of(teacher)), teacher_temperature)
-    if isinstance(teacher, TopK):
-        ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
-        if debugging.on_outside_of_operators():
-            _look_at_fields(teacher, allowed, call)
-        teacher_tail = _given_tail(teacher, call) if full else None
-    elif call.support == "student":
-        ids, _, student_tail = select(student, k, allowed, mine, backend)
-        values = _values_at(teacher, ids, allowed, backend)
-    else:
-        ids, values, teacher_tail = select(teacher, k, allowed, theirs, backend)
-    if call.with_token:
-        ids, values = _with_token(teacher, ids, values, allowed, call, width)
-    if not full:
-        return _Support(ids, values, None)
-    if joined:
-        student_tail = None
-    if isinstance(teacher, TopK):
-        assert teacher_tail is not None
-        if joined:
-            teacher_tail = _without_token(teacher_tail, ids, values, teacher.temperature)
-    elif joined or teacher_tail is None:
-        assert isinstance(teacher, Tensor)
-        beside = ids if joined else ids[..., :k]
-        over = Tail(call.range(vocab_of(teacher)), teacher_temperature)
-        teacher_tail = _ops.tail_logsumexp(teacher.detach(), beside, allowed.mask, over, backend)
-    return _Support(ids, values, Tails(teacher_tail, student_tail, width))
-
-
-def _values_at(
-    source: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, backend: str
-) -> Tensor:
-    """The logits at the ids, -inf where an id takes no part."""
-    allowed = allowed._replace(limit=min(allowed.limit, vocab_of(source)))
-    if isinstance(source, Tensor):
-        values, slots = _ops.gather(source.detach(), ids, allowed, backend)
-    else:
-        hidden, weight, bias = as_autocast(source.hidden, source.weight, source.bias)
-        bias = None if bias is None else bias.detach()
-        values, slots = _ops.gather_dot(
-            hidden.detach(), weight.detach(), bias, ids, allowed, backend
-        )
-        values = plain.shaped(values, source.scale, source.softcap)
-    return values.masked_fill(slots < 0, -torch.inf)
-
-
-def _with_token(
-    teacher: Tensor | TopK | LinearLogits,
-    ids: Tensor,
-    values: Tensor,
-    allowed: Allowed,
-    call: Call,
-    width: int,
-) -> tuple[Tensor, Tensor]:
-    """Ids and values with the sampled token's as one more; -1 where it is in the support."""
-    assert call.token_ids is not None
-    token = call.token_ids[..., None]
-    if debugging.on_outside_of_operators():
-        debugging.check_tokens(call.token_ids, width, allowed.mask)
-    everything = Allowed(width, None, allowed.mask)
-    if isinstance(teacher, TopK):
-        assert teacher.token_logits is not None
-        value = teacher.token_logits.detach()[..., None].to(values.dtype)
-    else:
-        value = _values_at(teacher, token, everything, call.backend).to(values.dtype)
-    outside = (token < 0) | (token >= width)
-    known = (ids == token) & (values != -torch.inf) & ~outside
-    if not call.include_token:
-        known &= _allowed_ids(ids, allowed)
-    known = known.any(-1, keepdim=True)
-    # A token that does not exist makes its row NaN.
-    values = torch.cat((values, value.masked_fill(known, -torch.inf)), -1)
-    token = token.masked_fill(known, -1).masked_fill(outside, 0)
-    return torch.cat((ids, token.to(ids.dtype)), -1), values.masked_fill(outside, torch.nan)
-
-
-def _allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
-    """Whether an id may be in the support."""
-    inside = (ids >= 0) & (ids < allowed.limit)
-    if allowed.banned is None:
-        return inside
-    banned = unpack_bitmap(allowed.banned, allowed.limit)
-    return inside & ~banned[torch.where(inside, ids, 0).long()]
-
-
-def _look_at_fields(teacher: TopK, allowed: Allowed, call: Call) -> None:
-    """Debugging: the fields per row fit the entries."""
-    ids, logits, mask = teacher.ids, teacher.logits, allowed.mask
-    if call.full and teacher.logsumexp is not None:
-        debugging.check_shares(ids, logits, teacher.logsumexp, teacher.temperature, mask)
-    if call.with_token:
-        assert call.token_ids is not None
-        assert teacher.token_logits is not None
-        debugging.check_token_logits(call.token_ids, teacher.token_logits, ids, logits, mask)
-
-
-def _given_tail(teacher: TopK, call: Call) -> Tensor:
-    """A given support's tail, a number where the row has no entries.
-
-    Servers and ``TopK.pad`` give no log-sum-exp there. The tail is the whole row then, so the loss
-    is 0 whatever it is; unless the sampled token takes part, whose share is unknown.
-    """
-    tail = teacher.tail()
-    return tail if call.with_token else tail.masked_fill(~(tail < torch.inf) & ~teacher.present, 0)
-
-
-def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float) -> Tensor:
-    """A given support's tail without the last of its entries, at least 2^-24 of itself."""
-    share = (values[..., -1].to(tail.dtype) / temperature - tail).exp()
-    share = share.masked_fill(ids[..., -1] < 0, 0)
-    return tail + torch.log1p(-share.clamp(max=1 - 2.0**-24))
-
-
-def vocab_of(side: Tensor | TopK | LinearLogits) -> int:
-    """The width of logits; that of a support."""
-    if isinstance(side, TopK):
-        return side.k
-    return side.vocab if isinstance(side, LinearLogits) else side.shape[-1]
-
-
 def _gathered(
     student: LinearLogits, ids: Tensor, values: Tensor, allowed: Allowed, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -337,11 +206,6 @@ def _gathered(
         student.hidden, student.weight, student.bias, ids, allowed, backend
     )
     return plain.shaped(logits, student.scale, student.softcap), slots
-
-
-def _adjacent(entries: Tensor) -> Tensor:
-    """K entries per row with last stride 1; a support is small enough to copy."""
-    return entries if entries.shape[-1] == 1 or entries.stride(-1) == 1 else entries.contiguous()
 
 
 def _warn_about_losses(k: int, call: Call, stacklevel: int) -> None:

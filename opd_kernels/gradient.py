@@ -77,7 +77,7 @@ class EntryGradient:
         rows, device = student.shape[:-1], student.device
         teacher = check_teacher(teacher, k, rows, device)
         call = resolve(cast(Options, options), rows, device)
-        losses = row_losses(student.detach(), teacher, k, call, with_support=False, depth=1)
+        losses = row_losses(student.detach(), teacher, k, call, depth=1)
         return losses.loss, EntryGradient(losses.ids, losses.entry_grad)
 
     def add_to_(

@@ -81,6 +81,8 @@ class Call(NamedTuple):
     include_token: bool = False
     teacher_temperature: float | Tensor = 1.0
     divergence: Divergence = reverse_kl()  # as it was given
+    stats: tuple[str, ...] | None = None  # names; None: no statistics
+    with_logprobs: bool = False
 
     @property
     def full(self) -> bool:
@@ -91,6 +93,20 @@ class Call(NamedTuple):
     def with_token(self) -> bool:
         """Whether the sampled token is an entry more."""
         return self.include_token or self.objective.outside == "sample"
+
+    @property
+    def needs_tails(self) -> bool:
+        """Whether loss or gradient depend on full softmaxes, which not every backend has."""
+        return self.full or self.with_logprobs
+
+    def wants(self, name: str) -> bool:
+        """Whether a statistic is asked for."""
+        return self.stats is not None and name in self.stats
+
+    def watches(self, side: str) -> bool:
+        """Whether a side's full softmax is wanted, for more than the divergence."""
+        named = self.wants(f"{side}_mass") or self.wants(f"{side}_entropy")
+        return named or (self.with_logprobs and side == "student")
 
     def range(self, vocab: int) -> int:
         """How many ids of a vocabulary a full softmax runs over."""

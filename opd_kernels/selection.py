@@ -91,8 +91,10 @@ def select_topk(
     mask = bool_mask(mask, rows, device)
     which = allowed(vocab, vocab_size, banned_ids, mask, device)
     summed = with_logsumexp or top_p is not None
-    tail = Tail(which.limit, Temperature(float(temperature))) if summed else no_tail()
-    ids, values, rest = select(logits, k, which, tail, backend)
+    tail = no_tail()
+    if summed:
+        tail = Tail(which.limit, Temperature(float(temperature)))
+    ids, values, rest, _ = select(logits, k, which, tail, backend)
     given = {}
     if token_ids is not None:
         # A token need not be one that can be selected.
@@ -166,11 +168,20 @@ def _check_top_p(top_p: object) -> None:
 
 def select(
     logits: Tensor | LinearLogits, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, values, tails) of the k best; no tails unless they are asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, values, the tail, its entropy) of the k best; no tail unless it is asked for."""
     if isinstance(logits, Tensor):
         return _ops.select(logits.detach(), k, allowed, tail, backend)
     return _ops.select_linear(_head(logits), k, allowed, tail, backend)
+
+
+def tail_of(
+    logits: Tensor | LinearLogits, mask: Tensor | None, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp, entropy) outside of the tail's ids."""
+    if isinstance(logits, Tensor):
+        return _ops.tail_logsumexp(logits.detach(), mask, tail, backend)
+    return _ops.tail_logsumexp_linear(_head(logits), mask, tail, backend)
 
 
 def _head(logits: LinearLogits) -> Head:

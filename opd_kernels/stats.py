@@ -1,4 +1,4 @@
-"""What to watch while distilling: how much probability the support holds."""
+"""What to watch while distilling: masses of the support, its overlap, entropies."""
 
 from __future__ import annotations
 
@@ -7,131 +7,174 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels._arguments import Allowed, Objective, Temperature, compute_dtype, unpack_bitmap
+from opd_kernels._arguments import Temperature, compute_dtype, exp, wide_dtype
 from opd_kernels._ordering import repeats
-from opd_kernels.backends import plain
-from opd_kernels.head import LinearLogits, as_autocast
-from opd_kernels.support import TopK
 
 __all__ = ["Stats"]
 
 
 class Stats(NamedTuple):
-    """Detached per-row tensors (...), 0 in masked rows.
+    """Detached per-row tensors (...), NaN in masked rows; None where they were not asked for.
 
-    ``teacher_mass`` and ``student_mass``: what the full distributions softmax(t / T') and
-    softmax(z / T) hold on the support, in [0, 1] up to rounding, float32 (float64 of float64). For
-    a ``TopK`` teacher the mass is taken at its own ``temperature``, that of its ``logsumexp``, and
-    NaN without one. ``valid_k``: int64, how many entries of the support are present. An id listed
-    twice counts twice in ``valid_k`` and once in the masses.
+    With S the support, p = softmax(z / T) and q = softmax(t / T') over all ids of their own side::
 
-    NaN or +inf anywhere in a row makes its mass NaN, unlike the loss, which only sees the support.
-    A student row of only -inf has no distribution, so its mass is NaN.
+        teacher_mass = sum over S of q          student_mass = sum over S of p
+        teacher_entropy = -sum of q log q       student_entropy = -sum of p log p      (nats)
+        overlap = share of S that is among the K best allowed ids of the other side
+        valid_k = how many entries of the support are present
 
-    The loss does not see ``student_mass``, because both sides are renormalised: watch it.
+    Dtypes: float32; of float64 inputs masses and entropies are float64. ``mask``, bool (...), says
+    which rows count.
+
+    Full softmaxes run over the ids below ``vocab_size``, banned ones included. S is the K entries,
+    without a token that ``include_token`` adds. An id listed twice counts twice in ``valid_k`` and
+    once elsewhere. A support without a present entry has masses and overlap 0.
+
+    A ``TopK`` teacher has its mass at its own ``temperature``, that of its log-sum-exp, and NaN
+    without one. It does not hold its entropy, which is NaN.
+
+    NaN or +inf anywhere in a row makes its masses and its entropy NaN, unlike the loss of
+    ``topk_rkl``, which only sees the support. So does a row of only -inf, which is no distribution.
+
+    The loss of ``topk_rkl`` does not see ``student_mass``, because both sides are renormalised:
+    watch it.
     """
 
     teacher_mass: Tensor
     student_mass: Tensor
+    overlap: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
     valid_k: Tensor
+    mask: Tensor
+
+    def mean(self) -> Stats:
+        """Means over the rows that count, 0-d; NaN if there are none."""
+        count = self.mask.sum()
+
+        def mean(values: Tensor | None) -> Tensor | None:
+            return None if values is None else torch.where(self.mask, values, 0).sum() / count
+
+        return Stats._make([*map(mean, self[:-1]), self.mask.any()])
+
+    def __repr__(self) -> str:
+        """The means, which takes a synchronisation on GPUs, and how many rows they are of."""
+        if not isinstance(self.mask, Tensor):  # what a pytree's map made of the tensors
+            return f"Stats({', '.join(f'{name}={x!r}' for name, x in self._asdict().items())})"
+        try:
+            shown = [f"{name}={float(x):.4g}" for name, x in self.mean()._given()]
+            rows = f"means of {int(self.mask.sum())} of {self.mask.numel()} rows"
+            if not self.mask.ndim:  # one row, or means already
+                return f"Stats({', '.join(shown)})"
+        except RuntimeError:  # no values: under vmap, or fake tensors
+            shown, rows = [name for name, _ in self._given()], f"rows {tuple(self.mask.shape)}"
+        return f"Stats({', '.join([*shown, rows])})"
+
+    def _given(self) -> list[tuple[str, Tensor]]:
+        return [(n, x) for n, x in zip(NAMES, self, strict=False) if x is not None]
 
 
-@torch.no_grad()
-def measure(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits | TopK,
-    support: TopK,
-    allowed: Allowed,
-    objective: Objective,
-    vocab_size: int | None,
-) -> Stats:
-    """Stats of one call; absent entries of ``support``, the teacher's, are not yet marked.
+NAMES = Stats._fields[:-1]
 
-    The full distributions run over the first ``vocab_size`` ids of their own side, or all.
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """That of the last dimension, without MKL as well; -inf of only -inf."""
+    top = x.amax(-1, keepdim=True)
+    # The largest adds exactly 1.
+    more = exp(x - torch.where(top == -torch.inf, 0, top)).sum(-1) - 1
+    return top[..., 0] + torch.log1p(more)
+
+
+class Side(NamedTuple):
+    """What is known of one side's rows.
+
+    ``values`` (..., C), the logits at the listed ids, and which of these are ``repeated``; outside
+    of the ids the log-sum-exp ``tail`` (...) and the ``entropy`` (...) of the softmax there. Or
+    ``logsumexp`` (...) over everything. ``best`` (..., K): its own best ids.
+
+    ``shares``, float64, follow from these: log-probs (..., C) at the listed ids, and the full
+    log-sum-exp (...). Both are NaN where the row is no distribution.
     """
-    limit, banned, mask = allowed
-    present = (support.ids >= 0) & (support.ids < limit) & (support.logits != -torch.inf)
-    ids = torch.where(present, support.ids, 0).long()
-    if banned is not None:
-        present = present & ~unpack_bitmap(banned, limit)[ids]
-    if mask is not None:
-        present = present & mask[..., None]
-    counted = present & ~repeats(torch.where(present, ids, -1))
 
-    def mass_of(logits: Tensor | LinearLogits, temperature: Temperature) -> Tensor:
-        if isinstance(logits, LinearLogits):
-            return _head_mass(logits, vocab_size, ids, counted, temperature, mask)
-        return _mass(logits[..., :vocab_size], ids, counted, temperature, mask)
+    temperature: Temperature | None = None  # of a number, torch.compile would make an input
+    values: Tensor | None = None
+    repeated: Tensor | None = None
+    tail: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    best: Tensor | None = None
+    shares: tuple[Tensor, Tensor] | None = None
 
-    if isinstance(teacher, TopK):
-        scaled = support.logits / teacher.temperature
-        teacher_mass = _given_mass(scaled, teacher.logsumexp, counted, mask)
-    else:
-        teacher_mass = mass_of(teacher, objective.teacher_temperature)
-    return Stats(teacher_mass, mass_of(student, objective.temperature), present.sum(-1))
+    def with_shares(self) -> Side:
+        """The same, with the shares."""
+        assert self.values is not None
+        assert self.temperature is not None
+        value, rows = self.temperature
+        wide = wide_dtype(self.values.device)
+        scaled = self.values.to(wide) / (value if rows is None else rows.to(wide)[..., None])
+        if self.logsumexp is not None:
+            total = self.logsumexp.to(wide)
+        elif self.tail is not None:
+            total = torch.logaddexp(_logsumexp(self.once(scaled)), self.tail.to(wide))
+        else:
+            total = scaled.new_full(scaled.shape[:-1], torch.nan)
+        total = torch.where(total.isfinite(), total, torch.nan)
+        log_p = (scaled - total[..., None]).clamp(max=0)
+        if self.logsumexp is not None:  # which may be a number although an entry is +inf
+            log_p = log_p.masked_fill(scaled == torch.inf, torch.nan)
+        return self._replace(shares=(log_p, total))
+
+    def once(self, values: Tensor) -> Tensor:
+        """The values with -inf where an id is listed again."""
+        return values if self.repeated is None else values.masked_fill(self.repeated, -torch.inf)
 
 
-def _mass(
-    logits: Tensor,
+def measure(
+    names: tuple[str, ...],
     ids: Tensor,
-    counted: Tensor,
-    temperature: Temperature,
+    present: Tensor,
+    unique: Tensor,
+    sides: tuple[Side, Side],
     mask: Tensor | None,
-    shape: plain.Shape | None = None,
-) -> Tensor:
-    """What softmax(logits / T) holds on the counted ids of each row."""
+) -> Stats:
+    """The named statistics of a support: ids (..., K), which are present, which for the first time.
 
-    def reduce(rows: Tensor, temperatures: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-        rows = rows if shape is None else plain.shaped(rows, *shape)
-        # The maximum is subtracted before dividing: rows / T alone may overflow.
-        scaled = rows - rows.amax(-1, keepdim=True)
-        # Under vmap a mapped tensor cannot be written into one that is not mapped.
-        scaled = scaled / temperatures if plain.mapped() else scaled.div_(temperatures)
-        return torch.where(counted, scaled.softmax(-1).gather(-1, ids), 0).sum(-1)
-
-    return plain.reduce_rows(reduce, logits, mask, _per_row(temperature, logits), ids, counted)
-
-
-def _head_mass(
-    head: LinearLogits,
-    vocab_size: int | None,
-    ids: Tensor,
-    counted: Tensor,
-    temperature: Temperature,
-    mask: Tensor | None,
-) -> Tensor:
-    """``_mass`` of a head's logits, a few rows at a time."""
-    rows, (hidden, weight, bias) = head.shape, as_autocast(head.hidden, head.weight, head.bias)
-    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-    shape = (head.scale, head.softcap)
-    if plain.mapped():
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return _mass(logits, ids, counted, temperature, mask, shape)
-    ids, counted = (entries.reshape(-1, entries.shape[-1]) for entries in (ids, counted))
-    value, values = temperature
-    values = None if values is None else values.reshape(-1)
-    out = hidden.new_zeros(rows.numel(), dtype=compute_dtype(hidden))
-    for piece, logits, piece_mask in plain.head_logits(hidden, weight, bias, mask):
-        some = Temperature(value, None if values is None else values[piece])
-        out[piece] = _mass(logits, ids[piece], counted[piece], some, piece_mask, shape)
-    return out.view(rows)
+    ``sides`` are (student, teacher); the first K of their listed ids are the support's.
+    """
+    student, teacher = sides
+    k = ids.shape[-1]
+    found: dict[str, Tensor] = {"valid_k": present.sum(-1).float()}
+    for side, values in (("student", student), ("teacher", teacher)):
+        if f"{side}_mass" in names or f"{side}_entropy" in names:
+            assert values.values is not None
+            assert values.shares is not None
+            dtype = compute_dtype(values.values)
+            log_p, total = values.shares
+            p = exp(log_p)
+            mass = torch.where(unique, p[..., :k], 0).sum(-1)
+            # A row that is no distribution has no mass, also if no entry is present.
+            found[f"{side}_mass"] = mass.where(total == total, torch.nan).to(dtype)
+            if f"{side}_entropy" in names:
+                found[f"{side}_entropy"] = _entropy(values, p, log_p, total).to(dtype)
+    if "overlap" in names:
+        best = student.best if student.best is not None else teacher.best
+        assert best is not None
+        listed = torch.cat((torch.where(unique, ids, -1), best), -1)
+        shared = repeats(listed)[..., k:] & (best >= 0)
+        found["overlap"] = shared.sum(-1) / unique.sum(-1).clamp(min=1)
+    rows = mask if mask is not None else torch.ones_like(found["valid_k"], dtype=torch.bool)
+    kept = [found[name].masked_fill(~rows, torch.nan) if name in names else None for name in NAMES]
+    return Stats._make([*kept, rows])
 
 
-def _given_mass(
-    values: Tensor, logsumexp: Tensor | None, counted: Tensor, mask: Tensor | None
-) -> Tensor:
-    """The mass of a given support's values by their full log-sum-exp; NaN without one."""
-    dtype = compute_dtype(values)
-    if logsumexp is None:
-        mass = values.new_full(values.shape[:-1], torch.nan, dtype=dtype)
-        return mass if mask is None else mass.masked_fill(~mask, 0)
-    shares = (values.to(dtype) - logsumexp[..., None].to(dtype)).exp()
-    return torch.where(counted, shares, 0).sum(-1)
+def _entropy(side: Side, p: Tensor, log_p: Tensor, total: Tensor) -> Tensor:
+    """-sum of p log p over everything: terms of the listed ids, and of the tail as a whole.
 
-
-def _per_row(temperature: Temperature, logits: Tensor) -> Tensor:
-    """Temperatures (..., 1) in the dtype of the arithmetic."""
-    dtype = compute_dtype(logits)
-    if temperature.rows is not None:
-        return temperature.rows.to(dtype)[..., None]
-    return logits.new_ones((), dtype=dtype).mul(temperature.value).expand(*logits.shape[:-1], 1)
+    Each term is 0 or more. NaN where the tail's own entropy is not known.
+    """
+    if side.entropy is None or side.tail is None:
+        return torch.full_like(total, torch.nan)
+    listed = torch.where(side.once(log_p) == -torch.inf, 0, p * log_p).sum(-1)
+    log_tail = (side.tail.to(total.dtype) - total).clamp(max=0)
+    rest = torch.where(log_tail == -torch.inf, 0, exp(log_tail) * (log_tail - side.entropy))
+    return 0 - (listed + rest)  # not -0

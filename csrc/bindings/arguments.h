@@ -95,6 +95,17 @@ inline void define_arguments(py::module_& m) {
                          pointer<const float>(weights),
                          outside_of(outside)};
       }));
+
+  py::class_<Tail>(m, "Tail", py::module_local(),
+                   "(width, temperature, its rows, ids or None, log-sum-exps, entropies)")
+      .def(py::init([](int64_t width, float temperature, uintptr_t rows, const Rows* ids,
+                       uintptr_t logsumexp, uintptr_t entropy) {
+        return Tail{width,
+                    {temperature, pointer<const float>(rows)},
+                    ids ? *ids : Rows{},
+                    pointer<double>(logsumexp),
+                    pointer<double>(entropy)};
+      }));
 }
 
 // Defines an operator: from what it runs on and its arguments it builds a struct, which it launches.
@@ -114,6 +125,16 @@ inline SelectArgs select_args(const Rows& logits, const Allowed& allowed, int k,
   require(is_floating(logits), "the logits are integers");
   require(allowed.limit <= logits.width, "the limit is beyond the logits' vocabulary");
   return {logits, allowed, k, pointer<int32_t>(ids), pointer<float>(values)};
+}
+
+// Checks that a tail lies in the logits' rows.
+inline void require_tail(const Tail& tail, const Rows& logits) {
+  require(0 <= tail.width && tail.width <= logits.width,
+          "the tail's width is beyond the logits' vocabulary");
+  if (tail.ids.width == 0) return;
+  require(!is_floating(tail.ids) && tail.ids.count == logits.count,
+          "the tail's ids are no integers of the same rows");
+  require(tail.ids.width <= kMaxK, "the tail leaves out more than max_k ids");
 }
 
 inline GatherArgs gather_args(const Rows& student, const Rows& ids, const Allowed& allowed,
@@ -177,28 +198,17 @@ inline ScatterArgs scatter_args(const Rows& out, uintptr_t ids, uintptr_t entry_
 }
 
 inline SelectWithTailArgs select_with_tail_args(const Rows& logits, const Allowed& allowed, int k,
-                                                int64_t width, float temperature,
-                                                uintptr_t temperature_rows, uintptr_t ids,
-                                                uintptr_t values, uintptr_t tail) {
-  const SelectArgs select = select_args(logits, allowed, k, ids, values);
-  require(allowed.limit <= width, "the limit is beyond the tail's width");
-  require(width <= logits.width, "the tail's width is beyond the logits' vocabulary");
-  return {select, width, {temperature, pointer<const float>(temperature_rows)},
-          pointer<double>(tail)};
+                                                uintptr_t ids, uintptr_t values,
+                                                const Tail& tail) {
+  require_tail(tail, logits);
+  require(allowed.limit <= tail.width, "the limit is beyond the tail's width");
+  return {select_args(logits, allowed, k, ids, values), tail};
 }
 
-inline TailArgs tail_args(const Rows& logits, const Rows& ids, uintptr_t mask, int64_t width,
-                          float temperature, uintptr_t temperature_rows, uintptr_t tail) {
+inline TailArgs tail_args(const Rows& logits, uintptr_t mask, const Tail& tail) {
   require(is_floating(logits), "the logits are integers");
-  require(!is_floating(ids) && ids.count == logits.count, "ids are no integers of the same rows");
-  require(ids.width <= kMaxK, "k is above max_k");
-  require(0 <= width && width <= logits.width, "the tail's width is beyond the logits' vocabulary");
-  return {logits,
-          ids,
-          pointer<const bool>(mask),
-          width,
-          {temperature, pointer<const float>(temperature_rows)},
-          pointer<double>(tail)};
+  require_tail(tail, logits);
+  return {logits, pointer<const bool>(mask), tail};
 }
 
 inline FullDivergenceArgs full_divergence_args(const Rows& student, const Rows& teacher,

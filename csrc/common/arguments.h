@@ -68,20 +68,24 @@ struct SelectArgs {
   float* values;  // (N, K)
 };
 
+// A softmax over the ids in [0, width) that are not listed.
+struct Tail {
+  int64_t width;
+  Temperature temperature;
+  Rows ids;           // (N, K), or no columns: those that are selected in the same pass
+  double* logsumexp;  // (N), 0 in masked rows
+  double* entropy;    // (N), 0 in masked rows; or null
+};
+
 struct SelectWithTailArgs {
   SelectArgs select;
-  int64_t width;  // the tail is over the ids in [0, width) that are not selected
-  Temperature temperature;
-  double* tail;  // (N), 0 in masked rows
+  Tail tail;
 };
 
 struct TailArgs {
   Rows logits;  // (N, V)
-  Rows ids;     // (N, K)
   const bool* mask;
-  int64_t width;
-  Temperature temperature;
-  double* tail;  // (N), 0 in masked rows
+  Tail tail;
 };
 
 // The student's values at the ids of a support.

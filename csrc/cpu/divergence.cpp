@@ -51,9 +51,24 @@ void read_support(const DivergenceArgs& args, int64_t row, int32_t* ids, float* 
   }
 }
 
+// Whether it is certain that no id is repeated: each has a bit of its own, chosen by its low bits.
+bool are_different(const int32_t* ids, int k) {
+  constexpr int kWords = 1 << 10;  // for 64 ids in random places a collision in 3 of 100 rows
+  uint64_t seen[kWords] = {};
+  for (int i = 0; i < k; ++i) {
+    if (ids[i] < 0) continue;
+    const uint64_t bit = uint64_t(1) << (ids[i] & 63);
+    uint64_t& word = seen[(ids[i] >> 6) % kWords];
+    if (word & bit) return false;
+    word |= bit;
+  }
+  return true;
+}
+
 // Adds the gradients of repeated ids into the first of them and marks the others absent, so that
 // scatter can assign. Only a given support can repeat an id.
 void merge_duplicates(int32_t* ids, float* grad, int k, uint64_t* order) {
+  if (are_different(ids, k)) return;
   int present = 0;
   for (int i = 0; i < k; ++i)
     if (ids[i] >= 0) order[present++] = (uint64_t(ids[i]) << 32) | uint32_t(i);

@@ -129,6 +129,13 @@ struct Exponential {
     const Parts parts = of(x);
     return multiply_add(parts.mantissa, parts.scale, sum);
   }
+
+  // Adds e^(x / T) to the sum, with the bits of `added`, and e^(x / T) x to the moment.
+  void add(Floats x, Floats* sum, Floats* moment) const {
+    const Parts parts = of(x);
+    *sum = multiply_add(parts.mantissa, parts.scale, *sum);
+    *moment = multiply_add(parts.mantissa * parts.scale, maximum(least, x), *moment);
+  }
 };
 
 }  // namespace

@@ -99,8 +99,11 @@ void write_row(const FullDivergenceArgs& args, int64_t row, TailSum tail, char* 
   if (args.student_tail)
     prefetch(student, dtype, entries.ids, support);
   else
-    tails.student = tail(student, args.width, args.objective.temperature.at(row), entries.ids,
-                         support, scratch);
+    tails.student = tail(student,
+                         {args.width, args.objective.temperature.at(row), entries.ids, support,
+                          false},
+                         scratch)
+                        .logsumexp;
 
   Token token;
   const int64_t token_id = sampled ? listed.id(support) : -1;

@@ -18,7 +18,7 @@ using namespace opd;
 using namespace opd::cpu;
 
 // Maxima and sums of a row's groups.
-template <class Format>
+template <class Format, bool kEntropy>
 struct TailGroups {
   using Bits = BitsOf<Format>;
   static constexpr int kHalves = sizeof(float) / sizeof(Bits);  // elements of a word
@@ -31,17 +31,19 @@ struct TailGroups {
   float temperature;
   float* maxima;
   float* sums;
+  float* moments;    // sums of exp((x - m) / T) (x - m), if the entropy is wanted
   uint32_t* places;  // of the support's elements: their groups and, in the low bits, where in it
   int64_t done = 0;  // elements that are summed
   Exponential exponential{temperature};
 
-  TailGroups(const void* row, int64_t width, float temperature, void* scratch)
+  TailGroups(const void* row, const TailOf& tail, void* scratch)
       : row(static_cast<const Bits*>(row)),
-        width(width),
-        temperature(temperature),
+        width(tail.width),
+        temperature(tail.temperature),
         maxima(static_cast<float*>(scratch)),
         sums(maxima + groups(width)),
-        places(reinterpret_cast<uint32_t*>(sums + groups(width))) {}
+        moments(sums + groups(width)),
+        places(reinterpret_cast<uint32_t*>(moments + groups(width))) {}
 
   static int64_t groups(int64_t width) {
     return (width + kTailBlock - 1) / kTailBlock * kTailLanes;
@@ -56,9 +58,11 @@ struct TailGroups {
     return element / kWordElements * kHalves + element % kHalves;
   }
 
-  // Calls body(x) with the elements of the groups from `lane` on, in order.
+  // Calls body(x) with the elements of the groups from `lane` on, in order. Unrolled, because the
+  // loop's speed varies by a fifth with where the compiler places it.
   template <class Body>
   static void for_elements(const Bits* block, int lane, const Body& body) {
+#pragma GCC unroll 16
     for (int i = 0; i < kTailElements; i += kHalves) {
       const Bits* from = block + element(i, lane);
       if constexpr (kHalves == 1) {
@@ -81,30 +85,44 @@ struct TailGroups {
       for_elements(block, lane, [&](Floats x) { most = maximum(x, most); });
       return most;
     } else {
-      Vector<Bits> keys = broadcast(KeyLimits<Bits>::kNotSelectable);
-      for (int i = 0; i < kTailElements; i += kHalves)
-        keys = lanewise_max<Bits>(keys, raw_key<Format>(load(block + element(i, lane))));
-      const Words words = reinterpret_cast<Words>(raw_key<Format>(keys));  // its own inverse
+      // Where a lane has a value that is not negative, its bits are the largest as they are.
+      Vector<Bits> bits = load(block + element(0, lane));
+      for (int i = kHalves; i < kTailElements; i += kHalves)
+        bits = lanewise_max<Bits>(bits, load(block + element(i, lane)));
+      if (lane_bits(bits < Vector<Bits>{})) {
+        Vector<Bits> keys = broadcast(KeyLimits<Bits>::kNotSelectable);
+        for (int i = 0; i < kTailElements; i += kHalves)
+          keys = lanewise_max<Bits>(keys, raw_key<Format>(load(block + element(i, lane))));
+        bits = raw_key<Format>(keys);  // its own inverse
+      }
+      const Words words = reinterpret_cast<Words>(bits);
       const Floats low = Pairs<Format>::low(words), high = Pairs<Format>::high(words);
       return maximum(maximum(low, high), lowest);
     }
   }
 
   // Sums the groups of a block. A group without a finite element or with -inf alone has the lowest
-  // maximum and the sum 0. NaN and +inf make a sum NaN.
-  void sum_block(const Bits* from, float* block_maxima, float* block_sums) const {
+  // maximum and sums of 0. NaN and +inf make the sums NaN.
+  void sum_block(const Bits* from, float* block_maxima, float* block_sums,
+                 float* block_moments) const {
     for (int lane = 0; lane < kTailLanes; lane += kStep) {
       const Floats most = group_maxima(from, lane);
-      Floats sum = {};
-      for_elements(from, lane, [&](Floats x) { sum = exponential.added(sum, x - most); });
+      Floats sum = {}, moment = {};
+      for_elements(from, lane, [&](Floats x) {
+        if constexpr (kEntropy)
+          exponential.add(x - most, &sum, &moment);
+        else
+          sum = exponential.added(sum, x - most);
+      });
       store(block_maxima + lane, most);
       store(block_sums + lane, sum);
+      if constexpr (kEntropy) store(block_moments + lane, moment);
     }
   }
 
   void sum_next_block(const Bits* from) {
     const int64_t group = done / kTailBlock * kTailLanes;
-    sum_block(from, maxima + group, sums + group);
+    sum_block(from, maxima + group, sums + group, moments + group);
     done += kTailBlock;
   }
 
@@ -113,15 +131,10 @@ struct TailGroups {
     while (done + kTailBlock <= end) sum_next_block(row + done);
   }
 
-  // Sums all blocks that are left, elements past the end being -inf.
+  // Sums all blocks that are left, elements past the end being -inf. The arithmetic is slow enough
+  // for the hardware's prefetching.
   void advance_to_end() {
-    constexpr int kAheadBytes = 8192, kLineBytes = 64, kIntoL2 = 2;
-    while (done + kTailBlock <= width) {
-      const char* ahead = reinterpret_cast<const char*>(row + done) + kAheadBytes;
-      for (size_t i = 0; i < kTailBlock * sizeof(Bits); i += kLineBytes)
-        __builtin_prefetch(ahead + i, 0, kIntoL2);
-      sum_next_block(row + done);
-    }
+    advance(width);
     if (done >= width) return;
     Bits block[kTailBlock];
     for (Bits& element : block) element = kNegativeInfinity;
@@ -148,23 +161,28 @@ struct TailGroups {
       for (; i < count && lanes < kTailLanes; ++lanes) {
         const uint32_t group = found[lanes] = places[i] / kTailElements;
         const int64_t start = int64_t(group / kTailLanes) * kTailBlock;
-        for (int j = 0; j < kTailElements; ++j) {
+        for (int j = 0; j < kTailElements; j += kHalves) {
           const int64_t id = start + element(j, group % kTailLanes);
-          if (id < width) block[element(j, lanes)] = row[id];
+          Bits* to = block + element(j, lanes);
+          if (id + kHalves <= width)
+            memcpy(to, row + id, kHalves * sizeof(Bits));
+          else if (id < width)
+            *to = row[id];
         }
         for (; i < count && places[i] / kTailElements == group; ++i)
           block[element(places[i] % kTailElements, lanes)] = kNegativeInfinity;
       }
-      float block_maxima[kTailLanes], block_sums[kTailLanes];
-      sum_block(block, block_maxima, block_sums);
+      float block_maxima[kTailLanes], block_sums[kTailLanes], block_moments[kTailLanes];
+      sum_block(block, block_maxima, block_sums, block_moments);
       for (int lane = 0; lane < lanes; ++lane) {
         maxima[found[lane]] = block_maxima[lane];
         sums[found[lane]] = block_sums[lane];
+        if constexpr (kEntropy) moments[found[lane]] = block_moments[lane];
       }
     }
   }
 
-  double logsumexp() const {
+  TailSums sums_of_all() const {
     const int64_t count = groups(width);
     float lanes[kTailLanes];
     for (int lane = 0; lane < kTailLanes; lane += kStep) {
@@ -178,39 +196,66 @@ struct TailGroups {
     float most = lanes[0];
     for (float lane : lanes) most = lane > most ? lane : most;
     typedef double Doubles __attribute__((vector_size(kStep * sizeof(double))));
-    Doubles totals[kTailLanes / kStep] = {};
+    Doubles totals[kTailLanes / kStep] = {}, moment_totals[kTailLanes / kStep] = {};
     for (int64_t i = 0; i < count; i += kTailLanes) {
       for (int lane = 0; lane < kTailLanes; lane += kStep) {
-        const auto weight = exponential.of(load(maxima + i + lane) - most);
-        const Floats part = load(sums + i + lane) * (weight.mantissa * weight.scale);
+        const Floats below = load(maxima + i + lane) - most;
+        const auto parts = exponential.of(below);
+        const Floats weight = parts.mantissa * parts.scale;
+        const Floats part = load(sums + i + lane) * weight;
         totals[lane / kStep] += __builtin_convertvector(part, Doubles);
+        if constexpr (kEntropy) {
+          // A group of weight 0 counts as near as one can be that has this weight.
+          const Floats moment = multiply_add(load(moments + i + lane), weight,
+                                             part * maximum(exponential.least, below));
+          moment_totals[lane / kStep] += __builtin_convertvector(moment, Doubles);
+        }
       }
     }
-    double total = 0;
-    for (int lane = 0; lane < kTailLanes; ++lane) total += totals[lane / kStep][lane % kStep];
-    return most / static_cast<double>(temperature) + std::log(total);
+    double total = 0, moment = 0;
+    for (int lane = 0; lane < kTailLanes; ++lane) {
+      total += totals[lane / kStep][lane % kStep];
+      moment += moment_totals[lane / kStep][lane % kStep];
+    }
+    const double log_total = std::log(total);
+    // Both terms of the entropy are 0 or more.
+    const double entropy = total == 0 ? 0 : log_total - moment / (total * temperature);
+    return {most / static_cast<double>(temperature) + log_total, entropy};
   }
 };
 
-template <class Format>
-double tail_sum(const void* row, int64_t width, float temperature, const int32_t* ids, int k,
-                void* scratch) {
-  TailGroups<Format> groups(row, width, temperature, scratch);
+template <class Format, bool kEntropy>
+TailSums tail_sum_with(const void* row, const TailOf& tail, void* scratch) {
+  TailGroups<Format, kEntropy> groups(row, tail, scratch);
   groups.advance_to_end();
-  groups.leave_out(ids, k);
-  return groups.logsumexp();
+  groups.leave_out(tail.ids, tail.k);
+  return groups.sums_of_all();
 }
 
 template <class Format>
-double select_tail(const void* row, int64_t limit, const uint64_t* banned, int k,
-                   void* select_scratch, int32_t* ids, int64_t width, float temperature,
-                   void* tail_scratch) {
-  TailGroups<Format> groups(row, width, temperature, tail_scratch);
+TailSums tail_sum(const void* row, const TailOf& tail, void* scratch) {
+  return tail.with_entropy ? tail_sum_with<Format, true>(row, tail, scratch)
+                           : tail_sum_with<Format, false>(row, tail, scratch);
+}
+
+template <class Format, bool kEntropy>
+TailSums select_tail_with(const void* row, int64_t limit, const uint64_t* banned, int k,
+                          void* select_scratch, int32_t* ids, const TailOf& tail,
+                          void* tail_scratch) {
+  TailGroups<Format, kEntropy> groups(row, tail, tail_scratch);
   select_row_with<Format>(row, limit, banned, k, select_scratch, ids,
                           [&](int64_t end) { groups.advance(end); });
   groups.advance_to_end();
-  groups.leave_out(ids, k);
-  return groups.logsumexp();
+  groups.leave_out(tail.ids, tail.k);
+  return groups.sums_of_all();
+}
+
+template <class Format>
+TailSums select_tail(const void* row, int64_t limit, const uint64_t* banned, int k,
+                     void* select_scratch, int32_t* ids, const TailOf& tail, void* tail_scratch) {
+  const auto run = tail.with_entropy ? select_tail_with<Format, true>
+                                     : select_tail_with<Format, false>;
+  return run(row, limit, banned, k, select_scratch, ids, tail, tail_scratch);
 }
 
 }  // namespace

@@ -96,13 +96,13 @@ class DivergenceBackend(Backend, Protocol):
 
     def select_with_tail(
         self, logits: Tensor, k: int, allowed: Allowed, tail: Tail
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids, values, the tail without these ids)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(ids, values, the tail's log-sum-exp, its entropy if that is asked for)."""
 
     def tail_logsumexp(
-        self, logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
-    ) -> Tensor:
-        """The tail without the ids."""
+        self, logits: Tensor, mask: Tensor | None, tail: Tail
+    ) -> tuple[Tensor, Tensor | None]:
+        """(log-sum-exp, entropy if that is asked for) without the tail's ids."""
 
     def full_divergence(
         self,
@@ -168,6 +168,11 @@ def resolve_linear(
 ) -> LinearBackend:
     """``resolve`` for the operators on hidden states."""
     return cast(LinearBackend, resolve(name, device, dtypes, k, needed="gather_dot"))
+
+
+def having(name: str, needed: str) -> str:
+    """The named backend, or if it lacks an operator the best that has it."""
+    return AUTO if name != AUTO and not hasattr(load(name), needed) else name
 
 
 def _lack(name: str, needed: str) -> str | None:

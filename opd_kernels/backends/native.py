@@ -308,48 +308,58 @@ class NativeFull(NativeLinear):
 
     def select_with_tail(
         self, logits: Tensor, k: int, allowed: Allowed, tail: Tail
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``select`` and a tail; see ``opd_kernels.reference.select_with_tail``."""
         rows, device = logits.shape[:-1], logits.device
         ids = self._empty((*rows, k), torch.int32, device)
         values = self._empty((*rows, k), torch.float32, device)
-        sums = self._empty(rows, torch.float64, device)
-        allowed, temperature = _contiguous(allowed), _in_float32(tail.temperature)
+        allowed, tail = _contiguous(allowed), _with_float32_temperatures(tail)
+        sums, entropy = self._tail_results(tail, rows, device)
         self._launch(
             "select_with_tail",
             device,
             self._rows(logits),
             self._allowed(allowed, rows.numel()),
             k,
-            tail.width,
-            temperature.value,
-            self._per_row(temperature.rows, rows),
             ids.data_ptr(),
             values.data_ptr(),
-            sums.data_ptr(),
+            self._tail(tail, rows, sums, entropy),
         )
-        return ids, values, sums
+        return ids, values, sums, entropy
 
     def tail_logsumexp(
-        self, logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
-    ) -> Tensor:
+        self, logits: Tensor, mask: Tensor | None, tail: Tail
+    ) -> tuple[Tensor, Tensor | None]:
         """The tail of a given support; see ``opd_kernels.reference.tail_logsumexp``."""
-        rows = logits.shape[:-1]
-        sums = self._empty(rows, torch.float64, logits.device)
+        rows, device = logits.shape[:-1], logits.device
         mask = None if mask is None else mask.contiguous()
-        temperature = _in_float32(tail.temperature)
+        tail = _with_float32_temperatures(tail)
+        sums, entropy = self._tail_results(tail, rows, device)
         self._launch(
             "tail_logsumexp",
-            logits.device,
+            device,
             self._rows(logits),
-            self._rows(ids),
             self._per_row(mask, rows),
-            tail.width,
-            temperature.value,
-            self._per_row(temperature.rows, rows),
-            sums.data_ptr(),
+            self._tail(tail, rows, sums, entropy),
         )
-        return sums
+        return sums, entropy
+
+    def _tail_results(
+        self, tail: Tail, rows: torch.Size, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Memory for a tail's log-sum-exps, and for its entropies."""
+        entropy = self._empty(rows, torch.float64, device) if tail.with_entropy else None
+        return self._empty(rows, torch.float64, device), entropy
+
+    def _tail(self, tail: Tail, rows: torch.Size, sums: Tensor, entropy: Tensor | None) -> Any:
+        return self.module.Tail(
+            tail.width,
+            tail.temperature.value,
+            self._per_row(tail.temperature.rows, rows),
+            None if tail.ids is None else self._rows(tail.ids),
+            sums.data_ptr(),
+            _address(entropy),
+        )
 
     def full_divergence(
         self,
@@ -496,6 +506,12 @@ def _with_float32_rows(objective: Objective) -> Objective:
         teacher_temperature=_in_float32(teacher_temperature),
         weights=None if weights is None else _float32(weights),
     )
+
+
+def _with_float32_temperatures(tail: Tail) -> Tail:
+    if tail.temperature.rows is None:
+        return tail
+    return tail._replace(temperature=_in_float32(tail.temperature))
 
 
 def _in_float32(temperature: Temperature) -> Temperature:

@@ -116,30 +116,46 @@ def gather(student: Tensor, ids: Tensor, allowed: Allowed) -> tuple[Tensor, Tens
 
 def select_with_tail(
     logits: Tensor, k: int, allowed: Allowed, tail: Tail
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``select``, and ``tail_logsumexp`` without the ids that it selects."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``select``, and ``tail_logsumexp`` without the tail's ids or those that are selected."""
     ids, values = select(logits, k, allowed)
-    return ids, values, tail_logsumexp(logits, ids, allowed.mask, tail)
+    tail = tail if tail.ids is not None else tail._replace(ids=ids)
+    return ids, values, *tail_logsumexp(logits, allowed.mask, tail)
 
 
-def tail_logsumexp(logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail) -> Tensor:
-    """log of the sum of exp(x / T) over the ids in [0, width) that are not listed, float64.
+def tail_logsumexp(logits: Tensor, mask: Tensor | None, tail: Tail) -> tuple[Tensor, Tensor | None]:
+    """(log-sum-exp, entropy or None) of x / T over the ids in [0, width) not listed, float64.
 
     Ids outside of that range name nothing. Masked rows have 0. It is summed directly: 1 minus what
-    the listed ids hold would lose a small tail.
+    the listed ids hold would lose a small tail. The entropy is that of the tail's own softmax, in
+    nats; 0 where nothing is left.
     """
-    width, (value, rows) = tail
+    width, (value, rows), ids, with_entropy = tail
+    assert ids is not None
     temperatures = () if rows is None else (rows,)
 
-    def reduce(logits: Tensor, ids: Tensor, *temperatures: Tensor) -> Tensor:
+    def scaled(logits: Tensor, ids: Tensor, *temperatures: Tensor) -> Tensor:
         listed = (ids >= 0) & (ids < width)
         places = torch.where(listed, ids, width).long()  # one more column, which is cut off
         logits = torch.nn.functional.pad(logits, (0, 1)).scatter(-1, places, NEVER)
         divisor = wide(temperatures[0])[..., None] if temperatures else value
-        return (logits[..., :width] / divisor).logsumexp(-1)
+        return logits[..., :width] / divisor
 
-    logits, dtype = logits[..., :width], wide_dtype(logits.device)
-    return plain.reduce_rows(reduce, logits, mask, ids, *temperatures, dtype=dtype)
+    def logsumexp(*rows: Tensor) -> Tensor:
+        return scaled(*rows).logsumexp(-1)
+
+    def entropy(*rows: Tensor) -> Tensor:
+        x = scaled(*rows)
+        total = x.logsumexp(-1, keepdim=True)
+        log_p = x - torch.where(total == NEVER, 0, total)
+        return -torch.where(log_p == NEVER, 0, log_p.exp() * log_p).sum(-1)
+
+    logits, given = logits[..., :width], (ids, *temperatures)
+    dtype = wide_dtype(logits.device)
+    sums = plain.reduce_rows(logsumexp, logits, mask, *given, dtype=dtype)
+    if not with_entropy:
+        return sums, None
+    return sums, plain.reduce_rows(entropy, logits, mask, *given, dtype=dtype)
 
 
 def select_divergence(
@@ -204,7 +220,9 @@ def full_divergence(
     repeat = torch.nn.functional.pad(repeats(listed) & (listed >= 0), (0, int(sample)))
     found, z, t = _entries(student, teacher, torch.where(repeat, -1, known))
     absent = torch.where((found >= 0) | repeat, -1, ids)[..., :count]
-    tail_s = _student_tail(student, found[..., :count], absent, mask, objective, tails)
+    # Also where it is given: the absent ids would have to join that one.
+    over = Tail(tails.width, objective.temperature, found[..., :count], False)
+    tail_s = tail_logsumexp(student, mask, over)[0][..., None]
     rest = torch.where(absent >= 0, wide(teacher)[..., :count], NEVER)
     tail_t = _rejoined(tails.teacher, rest, objective.teacher_temperature)
 
@@ -249,23 +267,6 @@ def _entries(student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Ten
     ids = torch.where(present, ids, -1)
     z = wide(student.gather(-1, ids.clamp(min=0).long()))
     return ids, torch.where(present, z, NEVER), torch.where(present, wide(teacher), NEVER)
-
-
-def _student_tail(
-    student: Tensor,
-    ids: Tensor,
-    absent: Tensor,
-    mask: Tensor | None,
-    objective: Objective,
-    tails: Tails,
-) -> Tensor:
-    """The student's tail (..., 1): of its logits, or the given one and the absent ids' values."""
-    width, temperature = tails.width, objective.temperature
-    if tails.student is None:
-        return tail_logsumexp(student, ids, mask, Tail(width, temperature))[..., None]
-    listed = (absent >= 0) & (absent < width)
-    values = wide(student.gather(-1, torch.where(listed, absent, 0).long()))
-    return _rejoined(tails.student, torch.where(listed, values, NEVER), temperature)
 
 
 def _rejoined(tail: Tensor, values: Tensor, temperature: Temperature) -> Tensor:

@@ -22,6 +22,7 @@ from opd_kernels.selection import select_topk
 from opd_kernels.support import TopK
 from opd_kernels.testing.inputs import Case, Inputs, make_inputs
 from opd_kernels.testing.oracle import Expected, oracle
+from opd_kernels.testing.watched import check_watched
 
 __all__ = [
     "Case",
@@ -53,6 +54,8 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
         _check_close(grad, wanted, budget, f"gradient for {name} of {case}", may_be_nan)
         if name != "row_weight":
             assert bool((grad.cpu()[torch.from_numpy(budget == 0)] == 0).all()), f"{name}: not 0"
+    if case.watched:
+        check_watched(case, inputs, expected, backend)
 
 
 def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool:
@@ -60,7 +63,7 @@ def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool
     module = backends.load(backend)
     if case.hidden and not hasattr(module, "gather_dot"):
         return False
-    if case.divergence and not hasattr(module, "full_divergence"):
+    if (case.divergence or case.watched) and not hasattr(module, "full_divergence"):
         return False
     dtypes = tuple(getattr(torch, name) for name in (case.student_dtype, case.teacher_dtype))
     return module.refusal(torch.device(device), dtypes, case.k, case.teacher_vocab) is None

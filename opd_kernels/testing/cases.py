@@ -167,6 +167,7 @@ def draw_case(
         head=draw(inputs.HEADS) if linear else "plain",
         frozen=linear and draw((False, True)),
         **member,
+        watched=not linear and one_of("watched", False, False, True),
         seed=source.randint(0, 2**31),
     )
 

@@ -77,7 +77,8 @@ class Case:
 
     With a ``hidden`` size it is a call of ``linear_topk_rkl``. Then fields about the student's
     logits are about its hidden states, and the teacher may be "linear": hidden states and a head.
-    With a ``divergence`` it is a call of ``topk_divergence``.
+    With a ``divergence`` it is a call of ``topk_divergence``. If it is ``watched``, a second call
+    returns statistics and log-probs of tokens.
     """
 
     rows: tuple[int, ...] = (3,)
@@ -114,6 +115,7 @@ class Case:
     token: str = "none"
     include_token: bool = False
     carried: str = "tail"
+    watched: bool = False
     seed: int = 0
 
 

@@ -48,12 +48,12 @@ def oracle(inputs: Inputs) -> Expected:
     head_unit = head_numeric.unit
     student_error, slope, slope_error = _head_errors(inputs, head_unit)
 
-    mask = _flat(options["mask"], count, True).astype(bool)
-    weight = np.where(mask, _flat(options["weight"], count, 1.0), 0.0)
-    student_t = _flat(options["temperature"], count, 1.0)
-    teacher_t = _flat(options.get("teacher_temperature", options["temperature"]), count, 1.0)
-    upstream = np.where(mask, _flat(inputs.upstream, count, 1.0), 0.0)
-    allowed = _allowed_ids(inputs)
+    mask = flat(options["mask"], count, True).astype(bool)
+    weight = np.where(mask, flat(options["weight"], count, 1.0), 0.0)
+    student_t = flat(options["temperature"], count, 1.0)
+    teacher_t = flat(options.get("teacher_temperature", options["temperature"]), count, 1.0)
+    upstream = np.where(mask, flat(inputs.upstream, count, 1.0), 0.0)
+    allowed = allowed_ids(inputs)
     factor = _row_factors(inputs, mask)
 
     support = np.full((count, inputs.k), -1, dtype=np.int64)
@@ -85,7 +85,7 @@ def oracle(inputs: Inputs) -> Expected:
             np.add.at(grad_budget[row], ids, np.nan_to_num(budget + tiny, posinf=np.inf))
     with np.errstate(all="ignore"):
         if inputs.head is None:
-            grad_budget = _rounded(grad, grad_budget, student.dtype)
+            grad_budget = rounded(grad, grad_budget, student.dtype)
             grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
         else:
             # Logits that take no part may be NaN.
@@ -102,7 +102,7 @@ def oracle(inputs: Inputs) -> Expected:
         weight_grad = loss * upstream * factor
         size_of_loss = np.where(np.isinf(loss), 0.0, abs(loss))
         weight_budget = (loss_budget + 8 * unit * size_of_loss) * abs(upstream * factor) + tiny
-        weight_budget = _rounded(weight_grad, weight_budget, torch.float32)
+        weight_budget = rounded(weight_grad, weight_budget, torch.float32)
         weight_budget = np.where(np.isinf(loss_budget), np.inf, weight_budget)
         weighted, weighted_budget = (
             loss * weight,
@@ -178,7 +178,7 @@ def _head_grads(
             bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
             poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
             total = np.where(np.isnan(total) & ~poisoned & np.isinf(bound), 0.0, total)
-            return total, _rounded(total, bound, dtype)
+            return total, rounded(total, bound, dtype)
 
     dtype = head.weight.dtype
     hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
@@ -413,7 +413,8 @@ def _log_ratio_errors(
     )
 
 
-def _allowed_ids(inputs: Inputs) -> np.ndarray:
+def allowed_ids(inputs: Inputs) -> np.ndarray:
+    """Bool, one per id below the limit: whether it may enter the support."""
     limits = [inputs.student.shape[-1]]
     if isinstance(inputs.teacher, Tensor):
         limits.append(inputs.teacher.shape[-1])
@@ -435,7 +436,7 @@ def _row_factors(inputs: Inputs, mask: np.ndarray) -> float:
     return 1.0 / (max(int(mask.sum()), 1) if normalizer is None else float(normalizer))
 
 
-def _flat(value: Any, count: int, default: float) -> np.ndarray:
+def flat(value: Any, count: int, default: float) -> np.ndarray:
     """Float64 (count,) of a scalar, a per-row tensor or None."""
     if value is None:
         return np.full(count, default, dtype=np.float64)
@@ -444,7 +445,7 @@ def _flat(value: Any, count: int, default: float) -> np.ndarray:
     return np.broadcast_to(np.asarray(value, dtype=np.float64).reshape(-1), (count,))
 
 
-def _rounded(grad: np.ndarray, budget: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def rounded(grad: np.ndarray, budget: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """The budget after rounding to a gradient's dtype: half a unit in the last place more, nothing
     where the gradient is 0, and inf where the dtype may overflow."""
     info = torch.finfo(dtype)

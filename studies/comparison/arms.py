@@ -18,6 +18,7 @@ from opd_kernels import (
     sampled_token_advantages,
     sampled_token_loss,
     select_topk,
+    token_logprobs,
     topk_rkl,
 )
 
@@ -53,8 +54,11 @@ class Scores:
     @cached_property
     def said(self) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) of the tokens that the student said, of student and teacher."""
-        student, teacher = self.log_probs
-        return tuple(x.gather(-1, self.tokens[:, None])[:, 0] for x in (student, teacher))
+        student, teacher = (
+            token_logprobs(logits, self.tokens, vocab_size=self.vocab)
+            for logits in (self.student, self.teacher)
+        )
+        return student, teacher
 
 
 def lsm(scores: Scores) -> Tensor:

@@ -92,7 +92,7 @@ def observe(scores: Scores) -> dict[str, Tensor]:
         scores.support,
         vocab_size=scores.vocab,
         reduction="none",
-        return_stats=True,
+        return_stats=("student_mass", "teacher_mass"),
     )
     return {
         "reverse_kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1),

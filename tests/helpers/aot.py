@@ -6,18 +6,24 @@ specialisation and configuration are those of a real call. Triton caches what it
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sass
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "listings"
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,6 @@ class Kernel(sass.Code):
     """A compiled kernel, in how many warps it runs and what Triton made of its source."""
 
     warps: int
-    ttir: str
     ttgir: str
 
     def resident_programs(self) -> int:
@@ -82,20 +87,38 @@ def compile_call(call: Callable[[], object], architecture: int) -> list[Kernel]:
     return [_inspect(kernel) for kernel in compiled]
 
 
+def compile_to_text(call: Callable[[], object], architecture: int) -> list[tuple[str, str]]:
+    """Name and TTIR, what Triton makes of the source, of each kernel that a call launches."""
+    with compiling(architecture) as compiled:
+        call()
+    return [(kernel.metadata.name, kernel.asm["ttir"]) for kernel in compiled]
+
+
 def _inspect(kernel: Any) -> Kernel:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [*sass.LISTING, file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (code,) = sass.read(listing)
+    code = _disassemble(kernel.asm["cubin"])
     shared = max(code.shared, kernel.metadata.shared)
     return Kernel(
         **(vars(code) | {"name": kernel.metadata.name, "shared": shared}),
         warps=kernel.metadata.num_warps,
-        ttir=kernel.asm["ttir"],
         ttgir=kernel.asm["ttgir"],
     )
+
+
+@functools.cache
+def _disassemble(cubin: bytes) -> sass.Code:
+    """The one kernel of a cubin. A listing takes half a second: it is kept by the cubin's bytes."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(triton.__version__.encode() + cubin).hexdigest()
+    listing = FOLDER / f"{name}.sass"
+    if not listing.exists():
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            file, text = Path(folder, "code.cubin"), Path(folder, "code.sass")
+            file.write_bytes(cubin)
+            with text.open("w") as output:
+                subprocess.run([*sass.LISTING, file], check=True, stdout=output)
+            text.replace(listing)  # whole or not there: others may run beside this process
+    (code,) = sass.read(listing.read_text())
+    return code
 
 
 def unordered_accesses(ttir: str) -> list[str]:

@@ -380,31 +380,46 @@ def test_masked_tokens_take_no_part_at_their_first_occurrence(tmp_path: Path) ->
     assert logged(trained, "masked_fraction") == pytest.approx([1 - kept / total])
 
 
-def test_masses_are_logged_every_stats_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+def test_statistics_of_the_tokens_that_count_are_logged_every_stats_steps(
+    tmp_path: Path, hidden: bool
+) -> None:
     student, teacher = llama(0), llama(1)
-    masses = []
+    rows_of: dict[str, list[Tensor]] = {name: [] for name in adapter.LOGGED}
     for prompt, response in sequences(PROMPTS[:4]):
         whole = torch.tensor([prompt + response])
         rows = slice(len(prompt) - 1, -1)
         with torch.no_grad():
             q = teacher(whole).logits[0, rows].softmax(-1)
             p = student(whole).logits[0, rows].softmax(-1)
-        ids = q.topk(K).indices
-        masses.append(torch.stack([p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)]))
-    expected = torch.cat(masses, 1).mean(1)
-    args = config(tmp_path, shuffle_dataset=False, max_steps=3, stats_steps=2)
+        ids, own = q.topk(K).indices, p.topk(K).indices
+        rows_of["student_mass"].append(p.gather(-1, ids).sum(-1))
+        rows_of["teacher_mass"].append(q.gather(-1, ids).sum(-1))
+        rows_of["overlap"].append((ids[:, :, None] == own[:, None]).any(-1).float().mean(-1))
+        rows_of["student_entropy"].append(-(p * p.log()).sum(-1))
+        rows_of["valid_k"].append(torch.full((len(response),), float(K)))
+    # One micro-batch, whose shorter responses are padded: the mean is over the tokens that count.
+    args = config(
+        tmp_path,
+        shuffle_dataset=False,
+        max_steps=3,
+        stats_steps=2,
+        use_hidden_states=hidden,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+    )
     trained = trainer(student, teacher, args)
     trained.train()
-    student_mass, teacher_mass = logged(trained, "student_mass"), logged(trained, "teacher_mass")
-    # Two micro-batches of the first step have unequal lengths: the mean is of their means.
-    assert student_mass[0] == pytest.approx(expected[0].item(), rel=0.05)
-    assert teacher_mass[0] == pytest.approx(expected[1].item(), rel=0.05)
+    for name, rows in rows_of.items():
+        assert logged(trained, name)[0] == pytest.approx(torch.cat(rows).mean().item(), rel=1e-4)
+    for name in adapter.LOGGED:
+        assert all(math.isfinite(value) for value in logged(trained, name))
     assert [entry["step"] for entry in trained.state.log_history if "valid_k" in entry] == [1, 3]
-    assert logged(trained, "valid_k") == [K, K]
     assert "entropy" not in trained.state.log_history[0]
+    assert "teacher_entropy" not in trained.state.log_history[0]
 
 
-def test_no_masses_are_measured_where_stats_steps_is_0(tmp_path: Path) -> None:
+def test_no_statistics_are_measured_where_stats_steps_is_0(tmp_path: Path) -> None:
     trained = trainer(llama(0), llama(1), config(tmp_path, stats_steps=0))
     trained.train()
     assert not logged(trained, "student_mass")

@@ -155,18 +155,24 @@ def test_barriers_were_found() -> None:
 # Shapes of launches
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 65, 300, 5000, 33_333])
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+WIDTHS = (1, 7, 65, 300, 5000, 33_333)
+HALF_AND_WHOLE = (BF16, FP16, FP32)
+DEVICES = ((1, False), (2, False), (8, True), (16, True))  # multiprocessors, clusters
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+@pytest.mark.parametrize("dtype", HALF_AND_WHOLE)
 def test_every_shape_of_a_launch_selects_the_same(dtype: torch.dtype, vocab: int) -> None:
-    for k in (1, 2, 33, 64, 65, 256, 257, 1024):
+    # Each k at each offset on one device; the next dtype and width have the next device.
+    turn = WIDTHS.index(vocab) + HALF_AND_WHOLE.index(dtype)
+    for at, k in enumerate((1, 2, 33, 64, 65, 256, 257, 1024)):
         if k > vocab:
             continue
-        for offset in (0, 1, 63, 128 // dtype.itemsize - 1):
+        for more, offset in enumerate((0, 1, 63, 128 // dtype.itemsize - 1)):
             teacher = rows(2, vocab, dtype, offset).round_()  # ties
             expected = cpu.backend.select(teacher, k, Allowed(vocab))
-            for multiprocessors, clusters in ((1, False), (2, False), (8, True), (16, True)):
-                with emulated.gpu(multiprocessors, clusters):
-                    assert same([*cuda.backend.select(teacher, k, Allowed(vocab))], [*expected])
+            with emulated.gpu(*DEVICES[(turn + at + more) % len(DEVICES)]):
+                assert same([*cuda.backend.select(teacher, k, Allowed(vocab))], [*expected])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -182,7 +182,8 @@ def test_operators_trace_no_call_whose_tensors_are_apart(name: str, backend: str
         "scatter_add_": (torch.zeros(N, V), entries, ids, meta, backend),
         "gather_dot": (hidden, torch.ones(V, 4), meta, ids, V, None, None, backend),
         "select_linear": (
-            hidden, torch.ones(V, 4), meta, 1.0, None, K, V, None, None, 0, 1.0, None, backend,
+            hidden, torch.ones(V, 4), meta, 1.0, None, K, V, None, None, 0, 1.0, None, None, False,
+            backend,
         ),
     }  # fmt: skip
     with pytest.raises(ValueError, match="is on meta"):
@@ -216,7 +217,7 @@ def test_a_bias_that_is_not_of_the_weight_is_refused(shape: tuple[int, ...], bac
     with pytest.raises(ValueError, match="bias has shape"):
         ops.gather_dot(*head, torch.zeros(N, K, dtype=torch.int32), V, None, None, backend)
     with pytest.raises(ValueError, match="bias has shape"):
-        ops.select_linear(*head, 1.0, None, K, V, None, None, 0, 1.0, None, backend)
+        ops.select_linear(*head, 1.0, None, K, V, None, None, 0, 1.0, None, None, False, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

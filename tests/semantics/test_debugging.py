@@ -22,6 +22,7 @@ from opd_kernels import (
     linear_topk_rkl,
     sampled_token_loss,
     select_topk,
+    token_logprobs,
     topk_divergence,
     topk_rkl,
 )
@@ -49,11 +50,16 @@ def spoilt(tensor: torch.Tensor, value: float, *place: int) -> torch.Tensor:
 STUDENT, TEACHER = drawn(*ROWS, V), drawn(*ROWS, V) * 2
 HIDDEN, WEIGHT, BIAS = drawn(*ROWS, H), drawn(V, H), drawn(V)
 SUPPORT, ONES = select_topk(TEACHER, K), torch.ones(ROWS)
+TOKENS = torch.arange(6).view(ROWS)
 HEAD = LinearLogits(HIDDEN, WEIGHT, BIAS)
 
 
 def rkl(student: torch.Tensor = STUDENT, teacher: Any = TEACHER, **options: Any) -> torch.Tensor:
     return topk_rkl(student, teacher, None if isinstance(teacher, TopK) else K, **options)
+
+
+def divergence(student: torch.Tensor = STUDENT, **options: Any) -> Any:
+    return topk_divergence(student, TEACHER, K, return_token_logprobs=True, **options)
 
 
 def linear(
@@ -107,6 +113,37 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "student with statistics": (
         lambda **m: rkl(spoilt(STUDENT, NAN, 7), return_stats=True, **m),
         r"student: nan at \[1, 1, 7\]",
+    ),
+    "student's mass": (
+        lambda **m: rkl(
+            spoilt(STUDENT, NAN, 7), banned_ids=[7], return_stats=("student_mass",), **m
+        ),
+        r"student: nan at \[1, 1, 7\]",
+    ),
+    "student with log-probs": (
+        lambda **m: divergence(
+            spoilt(STUDENT, INF, 7),
+            token_ids=TOKENS,
+            banned_ids=[7],
+            **m,
+        ),
+        r"student: inf at \[1, 1, 7\]",
+    ),
+    "sampled token of a log-prob": (
+        lambda **m: divergence(token_ids=spoilt(TOKENS, -100), **m),
+        rf"token_ids: -100 in row \(1, 1\), allowed are 0 to {V - 1}",
+    ),
+    "token_logprobs": (
+        lambda **m: token_logprobs(spoilt(STUDENT, NAN, 7), TOKENS, **m),
+        r"logits: nan at \[1, 1, 7\]",
+    ),
+    "token of token_logprobs": (
+        lambda **m: token_logprobs(STUDENT, spoilt(TOKENS, V), **m),
+        rf"token_ids: {V} in row \(1, 1\), allowed are 0 to {V - 1} \(the logits' vocabulary\)",
+    ),
+    "linear hidden with statistics": (
+        lambda **m: linear(spoilt(HIDDEN, NAN, 3), return_stats=True, **m),
+        r"student_hidden: nan at \[1, 1, 3\]",
     ),
     "teacher nan": (
         lambda **m: rkl(teacher=spoilt(TEACHER, NAN, 39), **m),
@@ -263,7 +300,7 @@ def test_what_takes_no_part_may_hold_anything() -> None:
     head = WEIGHT.index_fill(0, first, NAN).index_fill(0, last, INF)
     with debug():
         rkl(student, teacher=teacher, **allowed)
-        rkl(student, teacher=teacher, return_stats=True, **allowed)
+        rkl(student, teacher=teacher, return_stats=("overlap", "valid_k"), **allowed)
         rkl(torch.full_like(STUDENT, -INF))
         for support in (absent, unnamed):
             rkl(teacher=support)

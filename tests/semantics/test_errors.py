@@ -21,6 +21,8 @@ from opd_kernels import (
     linear_topk_rkl,
     sampled_token_loss,
     select_topk,
+    token_logprobs,
+    topk_divergence,
     topk_rkl,
 )
 from opd_kernels._arguments import Allowed
@@ -165,6 +167,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: topk_rkl(S.clone().requires_grad_(), T, inplace_grad=True),
         ValueError,
         ["leaf", "False"],
+    ),
+    "inplace on a leaf of token_logprobs": (
+        lambda: token_logprobs(S.clone().requires_grad_(), torch.arange(4), inplace_grad=True),
+        ValueError,
+        ["the logits", "a leaf", "False"],
     ),
     "inplace on expanded": (
         lambda: topk_rkl(S[:1].expand(4, 50), T, inplace_grad=True),
@@ -411,9 +418,10 @@ def test_temperatures_that_cannot_be_checked_make_nan_in_their_rows(
 
 FLAGS: dict[str, Callable[[Any], Any]] = {
     "inplace_grad": lambda flag: topk_rkl(S * 1, T, 5, inplace_grad=flag),
-    "return_stats": lambda flag: topk_rkl(S, T, 5, return_stats=flag),
-    "return_stats of a head": lambda flag: linear_topk_rkl(S, T, T[:, :4], 3, return_stats=flag),
     "with_logsumexp": lambda flag: select_topk(T, 5, with_logsumexp=flag),
+    "return_token_logprobs": lambda flag: topk_divergence(
+        S, T, 5, token_ids=torch.arange(4), return_token_logprobs=flag
+    ),
 }
 
 
@@ -424,6 +432,43 @@ def test_flags_are_true_or_false(name: str, flag: object) -> None:
         FLAGS[name](flag)
     for allowed in (False, np.bool_(True)):
         FLAGS[name](allowed)
+
+
+STATISTICS: dict[str, Callable[[Any], Any]] = {
+    "logits": lambda names: topk_rkl(S, T, 5, return_stats=names),
+    "a member": lambda names: topk_divergence(S, T, 5, outside="bucket", return_stats=names),
+    "a head": lambda names: linear_topk_rkl(S, T, T[:, :4], 3, return_stats=names),
+}
+
+
+def test_token_log_probs_need_tokens_and_logits() -> None:
+    tokens = torch.zeros(S.shape[0], dtype=torch.int64)
+    with pytest.raises(ValueError, match="return_token_logprobs=True needs token_ids"):
+        topk_divergence(S, T, 5, return_token_logprobs=True)
+    head = LinearLogits(S, T)
+    with pytest.raises(ValueError, match="return_token_logprobs=True needs the student's full"):
+        topk_divergence(head, S, 3, token_ids=tokens, return_token_logprobs=True)
+    with pytest.raises(ValueError, match="token_ids"):
+        token_logprobs(S, tokens[:-1])
+    with pytest.raises(TypeError, match="token_ids"):
+        token_logprobs(S, tokens.float())
+    with pytest.raises(ValueError, match="'triton'"):
+        token_logprobs(S, tokens, backend="triton")
+
+
+@pytest.mark.parametrize("call", STATISTICS.values(), ids=STATISTICS)
+def test_statistics_are_a_flag_or_names(call: Callable[[Any], Any]) -> None:
+    for wrong in (torch.tensor(True), 1, None, "student_mass", {"student_mass"}):
+        with pytest.raises(
+            TypeError, match=r"return_stats is a \w+, expected True, False or names"
+        ):
+            call(wrong)
+    for unknown in ("mass", "mask", True):
+        with pytest.raises(ValueError, match=rf"{unknown!r}, allowed are 'teacher_mass', 'stud"):
+            call(["valid_k", unknown])
+    assert isinstance(call(np.bool_(False)), torch.Tensor)
+    for names in (np.bool_(True), ["valid_k"], ("valid_k", "valid_k")):
+        assert call(names)[1].valid_k is not None
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -77,8 +77,14 @@ def test_aliases_show_the_options_that_they_take() -> None:
     }  # fmt: skip
     assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in alias.values())
     family = inspect.signature(topk_divergence).parameters
-    assert set(family) - set(spelled) == set(MEMBER_DEFAULTS)
+    assert set(family) - set(spelled) == {*MEMBER_DEFAULTS, "return_token_logprobs"}
     assert family["token_ids"].annotation == "Tensor | None"
+
+
+def test_printed_means_do_not_say_that_they_are_of_one_row() -> None:
+    _, stats = topk_rkl(normal(N, V), normal(N, V, seed=1), K, mask=MASK, return_stats=["valid_k"])
+    assert repr(stats) == f"Stats(valid_k={K}, means of {int(MASK.sum())} of {N} rows)"
+    assert repr(stats.mean()) == f"Stats(valid_k={K})"
 
 
 def test_entries_show_the_options_that_they_take() -> None:

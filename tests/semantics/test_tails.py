@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # x / T is rounded by 2^-24 twice and one exponential by 2.5e-7: a term at x / T = -t below its
 # group's maximum is wrong by (t 2^-23 + 2.5e-7), and its share of the group falls with e^-t.
 TAIL = 6e-7
+GROUP = 32  # terms that are added one after the other
 NO_IDS = torch.full((1, 1), -1, dtype=torch.int32)
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -27,12 +28,42 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tail_of(x: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log of the sum of exp(x / T) without the ids, in float64."""
+def without(x: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """x / T, -inf at the ids, in float64."""
     divisor = torch.tensor(temperature, dtype=torch.float32).double()
     x = torch.nn.functional.pad(x.double() / divisor, (0, 1))
     places = torch.where((ids >= 0) & (ids < x.shape[-1] - 1), ids, x.shape[-1] - 1).long()
-    return x.scatter(-1, places, -math.inf)[..., :-1].logsumexp(-1)
+    return x.scatter(-1, places, -math.inf)[..., :-1]
+
+
+def tail_of(x: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log of the sum of exp(x / T) without the ids, in float64."""
+    return without(x, ids, temperature).logsumexp(-1)
+
+
+def entropy_of(
+    x: torch.Tensor, ids: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(entropy of the softmax of x / T without the ids, a bound on the kernel's error), float64.
+
+    With t = (max - x) / T it is log(sum of e^-t) + mean of t. A weight e^-t is off by e, as above,
+    and moves the two by p e and p e (t - mean of t). Both sums have up to GROUP roundings; t, the
+    weight and their product have four.
+    """
+    x = without(x, ids, temperature)
+    empty = (x == -math.inf).all(-1, keepdim=True)
+    p = x.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    t = (x.amax(-1, keepdim=True) - x).masked_fill(p == 0, 0)
+    mean = (p * t).sum(-1, keepdim=True)
+    moved = (p * (t * 2**-23 + 2.5e-7) * (1 + (t - mean).abs())).sum(-1)
+    error = moved + 2**-24 * ((GROUP + 4) * mean[..., 0] + GROUP)
+    return torch.special.entr(p).sum(-1), error
+
+
+def assert_within(found: torch.Tensor, expected: torch.Tensor, error: torch.Tensor) -> None:
+    off = (found - expected).abs()
+    assert found.dtype == torch.float64
+    assert (off <= error).all(), f"off by up to {off.max()}, allowed are {error}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,10 +77,19 @@ def test_tails_of_peaked_rows_keep_their_precision(dtype: torch.dtype, gap: int)
             x[0] -= 200
             x = x.to(dtype)
             tail = Tail(vocab, Temperature(temperature))
-            ids, _, found = backend.select_with_tail(x, min(8, vocab), Allowed(vocab), tail)
+            k, allowed = min(8, vocab), Allowed(vocab)
+            ids, values, found, entropy = backend.select_with_tail(x, k, allowed, tail)
+            assert entropy is None
             expected = tail_of(x, ids, temperature)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=TAIL)
-            assert torch.equal(backend.tail_logsumexp(x, ids.long(), None, tail), found)
+            given = tail._replace(ids=ids.long())
+            assert torch.equal(backend.tail_logsumexp(x, None, given)[0], found)
+            # An entropy more changes no bit of the rest, in either pass.
+            tail, given = (which._replace(with_entropy=True) for which in (tail, given))
+            again = backend.select_with_tail(x, k, allowed, tail)
+            assert all(map(torch.equal, again, (ids, values, found, again[3])))
+            assert_within(again[3], *entropy_of(x, ids, temperature))
+            assert all(map(torch.equal, backend.tail_logsumexp(x, None, given), again[2:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,26 +100,73 @@ def test_tails_are_over_their_width_without_what_is_listed(dtype: torch.dtype) -
         ids = torch.randint(-3, 1900, (2, 5, k), generator=seeded(k))
         mask = torch.tensor([[True, False, True, True, True]] * 2)
         rows = torch.rand(2, 5, generator=seeded(1)) + 0.5
-        tail = Tail(1601, Temperature(1.0, rows))
-        found = backend.tail_logsumexp(x, ids, mask, tail)
+        tail = Tail(1601, Temperature(1.0, rows), ids, True)
+        found, entropy = backend.tail_logsumexp(x, mask, tail)
         for row in range(10):
             at = row // 5, row % 5
             expected = tail_of(x[at][:1601], ids[at], rows[at].item())
             torch.testing.assert_close(found[at], expected * mask[at], rtol=0, atol=TAIL)
+            expected, error = entropy_of(x[at][:1601], ids[at], rows[at].item())
+            assert_within(entropy[at], expected * mask[at], error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_selection_may_sum_what_is_outside_of_other_ids(dtype: torch.dtype) -> None:
+    """As where one side's support is given and the other's own best ids are wanted as well."""
+    x = (torch.randn(2, 5, 1800, generator=seeded()) * 3).to(dtype)[..., 1:1700]
+    ids = torch.randint(-3, 1900, (2, 5, 40), generator=seeded(1))
+    mask = torch.tensor([[True, False, True, True, True]] * 2)
+    banned = torch.full((213,), 0x55, dtype=torch.uint8)  # every other id
+    tail = Tail(1650, Temperature(0.7), ids, True)
+    for k in (1, 12, 100):
+        allowed = Allowed(1601, banned, mask)
+        found = backend.select_with_tail(x, k, allowed, tail)
+        assert all(map(torch.equal, found[:2], backend.select(x, k, allowed)))
+        assert all(map(torch.equal, found[2:], backend.tail_logsumexp(x, mask, tail)))
+    expected, error = entropy_of(x[..., :1650], ids, 0.7)
+    assert_within(found[3], expected * mask, error)
+
+
+@pytest.mark.parametrize("vocab", [3, 700, 5001])
+def test_entropies_of_flat_and_of_single_tails(vocab: int) -> None:
+    """log n of n equal logits, and 0 where one of them holds everything, or nothing is left."""
+    x = torch.full((4, vocab), 3.0)
+    x[1, 2:] = -math.inf
+    x[2] = -math.inf
+    x[3] = torch.finfo(torch.float32).max * torch.tensor([1, -1]).repeat(vocab)[:vocab]
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    tail = Tail(vocab, Temperature(1.0), ids, True)
+    _, entropy = backend.tail_logsumexp(x, None, tail)
+    flat = [math.log(vocab - 1), 0, 0, math.log(max(1, (vocab + 1) // 2 - 1))]
+    expected = torch.tensor(flat, dtype=torch.float64)
+    torch.testing.assert_close(entropy, expected, rtol=1e-12, atol=1e-12)
+    empty = backend.tail_logsumexp(x, None, tail._replace(width=1))
+    assert [part.tolist() for part in empty] == [[-math.inf] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-3, 30.0, 1e30])
+def test_entropies_at_every_temperature(temperature: float) -> None:
+    x = torch.randn(3, 3000, generator=seeded()) * 3
+    x[1] *= 1e-6
+    ids = x.topk(5).indices
+    _, entropy = backend.tail_logsumexp(x, None, Tail(3000, Temperature(temperature), ids, True))
+    assert_within(entropy, *entropy_of(x, ids, temperature))
 
 
 def test_tails_of_nothing_are_never_and_nan_is_found_anywhere() -> None:
     never = torch.full((2, 700), -math.inf)
     never[1, 3] = 5
     ids = torch.tensor([[3], [3]])
-    assert (backend.tail_logsumexp(never, ids, None, Tail(700)) == -math.inf).all()
-    assert (backend.tail_logsumexp(never, ids, None, Tail(0)) == -math.inf).all()
+    for width in (700, 0):
+        found = backend.tail_logsumexp(never, None, Tail(width, Temperature(), ids, True))
+        assert [part.tolist() for part in found] == [[-math.inf] * 2, [0, 0]]
     for place in (0, 511, 640, 699):
         x = torch.zeros(4, 700)
         # NaNs with every payload, which exponents are made from.
         x.view(torch.int32)[:3, place] = torch.tensor([0x7F800001, 0x7FC000FF, -1])
         x[3, place] = math.inf
-        assert backend.tail_logsumexp(x, NO_IDS.expand(4, 1), None, Tail(700)).isnan().all()
+        tail = Tail(700, Temperature(), NO_IDS.expand(4, 1), True)
+        assert all(part.isnan().all() for part in backend.tail_logsumexp(x, None, tail))
 
 
 @pytest.mark.parametrize("temperature", [0.37, 1.0, 5.0])
@@ -168,7 +255,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        ids, values, tail = backend.select_with_tail(teacher, 20, Allowed(5001), Tail(5001))
+        over = Tail(5001, Temperature(), None, True)
+        ids, values, tail, entropy = backend.select_with_tail(teacher, 20, Allowed(5001), over)
         full = backend.full_divergence(
             student,
             values,
@@ -181,6 +269,6 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         background = Background(factors, logsumexp, 5001, student)
         upstream = torch.linspace(-1, 1, 40)
         grad = backend.scatter_background(entries, ids, upstream, background)
-        results.append((tail, *full, grad))
+        results.append((tail, entropy, *full, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -25,13 +25,18 @@ ALLOWED = {
     "support": {"_checks", "_ordering", "_payload", *VALUES},
     "head": {"_checks"},
     "debugging": {"_checks", "_ordering", *VALUES},
-    "_ops": {"_checks", "backends", "debugging", *VALUES},
-    "_autograd": {"_checks", "_ops", "_signature", "backends", *VALUES},
+    "_library": {"_checks", *VALUES},
+    "_ops": {"_checks", "_library", "backends", "debugging", *VALUES},
+    "_autograd": {"_checks", "_library", "_ops", "_signature", "backends", *VALUES},
     "options": {"_checks", "backends", "debugging", *VALUES},
     "selection": {"_checks", "_ops", "backends", "head", "options", "support", *VALUES},
+    "stats": {"_ordering", *VALUES},
+    "sides": {
+        "_autograd", "_ops", "_ordering", "backends", "debugging", "head", "options", "selection",
+        "stats", "support", *VALUES,
+    },
     "entries": {
-        "_autograd", "_checks", "_ops", "backends", "debugging", "head", "options", "selection",
-        "support", *VALUES,
+        "_autograd", "_checks", "backends", "head", "options", "sides", "stats", "support", *VALUES,
     },
     "backends": VALUES,
 }  # fmt: skip

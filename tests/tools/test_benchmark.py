@@ -560,3 +560,11 @@ def test_cpu_benchmark_appends_its_figures(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "cpu.jsonl").read_text())
     assert all(ms > 0 for ms in figures["milliseconds"].values())
     assert "careful eager / ours" in output
+
+
+def test_cpu_benchmark_of_statistics_appends_its_figures(tmp_path: Path) -> None:
+    shape = ("--rows", "2", "--vocab", "300", "--k", "4", "--hidden", "8", "--rounds", "2")
+    output = run("stats.py", *shape, "--json", tmp_path / "stats.jsonl")
+    figures = json.loads((tmp_path / "stats.jsonl").read_text())
+    assert all(ms > 0 for ms in figures["milliseconds"].values())
+    assert "masses, entropies, log-probs / loss" in output

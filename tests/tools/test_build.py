@@ -97,10 +97,23 @@ def printed(*command: object) -> str:
     return run.stdout
 
 
+def keep_objects(folder: Path, *names: str) -> None:
+    """Makes a build's folders of objects, one for each module, outlive the build's folder."""
+    (folder / "temp").mkdir()
+    for module, name in zip(("_C", "_cuda"), names, strict=True):
+        objects = ROOT / "build" / "tests" / str(sys.implementation.cache_tag) / name
+        objects.mkdir(parents=True, exist_ok=True)
+        (folder / "temp" / f"opd_kernels.{module}").symlink_to(objects)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with the CPU module and what was said where no nvcc was found."""
+    """A folder with the CPU module and what was said where no nvcc was found.
+
+    Its objects stay under build/, so that ninja compiles only what has changed since the last run.
+    """
     folder = tmp_path_factory.mktemp("build")
+    keep_objects(folder, "_C", "_cuda")
     run = build(folder, hide_nvcc=True, OPD_KERNELS_REQUIRE_NATIVE="1")
     assert run.returncode == 0, run.stderr
     return folder, run.stderr
@@ -229,7 +242,8 @@ def test_a_required_native_build_that_fails_is_an_error(tmp_path: Path) -> None:
 def test_objects_of_an_instruction_set_share_no_code_with_others(built: tuple[Path, str]) -> None:
     # A function that the linker merges across objects could bring AVX-512 to a CPU without it.
     names = ("baseline", *(("avx2", "avx512") if platform.machine() == "x86_64" else ()))
-    objects = [path for name in names for path in (built[0] / "temp").rglob(f"cpu_{name}.o")]
+    (temp,) = built[0].glob("temp/*_C")
+    objects = [path for name in names for path in temp.rglob(f"cpu_{name}.o")]
     assert len(objects) == len(names)
     for path in objects:
         weak = [line for line in printed("nm", "-C", path).splitlines() if line[17:18] in "WVu"]
@@ -299,7 +313,7 @@ def test_an_old_nvcc_compiles_for_what_it_knows_and_says_so(
     folder, _ = built
     run = build(folder, CUDA_HOME=old_nvcc)
     assert "does not support 100, 120; compiling for 80, 90+PTX, 90a" in run.stderr
-    (ninja,) = folder.rglob("*_cuda/build.ninja")
+    (ninja,) = folder.glob("temp/*_cuda/build.ninja")
     assert re.findall("compute_[0-9a]+,code=[a-z0-9_]+", ninja.read_text()) == [
         "compute_80,code=sm_80",
         "compute_90,code=sm_90",
@@ -309,9 +323,12 @@ def test_an_old_nvcc_compiles_for_what_it_knows_and_says_so(
 
 
 @pytest.fixture(scope="module")
-def built_for_one_gpu(built: tuple[Path, str]) -> tuple[Path, Path]:
+def built_for_one_gpu(
+    built: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """The folder of a build for compute capability 9.0 alone and a copy of its module."""
-    folder, _ = built
+    folder = tmp_path_factory.mktemp("one_gpu")
+    keep_objects(folder, "_C", "_cuda.90a")  # _C is that of ``built``, and up to date
     run = build(folder, OPD_KERNELS_CUDA_ARCHS="9.0a+PTX")
     if ": no nvcc" in run.stderr:
         pytest.skip("needs nvcc")

@@ -315,16 +315,16 @@ def test_every_measurement_of_a_step_is_there(
 
 
 def test_the_differential_suite_is_cut_into_pieces_that_hold_tests(gpu: SimpleNamespace) -> None:
+    steps = [gpu.steps.differential("triton", dtype) for dtype in gpu.steps.DTYPES]
+    choices = [step.command[step.command.index("-k") + 1] for step in steps]
+    choices.append("triton and test_nasty")
+    *pieces, every = collected("tests/semantics/test_differential.py", *choices)
     chosen: list[str] = []
-    for dtype in gpu.steps.DTYPES:
-        step = gpu.steps.differential("triton", dtype)
-        words = step.command[step.command.index("-k") + 1]
-        found = collected("tests/semantics/test_differential.py", "-k", words)
+    for dtype, found in zip(gpu.steps.DTYPES, pieces, strict=True):
         assert all(dtype in name for name in found)
         assert len(found) >= 3 * 13
         chosen += found
     assert len(chosen) == len(set(chosen))
-    every = collected("tests/semantics/test_differential.py", "-k", "triton and test_nasty")
     widths = {name.split("-")[1] for name in chosen if "test_nasty" in name}
     assert widths == {str(k) for k in gpu.steps.DIFFERENTIAL_WIDTHS}
     assert {name for name in every if name.split("-")[1] in widths} <= set(chosen)
@@ -343,14 +343,25 @@ def test_pieces_of_triton_s_tests_are_all_of_them_and_each_is_in_one(gpu: Simple
         assert len(matched) == ("cuda" not in name), name
 
 
-def collected(*arguments: str) -> list[str]:
-    """Names of the tests that pytest would run on a device."""
+# Prints the names of a file's tests that the words choose, one list after the other.
+COLLECT = """
+import sys, pytest
+for words in sys.argv[2:]:
+    print("chosen:", flush=True)
+    code = pytest.main(["--collect-only", "-o", "addopts=", "-q", sys.argv[1], "-k", words])
+    assert code == 0, code
+"""
+
+
+def collected(file: str, *choices: str) -> list[list[str]]:
+    """For each choice of ``-k``, names of the tests that pytest would run on a device."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q", *arguments],
+        [sys.executable, "-c", COLLECT, file, *choices],
         env=os.environ | {"TRITON_INTERPRET": "1", "OPD_KERNELS_TEST_DEVICE": "cpu"},
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return [line for line in done.stdout.splitlines() if "::" in line]
+    _, *lists = done.stdout.split("chosen:\n")
+    return [[line for line in found.splitlines() if "::" in line] for found in lists]
 
 
 # The modules

@@ -40,8 +40,10 @@ class TopKDistillationConfig(DistillationConfig):
             a few hundred tokens at a time. False: both models compute their logits themselves, in
             one piece each; for heads that are sharded and for models that do more to their logits
             than scale and cap them.
-        stats_steps: every how many steps ``student_mass``, ``teacher_mass`` and ``valid_k`` are
-            measured (evaluation: always), at the cost of the student's logits; 0: never.
+        stats_steps: every how many steps masses, overlap and the student's entropy are measured
+            (evaluation: always); 0: never. With ``use_hidden_states`` they cost the student's
+            logits, a few hundred tokens at a time and without a gradient. Without, they cost a read
+            of the logits, so 1 is cheap on CPUs; on GPUs they run in plain PyTorch so far.
         teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
             one that wants a key is passed to the trainer as ``teacher_server``.
         teacher_server_model: the name under which the server serves the teacher.
@@ -79,7 +81,7 @@ class TopKDistillationConfig(DistillationConfig):
         default=True, metadata={"help": "Compute the loss without the student's logits."}
     )
     stats_steps: int = field(
-        default=10, metadata={"help": "Measure the masses every so many steps; 0: never."}
+        default=10, metadata={"help": "Measure masses and entropy every so many steps; 0: never."}
     )
     teacher_server_url: str | None = field(
         default=None, metadata={"help": "A server for the teacher, http://host:port."}

@@ -56,6 +56,8 @@ HOOKS = {
 }
 # Tokens that both models read when their heads are checked: few, with ids that every model has.
 PROBE = 8
+# A support in hand does not say the teacher's entropy.
+LOGGED = ("student_mass", "teacher_mass", "overlap", "student_entropy", "valid_k")
 
 
 class TopKDistillationTrainer(DistillationTrainer):
@@ -77,10 +79,12 @@ class TopKDistillationTrainer(DistillationTrainer):
     token, what follows the token takes no part in the loss, with a warning. The token itself does,
     because its row needs only what is before it.
 
-    Logged besides TRL's metrics, of which only ``entropy`` (a mean over the whole vocabulary) is
-    missing: ``masked_fraction`` of the response tokens; every ``stats_steps`` steps
-    ``student_mass`` and ``teacher_mass``, what the full distributions hold on the support (the
-    teacher's at temperature 1), and ``valid_k``, entries per token. Watch ``student_mass``.
+    Logged besides TRL's metrics: ``masked_fraction`` of the response tokens; every ``stats_steps``
+    steps means over the tokens that count. ``student_mass`` and ``teacher_mass`` are what the full
+    distributions hold on the support (the teacher's at temperature 1), ``overlap`` the share of the
+    support among the student's own K best, ``valid_k`` entries per token. ``student_entropy``, over
+    the whole vocabulary at ``temperature``, is what TRL logs as ``entropy`` at every step. Watch
+    ``student_mass``.
     ``eval_loss`` over several batches is the mean of their means, as in TRL.
 
     ``head_of`` reads heads with bias, logit scale and softcap (Cohere, Granite, Gemma 2). Before
@@ -222,7 +226,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             "temperature": self.temperature,
             "teacher_temperature": self.args.teacher_temperature,
             "vocab_size": self._limit,
-            "return_stats": measure,
+            "return_stats": LOGGED if measure else False,
         }
         if self.args.use_hidden_states:
             head = model_head(student, "student")
@@ -251,7 +255,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         if not measure:
             return result, None
         loss, stats = result
-        return loss, _sums(stats, mask.sum())
+        return loss, _sums(stats)
 
     @torch.no_grad()
     def _support(
@@ -414,7 +418,7 @@ class TopKDistillationTrainer(DistillationTrainer):
         *values, count = total.tolist()
         if count == 0:
             return
-        for name, value in zip(Stats._fields, values, strict=True):
+        for name, value in zip(LOGGED, values, strict=True):
             self._metrics[mode][name].append(value / count)
 
 
@@ -430,10 +434,10 @@ def _one_more_row(support: TopK) -> TopK:
     return TopK(ids, logits, logsumexp)
 
 
-def _sums(stats: Stats, count: Tensor) -> Tensor:
-    """The sum of each statistic over the rows, and their number; masked rows are 0."""
-    sums = [*(value.sum() for value in stats), count.to(stats.valid_k.device)]
-    return torch.stack([value.double() for value in sums])
+def _sums(stats: Stats) -> Tensor:
+    """The sum of each logged statistic over the rows that count, and their number."""
+    sums = [torch.where(stats.mask, getattr(stats, name), 0).sum() for name in LOGGED]
+    return torch.stack([value.double() for value in (*sums, stats.mask.sum())])
 
 
 def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:

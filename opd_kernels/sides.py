@@ -1,0 +1,337 @@
+"""What a loss reads before it computes: the support, and each side's row, once.
+
+The side that the support is selected from is read in the same pass for whatever else is wanted of
+it. The other one is read after that, if at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_kernels import _ops, backends, debugging
+from opd_kernels._arguments import (
+    Allowed,
+    Tail,
+    Tails,
+    Temperature,
+    compute_dtype,
+    no_tail,
+    unpack_bitmap,
+)
+from opd_kernels._autograd import Token
+from opd_kernels._ordering import repeats
+from opd_kernels.backends import plain
+from opd_kernels.head import LinearLogits, as_autocast
+from opd_kernels.options import Call
+from opd_kernels.selection import select, tail_of
+from opd_kernels.stats import Side, Stats, measure
+from opd_kernels.support import TopK
+
+
+class Support(NamedTuple):
+    """Ids and the teacher's values (..., K), with the sampled token's last if it takes part.
+
+    The sides' sums are outside of the first ``inside`` ids; None where nobody needs them.
+    ``invalid`` (..., 1) says in which rows the sampled token does not exist; it has id -1 there.
+    """
+
+    ids: Tensor
+    values: Tensor
+    inside: int
+    student: Side
+    teacher: Side
+    invalid: Tensor | None = None
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Ids and values as the loss takes them: a token that does not exist makes its row NaN."""
+        if self.invalid is None:
+            return self.ids, self.values
+        last = self.ids[..., -1:].masked_fill(self.invalid, 0)
+        return torch.cat((self.ids[..., :-1], last), -1), self.values.masked_fill(
+            self.invalid, torch.nan
+        )
+
+    def tails(self, width: int) -> Tails:
+        """What the divergence of full softmaxes gets."""
+        assert self.teacher.tail is not None
+        return Tails(self.teacher.tail, self.student.tail, width)
+
+
+def find_support(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    k: int,
+    allowed: Allowed,
+    call: Call,
+) -> Support:
+    """The support, selected or given; nothing differentiates through it.
+
+    Each side is read once, unless a token joins the support: that leaves the tails.
+    """
+    width, joins = call.range(vocab_of(student)), call.full and call.include_token
+    if debugging.on_outside_of_operators():
+        _look_at_student(student, allowed, call, width)
+    if (
+        call.full
+        and isinstance(teacher, Tensor)
+        and isinstance(student, Tensor)
+        and compute_dtype(student, teacher) == torch.float64
+    ):
+        student, teacher = student.detach().double(), teacher.double()  # both tails in float64
+    mine = yours = Side()
+    if isinstance(teacher, TopK):
+        ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
+        if debugging.on_outside_of_operators():
+            _look_at_fields(teacher, allowed, call)
+    elif call.support == "student":
+        tail = no_tail() if joins else _tail(student, "student", call)
+        ids, _, *sums = select(student, k, allowed, tail, call.backend)
+        mine = _side(tail, sums)
+        values = values_at(teacher, ids, allowed, call.backend)
+    else:
+        tail = no_tail() if joins else _tail(teacher, "teacher", call)
+        ids, values, *sums = select(teacher, k, allowed, tail, call.backend)
+        yours = _side(tail, sums)
+    invalid: Tensor | None = None
+    if call.with_token:
+        ids, values, invalid = _with_token(teacher, ids, values, allowed, call, width)
+    inside = ids.shape[-1] if joins else k
+    listed = ids[..., :inside]
+    if isinstance(teacher, TopK):
+        if call.full:
+            tail_of_given = _given_tail(teacher, call)
+            if joins:
+                tail_of_given = _without_token(tail_of_given, ids, values, teacher.temperature)
+            yours = Side(tail=tail_of_given)
+    elif yours.tail is None:
+        yours = _read(teacher, "teacher", k, listed, allowed, call)
+    if mine.tail is None and (call.watches("student") or call.support == "teacher"):
+        mine = _read(student, "student", k, listed, allowed, call)
+    return Support(ids, values, inside, mine, yours, invalid)
+
+
+def _tail(source: Tensor | LinearLogits, side: str, call: Call) -> Tail:
+    """What is summed of a side beyond its support, in the pass that selects it or on its own.
+
+    The divergence reads the student's row by itself where nothing else does.
+    """
+    read_anyway = side == "teacher" or call.support == side or call.wants("overlap")
+    if not (call.watches(side) or (call.full and read_anyway)):
+        return no_tail()
+    objective = call.objective
+    temperature = objective.temperature
+    if side == "teacher":
+        temperature = objective.teacher_temperature
+    return Tail(call.range(vocab_of(source)), temperature, None, call.wants(f"{side}_entropy"))
+
+
+def _read(
+    source: Tensor | LinearLogits, side: str, k: int, listed: Tensor, allowed: Allowed, call: Call
+) -> Side:
+    """One read of a side, whose support is given: its tail, and its own best ids for overlap."""
+    tail = _tail(source, side, call)._replace(ids=listed)
+    if side != call.support and call.wants("overlap"):
+        best, _, *sums = select(source, k, allowed, tail, call.backend)
+        return _side(tail, sums)._replace(best=best)
+    if not tail.width:
+        return Side()
+    return _side(tail, tail_of(source, allowed.mask, tail, call.backend))
+
+
+def _side(tail: Tail, sums: Sequence[Tensor]) -> Side:
+    """A side of (log-sum-exp, entropy), as far as they were asked for."""
+    if not tail.width:
+        return Side()
+    logsumexp, entropy = sums
+    return Side(tail=logsumexp, entropy=entropy if tail.with_entropy else None)
+
+
+def watched(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | TopK | LinearLogits,
+    support: Support,
+    allowed: Allowed,
+    call: Call,
+) -> tuple[Side, Side]:
+    """(student, teacher) with their values at the support, where these are wanted."""
+    ids, values = (x[..., : support.inside] for x in (support.ids, support.values))
+    mine, yours = support.student, support.teacher
+    # Only these list an id twice.
+    given = isinstance(teacher, TopK) or call.with_token
+    if call.watches("student"):
+        everything = Allowed(call.range(vocab_of(student)), None, allowed.mask)
+        mine = mine._replace(
+            temperature=call.objective.temperature,
+            values=values_at(student, ids, everything, call.backend),
+            repeated=repeats(ids) & (ids >= 0) if given else None,
+        )
+    if call.watches("teacher"):
+        there = torch.where(values == -torch.inf, -1, ids)
+        yours = yours._replace(
+            temperature=call.objective.teacher_temperature,
+            values=values,
+            repeated=repeats(there) & (there >= 0) if given else None,
+        )
+    if isinstance(teacher, TopK) and call.watches("teacher"):
+        # At its own temperature, which is that of its sums. These are without a token that joins.
+        tail = None if teacher.tail_logsumexp is None else teacher.tail()
+        whole = None if teacher.logsumexp is None else teacher.logsumexp.detach()
+        repeated = None if yours.repeated is None else yours.repeated[..., : teacher.k]
+        yours = yours._replace(
+            temperature=Temperature(teacher.temperature),
+            values=values[..., : teacher.k],
+            repeated=repeated,
+            tail=tail,
+            logsumexp=whole,
+        )
+    if call.watches("student"):
+        mine = mine.with_shares()
+    if call.watches("teacher"):
+        yours = yours.with_shares()
+    return mine, yours
+
+
+def token_of(student: Tensor | LinearLogits, side: Side, allowed: Allowed, call: Call) -> Token:
+    """What the log-prob of the sampled token is made of."""
+    assert call.token_ids is not None
+    width = call.range(vocab_of(student))
+    if debugging.on_outside_of_operators():
+        debugging.check_tokens(call.token_ids, width, allowed.mask)
+    assert side.shares is not None
+    return Token(call.token_ids, *side.shares, width)
+
+
+def stats_of(
+    ids: Tensor,
+    values: Tensor,
+    sides: tuple[Side, Side],
+    allowed: Allowed,
+    names: tuple[str, ...],
+    *,
+    repeated: bool,
+) -> Stats:
+    """The named statistics of the support, whose ids may be ``repeated``."""
+    present = _allowed_ids(ids, allowed) & (values != -torch.inf)
+    if allowed.mask is not None:
+        present = present & allowed.mask[..., None]
+    unique = present & ~repeats(torch.where(present, ids, -1)) if repeated else present
+    return measure(names, ids, present, unique, sides, allowed.mask)
+
+
+def check_backend(logits: Tensor, call: Call) -> None:
+    """Raises where a named backend lacks backgrounds: backward would be the first to miss them."""
+    if not torch.compiler.is_compiling():
+        dtypes = (logits.dtype,)
+        backends.resolve(call.backend, logits.device, dtypes, 1, needed="full_divergence")
+
+
+def values_at(source: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, backend: str) -> Tensor:
+    """The logits at the ids, -inf where an id takes no part."""
+    allowed = allowed._replace(limit=min(allowed.limit, vocab_of(source)))
+    if isinstance(source, Tensor):
+        values, slots = _ops.gather(source.detach(), ids, allowed, backend)
+    else:
+        hidden, weight, bias = as_autocast(source.hidden, source.weight, source.bias)
+        bias = None if bias is None else bias.detach()
+        values, slots = _ops.gather_dot(
+            hidden.detach(), weight.detach(), bias, ids, allowed, backend
+        )
+        values = plain.shaped(values, source.scale, source.softcap)
+    return values.masked_fill(slots < 0, -torch.inf)
+
+
+def _with_token(
+    teacher: Tensor | TopK | LinearLogits,
+    ids: Tensor,
+    values: Tensor,
+    allowed: Allowed,
+    call: Call,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and values with the sampled token's as one more, and where it does not exist.
+
+    Its id is -1 there, and where it is in the support.
+    """
+    assert call.token_ids is not None
+    token = call.token_ids[..., None]
+    if debugging.on_outside_of_operators():
+        debugging.check_tokens(call.token_ids, width, allowed.mask)
+    everything = Allowed(width, None, allowed.mask)
+    if isinstance(teacher, TopK):
+        assert teacher.token_logits is not None
+        value = teacher.token_logits.detach()[..., None].to(values.dtype)
+    else:
+        value = values_at(teacher, token, everything, call.backend).to(values.dtype)
+    outside = (token < 0) | (token >= width)
+    known = (ids == token) & (values != -torch.inf) & ~outside
+    if not call.include_token:
+        known &= _allowed_ids(ids, allowed)
+    known = known.any(-1, keepdim=True)
+    absent = known | outside
+    values = torch.cat((values, value.masked_fill(absent, -torch.inf)), -1)
+    return torch.cat((ids, token.masked_fill(absent, -1).to(ids.dtype)), -1), values, outside
+
+
+def _allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
+    """Whether an id may be in the support."""
+    inside = (ids >= 0) & (ids < allowed.limit)
+    if allowed.banned is None:
+        return inside
+    banned = unpack_bitmap(allowed.banned, allowed.limit)
+    return inside & ~banned[torch.where(inside, ids, 0).long()]
+
+
+def _look_at_student(
+    student: Tensor | LinearLogits, allowed: Allowed, call: Call, width: int
+) -> None:
+    """Debugging: the student's logits that are read, by its name."""
+    whole = call.full or call.watches("student")
+    used = Allowed(width, None, allowed.mask) if whole else allowed
+    if isinstance(student, Tensor):
+        debugging.check_student(student, used)
+    elif whole or call.wants("overlap") or call.support == "student":
+        debugging.check_student_head(student.hidden, student.weight, student.bias, used)
+
+
+def _look_at_fields(teacher: TopK, allowed: Allowed, call: Call) -> None:
+    """Debugging: the fields per row fit the entries."""
+    ids, logits, mask = teacher.ids, teacher.logits, allowed.mask
+    if call.full and teacher.logsumexp is not None:
+        debugging.check_shares(ids, logits, teacher.logsumexp, teacher.temperature, mask)
+    if call.with_token:
+        assert call.token_ids is not None
+        assert teacher.token_logits is not None
+        debugging.check_token_logits(call.token_ids, teacher.token_logits, ids, logits, mask)
+
+
+def _given_tail(teacher: TopK, call: Call) -> Tensor:
+    """A given support's tail, a number where the row has no entries.
+
+    Servers and ``TopK.pad`` give no log-sum-exp there. The tail is the whole row then, so the loss
+    is 0 whatever it is; unless the sampled token takes part, whose share is unknown.
+    """
+    tail = teacher.tail()
+    return tail if call.with_token else tail.masked_fill(~(tail < torch.inf) & ~teacher.present, 0)
+
+
+def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float) -> Tensor:
+    """A given support's tail without the last of its entries, at least 2^-24 of itself."""
+    share = (values[..., -1].to(tail.dtype) / temperature - tail).exp()
+    share = share.masked_fill(ids[..., -1] < 0, 0)
+    return tail + torch.log1p(-share.clamp(max=1 - 2.0**-24))
+
+
+def vocab_of(side: Tensor | TopK | LinearLogits) -> int:
+    """The width of logits; that of a support."""
+    if isinstance(side, TopK):
+        return side.k
+    return side.vocab if isinstance(side, LinearLogits) else side.shape[-1]
+
+
+def _adjacent(entries: Tensor) -> Tensor:
+    """K entries per row with last stride 1; a support is small enough to copy."""
+    return entries if entries.shape[-1] == 1 or entries.stride(-1) == 1 else entries.contiguous()
