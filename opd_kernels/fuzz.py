@@ -106,7 +106,7 @@ class Fuzzer:
         if not hasattr(module, "gather_dot"):
             only["form"] = ("logits",)
         if not hasattr(module, "full_divergence"):
-            only["family"] = only["watched"] = (False,)
+            only["family"] = (False,)
 
         @hypothesis.seed(self.seed * 1_000_003 + number)
         @hypothesis.settings(

@@ -99,7 +99,8 @@ def draw_case(
 ) -> Case:
     """Draws a case. A source that can shrink shrinks towards the default case.
 
-    ``only`` restricts choices by name; for "vocab" and "k" it gives a range.
+    ``only`` restricts choices by name; for "vocab" and "k" it gives a range. A case is ``watched``
+    if it says so.
     """
     only = only or {}
     draw = source.choice
@@ -167,7 +168,7 @@ def draw_case(
         head=draw(inputs.HEADS) if linear else "plain",
         frozen=linear and draw((False, True)),
         **member,
-        watched=not linear and one_of("watched", False, False, True),
+        watched="watched" in only and not linear and draw(only["watched"]),
         seed=source.randint(0, 2**31),
     )
 

@@ -30,7 +30,8 @@ class Softmax(NamedTuple):
     def mass(self, ids: np.ndarray) -> tuple[float, float]:
         """(what it holds on the ids, a bound on the error)."""
         p = np.exp(self.log_p[ids])
-        return float(p.sum()), float((p * np.expm1(np.minimum(self.error[ids], 700))).sum())
+        off = np.where(p > 0, p * np.expm1(np.minimum(self.error[ids], 700)), 0.0)
+        return float(p.sum()), float(off.sum())
 
 
 def softmax(row: np.ndarray, t: float, unit: float) -> Softmax | None:
@@ -49,7 +50,7 @@ def softmax(row: np.ndarray, t: float, unit: float) -> Softmax | None:
         p = exp / total
         depth = unit * (min(len(row), _GROUP) + sum_depth(len(row)))
         log_p = below - np.log(total)
-        error = each + (p * each).sum() + depth
+        error = np.nan_to_num(each + (p * each).sum() + depth, nan=np.inf)
         terms = np.where(p > 0, p * log_p, 0.0)
         off = p * (error + depth) * (1 + np.where(p > 0, abs(log_p), 0.0))
     entropy = -float(terms.sum())

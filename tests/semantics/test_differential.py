@@ -17,6 +17,8 @@ from opd_kernels.testing.inputs import CONTENTS
 
 # test_linear.py and test_divergences.py have the others.
 LOGITS = {"form": ("logits",), "family": (False,)}
+# Beside any loss.
+WATCHED = {"form": ("logits",), "watched": (True,)}
 
 
 @given(case=cases(float64=False, only=LOGITS))
@@ -37,6 +39,18 @@ def test_any_call_is_within_its_budget_on_every_instruction_set(
     instruction_set: str, case: Case
 ) -> None:
     check(case, "cpu")
+
+
+@given(case=cases(float64=False, only=WATCHED))
+@settings(max_examples=examples(400))
+def test_statistics_and_log_probs_of_any_call(case: Case) -> None:
+    check(case, "cpu")
+
+
+@given(case=cases(only=WATCHED))
+@settings(max_examples=examples(200))
+def test_statistics_and_log_probs_of_any_call_of_the_reference(case: Case) -> None:
+    check(case, "reference")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
