@@ -40,6 +40,9 @@ def softmax(row: np.ndarray, t: float, unit: float) -> Softmax | None:
         return None
     top = row.max()
     with np.errstate(all="ignore"):
+        if not np.isfinite(top / t):  # beyond float64
+            return None
+    with np.errstate(all="ignore"):
         below = (row - top) / t
         exp = np.exp(below)
         total = exp.sum()
