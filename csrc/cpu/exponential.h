@@ -58,7 +58,10 @@ class Power {
     const auto root = _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(table_[0]),
                                                   reinterpret_cast<__m256i>(steps));
 #endif
-    return floats_of(reinterpret_cast<Words>(root) + (steps << kShift));
+    // Unsigned, because NaN and what is not used may overflow.
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    const Bits power = reinterpret_cast<Bits>(root) + (reinterpret_cast<Bits>(steps) << kShift);
+    return floats_of(reinterpret_cast<Words>(power));
   }
 
   // 2^f for f of at most half a step, with a relative error of 5.4e-8 or less.
