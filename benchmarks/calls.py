@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peers import as_output, check, check_selection
+from peers import MEMBERS, as_output, check, check_member, check_selection, some_rows
 from timing import Run, Runs
 from torch import Tensor
 
-from opd_kernels import _ops, select_topk, topk_rkl
+from opd_kernels import _ops, select_topk, topk_divergence, topk_rkl
 from opd_kernels._arguments import Allowed, Objective
 
 try:
@@ -138,6 +138,53 @@ def other_calls(
     }, errors
 
 
+def member_loss(member: str, **options: object) -> Callable[..., Tensor]:
+    """A member of the family by its name in the benchmarks."""
+    divergence, outside = MEMBERS[member]
+    return functools.partial(topk_divergence, divergence=divergence, outside=outside, **options)
+
+
+def member_calls(student: Tensor, teacher: Tensor, k: int, backend: str, member: str) -> Runs:
+    """A member of full softmaxes, checked; in place it writes over a copy of the student."""
+    called = member_loss(member, backend=backend)
+    check_member(called, (), student, teacher, k)
+    loss, consumed = functools.partial(called, student, teacher, k), student.detach().clone()
+
+    def in_place() -> Callable[[], None]:
+        logits = as_output(consumed)
+        return lambda: called(logits, teacher, k, inplace_grad=True).backward()
+
+    return {
+        (backend, f"{member}, forward"): lambda: loss,
+        (backend, f"{member}, forward + backward"): forward_backward(loss, student),
+        (backend, f"{member}, in place"): in_place,
+    }
+
+
+def riding_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:
+    """What rides on reads that are made anyway: both masses, a teacher's log-sum-exp."""
+    masses = ("teacher_mass", "student_mass")
+    support = select_topk(teacher, k, with_logsumexp=True, backend=backend)
+    check_selection(teacher, support)
+    logits = student.detach()
+    watched = functools.partial(
+        topk_rkl, logits, teacher, k, return_stats=masses, reduction="none", backend=backend
+    )
+    rows = some_rows(student)
+    found = watched()[1]
+    for mass, side in ((found.teacher_mass, teacher), (found.student_mass, logits)):
+        p = side[rows].double().softmax(-1).gather(-1, support.ids[rows].long()).sum(-1)
+        torch.testing.assert_close(mass[rows].double(), p, rtol=0, atol=1e-5)
+    select = functools.partial(select_topk, teacher, k, backend=backend)
+    return {
+        (backend, "topk_rkl with both masses"): lambda: watched,
+        (backend, "select_topk"): lambda: select,
+        (backend, "select_topk with log-sum-exp"): lambda: functools.partial(
+            select, with_logsumexp=True
+        ),
+    }
+
+
 def host_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:
     """The loss and its gradient per row, nothing else, and the operators that they call."""
     loss = functools.partial(topk_rkl, student, teacher, k, reduction="none", backend=backend)
@@ -159,14 +206,20 @@ def host_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:
     }
 
 
-def check_peer(loss: Callable[..., Tensor], teacher: Tensor, k: int, backend: str) -> float:
+def check_peer(
+    loss: Callable[..., Tensor],
+    teacher: Tensor,
+    k: int,
+    backend: str,
+    own: Callable[..., Tensor] = topk_rkl,
+) -> float:
     """Relative difference between a peer's loss and ours; raises if it is too large.
 
     The student is a function of the teacher's value: ``torch.topk`` breaks ties as it likes.
     """
     student = (teacher * 0.5).requires_grad_()
     theirs = loss(student, teacher, k).item()
-    mine = topk_rkl(student, teacher, k, backend=backend).item()
+    mine = own(student, teacher, k, backend=backend).item()
     error = abs(theirs - mine) / abs(mine)
     if not error <= 1e-3:
         raise AssertionError(f"the peer's loss is {theirs}, ours {mine}")

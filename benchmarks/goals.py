@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from report import Result
@@ -21,6 +21,11 @@ class Goals:
     few_rows_percent: float | None = None  # of the read ceiling
     widest_percent: float | None = None  # of the read ceiling, at K = 1024
     host_us: float | None = None  # of the host in a call
+    # Of members of full softmaxes: % of their yardsticks, and how many times as long peers take.
+    family_percent: float = 88
+    family_peers: dict[str, float] = field(
+        default_factory=lambda: {"careful eager": 5, "naive eager": 10, "compiled": 4}
+    )
 
 
 GOALS = {
@@ -34,6 +39,9 @@ GOALS = {
     "triton": Goals(percent=88, peers={"careful eager": 5, "naive eager": 15}),
 }
 WIDEST = 1024
+# How many times as long as two reads `topk_rkl` may take with both masses, and as long as without
+# it a selection with the teacher's log-sum-exp.
+MASSES_RATIO, LOGSUMEXP_RATIO = 1.15, 1.08
 # The shape whose few rows are judged by the read ceiling.
 FEW_ROWS = 64
 
@@ -64,6 +72,7 @@ def judge_point(
         "headline": goals.percent,
         "few rows": goals.few_rows_percent if point.rows == FEW_ROWS else None,
         "shapes": goals.widest_percent if point.k == WIDEST else None,
+        "family": None,  # by judge_family
     }[part]
     what = f"{backend}, {point.rows} rows, K={point.k}: {measure}"
     if measure == "forward" and ceiling is not None:
@@ -74,6 +83,33 @@ def judge_point(
     if (part, measure) == ("headline", "forward + backward"):
         percent = row["percent_of_read_and_memset"]
         result.goal(f"{what}, % of read + memset", percent, least=goals.percent)
+
+
+def judge_family(result: Result, point: Any, backend: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Members of full softmaxes beside their reads and writes, and what rides on these."""
+    goals = GOALS[backend]
+    for measure, row in rows.items():
+        what = f"{backend}, K={point.k}: {measure}"
+        percent = [name for name in row if name.startswith("percent_of_")]
+        if ", " in measure and not measure.endswith("in place"):
+            of = percent[0].removeprefix("percent_of_").replace("_", " ")
+            result.goal(f"{what}, % of {of}", row[percent[0]], least=goals.family_percent)
+        if measure.endswith("forward + backward") and row["peak_bytes"] is not None:
+            most = 16 * point.rows * point.k + 64 * point.rows + point.nbytes  # and the gradient
+            result.goal(f"{what}, MB", row["peak_bytes"] / 1e6, most=most / 1e6)
+        if measure == "topk_rkl with both masses":
+            result.goal(f"{what} / 2 reads", 100 / row[percent[0]], most=MASSES_RATIO)
+    plain, more = rows.get("select_topk"), rows.get("select_topk with log-sum-exp")
+    if plain and more:
+        what = f"{backend}, K={point.k}: select_topk with log-sum-exp / without"
+        result.goal(what, more["ms"] / plain["ms"], most=LOGSUMEXP_RATIO)
+
+
+def judge_family_peer(result: Result, point: Any, backend: str, label: str, ratio: float) -> None:
+    """A peer of a member; compiled, the better of the two counts, so each is judged."""
+    goals = GOALS[backend].family_peers
+    kind = "compiled" if label.endswith("compiled") else label.split(", ")[-1]
+    result.goal(f"{backend}, K={point.k}: {label} / ours", ratio, least=goals[kind])
 
 
 def judge_few_rows(result: Result, backend: str, few: int, many: int, ratio: float) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_kernels import Divergence, TopK, topk_rkl
+from opd_kernels import Divergence, TopK, forward_kl, reverse_kl, topk_rkl
 
 CHECKED_ROWS = 64
+# Members of full softmaxes that trainers use, by what the benchmarks call them.
+MEMBERS: dict[str, tuple[Divergence, str]] = {
+    "reverse KL, bucket": (reverse_kl(), "bucket"),
+    "forward KL, truncate": (forward_kl(), "truncate"),
+    "reverse KL, generalize": (reverse_kl(), "generalize"),
+}
 
 
 def careful_eager(student: Tensor, teacher: Tensor, k: int) -> Tensor:
@@ -166,3 +173,28 @@ def check_selection(teacher: Tensor, support: TopK) -> None:
     order = teacher[rows].double().sort(dim=-1, descending=True, stable=True).indices
     if not torch.equal(support.ids[rows].long(), order[:, : support.k]):
         raise AssertionError("select_topk chose other ids than a stable sort")
+
+
+def check_member(
+    loss: Callable[..., Tensor],
+    peers: tuple[Callable[..., Tensor], ...],
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+) -> None:
+    """A member, and its peers, against float64 on a few rows; raises if they differ."""
+    rows = some_rows(student)[:: CHECKED_ROWS // 8]
+    a, b = student.detach()[rows].requires_grad_(), teacher[rows]
+    found = loss(a, b, k)
+    found.backward()
+    z = a.detach().double().requires_grad_()
+    expected = loss(z, b.double(), k, backend="reference")
+    expected.backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    largest = z.grad.abs().amax(-1, keepdim=True)
+    error = (a.grad.double() - z.grad).abs()
+    if not bool((error <= torch.finfo(a.dtype).eps * z.grad.abs() + 1e-6 * largest).all()):
+        raise AssertionError("the gradient is outside its budget")
+    a, b = torch.randn(2, len(rows), a.shape[-1], device=a.device)  # without ties
+    for peer in peers:
+        torch.testing.assert_close(peer(a, b, k), loss(a, b, k), rtol=1e-3, atol=1e-5)

@@ -127,17 +127,17 @@ def availability(name: str, found: list[torch.device]) -> str:
     return "; ".join(parts)
 
 
-def default(device: torch.device, needed: str = "select_divergence") -> str:
-    """The name of the backend that ``backend=None`` takes for the function ``needed``."""
+def default(device: torch.device, *, hidden: bool = False) -> str:
+    """The name of the backend that ``backend=None`` takes, for logits or hidden states."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = backends.resolve(backends.AUTO, device, FLOAT32, 1, needed=needed)
+        module = backends.resolve(backends.AUTO, device, FLOAT32, 1, hidden=hidden)
     return next(name for name in backends.MODULES if backends.load(name) is module)
 
 
 def defaults(device: torch.device) -> str:
     """The line about ``backend=None``; hidden states are named if they get another backend."""
-    for_logits, for_hidden = default(device), default(device, "gather_dot")
+    for_logits, for_hidden = default(device), default(device, hidden=True)
     line = f"backend=None on {device} takes {for_logits!r}"
     return line if for_hidden == for_logits else f"{line}, for hidden states {for_hidden!r}"
 

@@ -41,7 +41,6 @@ from opd_kernels._checks import (
 )
 from opd_kernels._library import Operator, register
 from opd_kernels.backends import plain
-from opd_kernels.divergences import reverse_kl
 
 _LOST_GRAPH = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant, and "
@@ -63,11 +62,7 @@ def _select(
     _check_tail(tail, logits)
     if debugging.ON:
         debugging.check_row(logits, "teacher logits", tail.width, allowed.mask)
-    if hasattr(module, "select_with_tail"):
-        *selected, sums, entropy = module.select_with_tail(logits, k, allowed, tail)
-    else:
-        selected = module.select(logits, k, allowed)
-        sums, entropy = _tail_beside(logits, selected[0], allowed.mask, tail)
+    *selected, sums, entropy = module.select_with_tail(logits, k, allowed, tail)
     return *selected, sums, _nothing_of(logits) if entropy is None else entropy
 
 
@@ -81,15 +76,6 @@ def _select_fake(
 def _listed(k: int, tail: Tail) -> int:
     """How many ids a row has, selected or left out of the tail: with a token one more than k."""
     return k if tail.ids is None or not tail.width else max(k, tail.ids.shape[-1])
-
-
-def _tail_beside(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, tail: Tail
-) -> tuple[Tensor, Tensor | None]:
-    """A tail without its ids or these, by the best backend for it."""
-    if tail.ids is None:
-        tail = tail._replace(ids=ids)
-    return _tail_module(backends.AUTO, logits, tail).tail_logsumexp(logits, mask, tail)
 
 
 def _select_linear(
@@ -108,15 +94,16 @@ def _select_linear(
     out_ids, out_values = ids.view(-1, k), values.view(-1, k)
     for piece, logits, piece_mask, part in _head_pieces(head, mask, tail, max(limit, tail.width)):
         which = Allowed(limit, banned, piece_mask)
-        if tail.width and hasattr(module, "select_with_tail") and not _reshapes(head):
+        if tail.width and not _reshapes(head):
             # Of the logits while they are in the cache.
             out_ids[piece], picked, *found = module.select_with_tail(logits, k, which, part)
         else:
             out_ids[piece], picked = module.select(logits, k, which)
             found = []
             if tail.width:
+                part = part if part.ids is not None else part._replace(ids=out_ids[piece])
                 shaped = _shaped_pieces(head, logits)
-                found = [*_tail_beside(shaped, out_ids[piece], piece_mask, part)]
+                found = [*module.tail_logsumexp(shaped, piece_mask, part)]
         out_values[piece] = plain.shaped(picked, scale, softcap)
         _write_tails(piece, found, sums, entropy)
     if debugging.ON:
@@ -181,11 +168,8 @@ def _tail_logsumexp_linear_fake(
 
 
 def _tail_module(backend: str, logits: Tensor, tail: Tail) -> Any:
-    """The backend, or where it lacks tails the best that has them: statistics need no other."""
     assert tail.ids is not None
-    needed = "full_divergence"
-    backend, k = backends.having(backend, needed), tail.ids.shape[-1]
-    return backends.resolve(backend, logits.device, (logits.dtype,), k, needed=needed)
+    return backends.resolve(backend, logits.device, (logits.dtype,), tail.ids.shape[-1])
 
 
 def _tail_results(hidden: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
@@ -266,9 +250,7 @@ def _entry_divergence(
     if debugging.ON:
         debugging.check_divergence(student, teacher, ids, allowed, objective)
     dtypes = (student.dtype, teacher.dtype)
-    module = backends.resolve(
-        backend, student.device, dtypes, ids.shape[-1], needed=_needed(objective)
-    )
+    module = backends.resolve(backend, student.device, dtypes, ids.shape[-1])
     return module.entry_divergence(student, teacher, ids, allowed, objective)
 
 
@@ -296,9 +278,7 @@ def _select_divergence(
     if debugging.ON:
         debugging.check_divergence(student, teacher, None, allowed, objective)
     dtypes = (student.dtype, teacher.dtype)
-    module = backends.resolve(
-        backend, student.device, dtypes, k, allowed.limit, needed=_needed(objective)
-    )
+    module = backends.resolve(backend, student.device, dtypes, k, allowed.limit)
     return module.select_divergence(student, teacher, k, allowed, objective)
 
 
@@ -333,9 +313,7 @@ def _full_divergence(
         debugging.check_divergence(student, teacher, ids, allowed, objective)
         debugging.check_row(student, "student", tails.width, allowed.mask)
     dtypes = (student.dtype, teacher.dtype)
-    module = backends.resolve(
-        backend, student.device, dtypes, ids.shape[-1], needed="full_divergence"
-    )
+    module = backends.resolve(backend, student.device, dtypes, ids.shape[-1])
     return module.full_divergence(student, teacher, ids, allowed, objective, tails)
 
 
@@ -352,15 +330,6 @@ def _full_divergence_fake(
         student, teacher, ids.shape[-1], allowed, objective, backend
     )
     return loss, out_ids, grad, torch.empty_like(loss), _wide_rows(student)
-
-
-def _needed(objective: Objective) -> str:
-    """The function of a backend that says whether it computes a renormalised divergence."""
-    plain_reverse = objective.weights is None and objective.divergence == _REVERSE_KL
-    return "select_divergence" if plain_reverse else "full_divergence"
-
-
-_REVERSE_KL = reverse_kl()
 
 
 def _scatter(
@@ -398,9 +367,7 @@ def _scatter_inplace(
         module.scatter_(out, entry_grad, ids, upstream)
     else:
         _check_background(background, out)
-        module = _scatter_backend(
-            backend, entry_grad, ids, upstream, out.dtype, needed="full_divergence"
-        )
+        module = _scatter_backend(backend, entry_grad, ids, upstream, out.dtype, full=True)
         module.scatter_background_(out, entry_grad, ids, upstream, background)
     _tell_autograd(out)
 
@@ -415,9 +382,7 @@ def _scatter_background(
         raise ValueError("logits are None, expected those that the background is made of")
     _check_background(background, logits)
     _check_device(logits, "logits", ids)
-    module = _scatter_backend(
-        backend, entry_grad, ids, upstream, logits.dtype, needed="full_divergence"
-    )
+    module = _scatter_backend(backend, entry_grad, ids, upstream, logits.dtype, full=True)
     return module.scatter_background(entry_grad, ids, upstream, background)
 
 
@@ -452,7 +417,7 @@ def _scatter_backend(
     upstream: Tensor,
     dtype: torch.dtype,
     *,
-    needed: str = "scatter",
+    full: bool = False,
 ) -> Any:
     """The backend, once dtypes, shapes and devices are known to fit: hooks may change them."""
     check_entries_dtype(ids, "ids")
@@ -462,9 +427,9 @@ def _scatter_backend(
     _check_device(entry_grad, "entry_grad", ids)
     _check_device(upstream, "upstream", ids)
     dtypes, k = (dtype, entry_grad.dtype), ids.shape[-1]
-    if needed == "full_divergence":
+    if full:
         k = max(k - 1, 1)  # a sampled token is one entry more than a support has
-    return backends.resolve(backend, ids.device, dtypes, k, needed=needed)
+    return backends.resolve(backend, ids.device, dtypes, k)
 
 
 def _gather_dot(

@@ -19,7 +19,7 @@ from opd_kernels.backends import plain
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.options import Call
-from opd_kernels.sides import check_backend, find_support, stats_of, token_of, vocab_of, watched
+from opd_kernels.sides import find_support, stats_of, token_of, vocab_of, watched
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 
@@ -159,9 +159,6 @@ def _check_sources(
             f"{what} needs the student's full log-sum-exp, and student is hidden "
             f"states and a head; pass its logits{instead}"
         )
-    if call.with_logprobs:
-        assert isinstance(student, Tensor)
-        check_backend(student, call)
     if not call.full:
         return
     if isinstance(teacher, LinearLogits):

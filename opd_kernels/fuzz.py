@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from opd_kernels import backends, testing
+from opd_kernels.divergences import OUTSIDE
 from opd_kernels.testing import Case, inputs
 from opd_kernels.testing.cases import DTYPES, draw_case, snippet
 
@@ -46,7 +47,8 @@ _COMPILED_FOR: dict[str, tuple[tuple[Any, ...], ...]] = {
     "student_dtype": tuple((name,) for name in DTYPES),
     "teacher_dtype": tuple((name,) for name in DTYPES),
     "form": (("logits",), ("linear",)),
-    "family": ((False,),),
+    "family": ((False,), (True,)),
+    "outside": tuple((name,) for name in OUTSIDE),
     "hidden": tuple((size,) for size in inputs.HIDDEN_SIZES),
     "student_layout": tuple((name,) for name in inputs.LAYOUTS),
     "teacher_layout": tuple((name,) for name in inputs.LAYOUTS),
@@ -102,11 +104,8 @@ class Fuzzer:
     def run_batch(self, number: int, size: int = _BATCH) -> bool:
         """Checks one batch; returns False if a case failed."""
         only = family(f"{self.seed} {number}") if self.backend in _COMPILING else {}
-        module = backends.load(self.backend)
-        if not hasattr(module, "gather_dot"):
+        if not backends.takes_hidden_states(self.backend):
             only["form"] = ("logits",)
-        if not hasattr(module, "full_divergence"):
-            only["family"] = (False,)
 
         @hypothesis.seed(self.seed * 1_000_003 + number)
         @hypothesis.settings(

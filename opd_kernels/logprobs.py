@@ -10,7 +10,7 @@ from opd_kernels._arguments import Allowed, Tail
 from opd_kernels._autograd import BackgroundLoss, Request, Token
 from opd_kernels.options import Call, resolve
 from opd_kernels.selection import tail_of
-from opd_kernels.sides import check_backend, values_at
+from opd_kernels.sides import values_at
 from opd_kernels.stats import Side
 
 __all__ = ["token_logprobs"]
@@ -82,7 +82,6 @@ def token_logprobs(
         rows,
         device,
     )
-    check_backend(logits, call)
     width = call.range(logits.shape[-1])
     if debugging.on_outside_of_operators():
         debugging.check_tokens(token_ids, width, call.mask, "the logits'")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels import _ops, backends, debugging
+from opd_kernels import _ops, debugging
 from opd_kernels._arguments import (
     Allowed,
     Tail,
@@ -220,13 +220,6 @@ def stats_of(
         present = present & allowed.mask[..., None]
     unique = present & ~repeats(torch.where(present, ids, -1)) if repeated else present
     return measure(names, ids, present, unique, sides, allowed.mask)
-
-
-def check_backend(logits: Tensor, call: Call) -> None:
-    """Raises where a named backend lacks backgrounds: backward would be the first to miss them."""
-    if not torch.compiler.is_compiling():
-        dtypes = (logits.dtype,)
-        backends.resolve(call.backend, logits.device, dtypes, 1, needed="full_divergence")
 
 
 def values_at(source: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, backend: str) -> Tensor:

@@ -80,7 +80,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         interpreter.speed_up()
     if INTERPRETED or bridge.DEVICE:
-        wanted = {"backend", "linear_backend"} | ({"careful"} if INTERPRETED else set())
+        wanted = {"backend", "linear_backend", "kernel_backend"}
+        wanted |= {"careful"} if INTERPRETED else set()
         kept = [item for item in items if wanted & set(getattr(item, "fixturenames", ()))]
         if bridge.DEVICE:
             kept = [item for item in kept if item.originalname not in bridge.LEFT_OUT]
@@ -88,16 +89,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-LINEAR = [name for name in names_of_backends() if hasattr(backends.load(name), "gather_dot")]
+LINEAR = [name for name in names_of_backends() if backends.takes_hidden_states(name)]
 
 
-FAMILY = [name for name in names_of_backends() if hasattr(backends.load(name), "full_divergence")]
+def names_of_kernels() -> list[str]:
+    """The backends with kernels, the CPU's by instruction set."""
+    sets = [f"cpu {name}" for name in cpu.instruction_sets() if "cpu" in names_of_backends()]
+    return sets + [name for name in names_of_backends() if name not in ("cpu", "reference")]
 
 
-@pytest.fixture(params=FAMILY)
-def family_backend(request: pytest.FixtureRequest) -> str:
-    """The name of a backend that serves every divergence, float32 on the CPU."""
-    return str(request.param)
+@pytest.fixture(params=names_of_kernels())
+def kernel_backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[backends.Backend]:
+    """A backend's kernels; every instruction set of the CPU's."""
+    name, _, instruction_set = request.param.partition(" ")
+    if instruction_set:
+        monkeypatch.setattr(cpu, "INSTRUCTION_SET", instruction_set)
+    for found in _named(name):
+        yield backends.load(found)
 
 
 SORTED = "triton, sorted ids"
@@ -121,11 +131,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def _named(name: str) -> Iterator[str]:
     backends.resolve(name, CPU, (torch.float32,), 1)
-    guarded = {"triton": triton, "cuda": cuda.backend}.get(name)
+    guarded = {"triton": (triton.common, "empty"), "cuda": (cuda.backend, "_empty")}.get(name)
     if guarded is None or bridge.DEVICE:
         yield name
         return
-    with guards.around_allocations(guarded):
+    with guards.around_allocations(*guarded):
         yield name
 
 

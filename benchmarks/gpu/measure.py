@@ -27,15 +27,20 @@ from calls import (
     check_peer,
     forward_backward,
     host_calls,
+    member_calls,
+    member_loss,
     other_calls,
     ours,
     random_logits,
     reads,
+    riding_calls,
     triton,
     unusual_rows,
 )
 from goals import (
     SORTED_MS,
+    judge_family,
+    judge_family_peer,
     judge_few_rows,
     judge_host,
     judge_linear_ms,
@@ -45,14 +50,14 @@ from goals import (
 )
 from heads import BOTH, HeadPoint, backward_of, check_ours, inputs, losses
 from linear import LinearBench, LinearPlan
-from peers import careful_eager, naive_eager
+from peers import MEMBERS, careful_eager, careful_full, naive_eager, naive_full
 from report import Result, kernel_name
 from timing import Clock, Name, Run, Runs, Times, spread
 from torch import Tensor
 
 import opd_kernels
 from gpu import dry, package, profiler, variants
-from opd_kernels import backends
+from opd_kernels import backends, topk_rkl
 from opd_kernels.backends import cuda
 from opd_kernels.backends.triton import configs
 
@@ -68,7 +73,17 @@ MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "in place": (2, 48, ("read", "memset")),
     "select_topk": (1, 8, ("read",)),
     "forward, TopK teacher": (0, 48, ()),
+    "select_topk with log-sum-exp": (1, 8, ("read",)),
+    "topk_rkl with both masses": (2, 60, ("read", "read")),
 }
+# Members of full softmaxes read the teacher once, the student twice, and write a gradient.
+_READS = ("read", "read", "read", "memset")
+for _member in MEMBERS:
+    MODELS |= {
+        f"{_member}, forward": (2, 60, _READS[:2]),
+        f"{_member}, forward + backward": (4, 68, _READS),
+        f"{_member}, in place": (4, 68, _READS),
+    }
 GPU_BACKENDS = ("cuda", "triton")
 SORTED = "sorted ids"
 
@@ -228,7 +243,7 @@ class Bench:
             row["gb_s"] = row["bytes"] / row["ms"] / 1e6
             if yardsticks:
                 least = sum(rows["torch", name]["ms"] for name in yardsticks)
-                row[f"percent_of_{'_and_'.join(yardsticks)}"] = 100 * least / row["ms"]
+                row[f"percent_of_{counted(yardsticks)}"] = 100 * least / row["ms"]
             row["peak_bytes"] = self.clock.peak_memory(runs[backend, measure])
             self.result.add(part, point, measure, backend=backend, **row)
             judge_point(self.result, part, point, backend, measure, row)
@@ -241,6 +256,28 @@ class Bench:
         for (backend, measure), reason in failed.items():
             self.result.add(part, point, measure, backend=backend, error=reason)
         return times
+
+    def family(self) -> None:
+        """Members of full softmaxes, and what rides on the reads that are made anyway, in turn."""
+        point = self.main
+        student, teacher = self.inputs(point, tensors=12)
+        buffer = torch.empty_like(teacher)
+        read, _ = self.fastest_read(teacher)
+        runs: Runs = {("torch", "read"): read, ("torch", "memset"): lambda: buffer.zero_}
+        for backend in self.backends(point):
+            builds = [functools.partial(member_calls, member=member) for member in MEMBERS]
+            for build in (*builds, riding_calls):
+                built, reason = self.clock.attempt(
+                    functools.partial(build, student, teacher, point.k, backend)
+                )
+                if built is None:
+                    self.result.add("family", point, "check", backend=backend, error=reason)
+                else:
+                    runs |= built
+        rows = self.recorded("family", point, runs, {})
+        for backend in self.backends(point):
+            of = {measure: row for (who, measure), row in rows.items() if who == backend}
+            judge_family(self.result, point, backend, of)
 
     def few_rows(self) -> None:
         """Few rows; the smaller number of rows may take no longer than the larger."""
@@ -274,23 +311,38 @@ class Bench:
                 self.result.add("unusual", point, measure, backend=backend, **row)
                 judge_unusual(self.result, backend, content, measure, row["ratio_to_random"])
 
-    def peer(self, point: Point, label: str, loss: Callable[..., Tensor], compiled: bool) -> None:
-        """A peer beside ours, on a quarter of the rows where it does not fit in memory."""
+    def peer(
+        self,
+        point: Point,
+        label: str,
+        loss: Callable[..., Tensor],
+        compiled: bool,
+        member: str = "",
+    ) -> None:
+        """A peer beside ours, on a quarter of the rows where it does not fit in memory.
+
+        Ours is ``topk_rkl``, or a member of the family by its name.
+        """
         if compiled:
             torch.compiler.reset()
             loss = torch.compile(loss, dynamic=False, backend=self.plan.compiler)
             label += ", compiled"
         for scaled in (1, 4):
             _, reason = self.clock.attempt(
-                functools.partial(self.beside, point, label, loss, scaled)
+                functools.partial(self.beside, point, label, loss, scaled, member)
             )
             if reason is None or "OutOfMemory" not in reason:
                 break
         if reason is not None:
             self.result.add("peers", point, label, error=reason)
 
-    def beside(self, point: Point, label: str, loss: Callable[..., Tensor], scaled: int) -> None:
+    def beside(
+        self, point: Point, label: str, loss: Callable[..., Tensor], scaled: int, member: str
+    ) -> None:
         """Forward and backward of a peer on ``rows / scaled`` rows and ours on all, in turn."""
+        own, both = topk_rkl, "forward + backward"
+        if member:
+            own, both = member_loss(member), f"{member}, {both}"
         student, teacher = self.inputs(point)
         few = student.detach()[: point.rows // scaled].requires_grad_()
         few_teacher = teacher[: len(few)]
@@ -301,9 +353,13 @@ class Bench:
         }
         checked = {}
         for backend in self.backends(point):
-            mine, errors = ours(student, teacher, point.k, backend)
-            errors["peer_loss_error"] = check_peer(loss, few_teacher, point.k, backend)
-            runs[backend, "forward + backward"] = mine[backend, "forward + backward"]
+            if member:
+                mine = member_calls(student, teacher, point.k, backend, member)
+                errors = {}
+            else:
+                mine, errors = ours(student, teacher, point.k, backend)
+            errors["peer_loss_error"] = check_peer(loss, few_teacher, point.k, backend, own)
+            runs[backend, both] = mine[backend, both]
             checked[backend] = errors
         times, failed = self.clock.measure(runs)
         if failed:
@@ -311,11 +367,12 @@ class Bench:
         for backend, errors in checked.items():
             row = {key: ms * scaled for key, ms in spread(times["peer", label]).items()}
             row |= {"scaled": scaled, "checked": errors, "beside": backend}
-            mine_ms = statistics.median(times[backend, "forward + backward"])
+            mine_ms = statistics.median(times[backend, both])
             row["times_ours"] = row["ms"] / mine_ms
             row["peak_bytes"] = self.clock.peak_memory(runs["peer", label])
             self.result.add("peers", point, label, backend=backend, **row)
-            judge_peer(self.result, point, backend, label, row["times_ours"])
+            judge = judge_family_peer if member else judge_peer
+            judge(self.result, point, backend, label, row["times_ours"])
 
     def host(self, point: Point) -> None:
         """The host's time in a call: how long Python takes to launch it."""
@@ -444,6 +501,13 @@ class Bench:
         return {name: statistics.median(values) for (_, name), values in times.items()}
 
 
+def counted(yardsticks: tuple[str, ...]) -> str:
+    """ "3_reads_and_memset"."""
+    names = dict.fromkeys(yardsticks)
+    counts = {name: yardsticks.count(name) for name in names}
+    return "_and_".join(name if n == 1 else f"{n}_{name}s" for name, n in counts.items())
+
+
 @contextmanager
 def configured(settings: dict[str, Any]) -> Iterator[None]:
     """While the block runs the Triton backend has these settings."""
@@ -486,6 +550,18 @@ def headline(bench: Bench) -> list[Task]:
         Task("headline", bench.main, "headline", run),
         Task("launches", bench.main, "launches", lambda: bench.launches(bench.main)),
     ]
+
+
+def family(bench: Bench) -> list[Task]:
+    return [Task("family", bench.main, "family", bench.family)]
+
+
+def family_peers(bench: Bench) -> list[Task]:
+    return member_peers(bench, compiled=False)
+
+
+def compiled_family_peers(bench: Bench) -> list[Task]:
+    return member_peers(bench, compiled=True)
 
 
 def other_widths(bench: Bench) -> list[Task]:
@@ -590,6 +666,21 @@ def points(
     ]
 
 
+def member_peers(bench: Bench, compiled: bool) -> list[Task]:
+    """Careful and naive eager of the first member, which trainers would otherwise write."""
+    member = next(iter(MEMBERS))
+    divergence, outside = MEMBERS[member]
+    tasks = []
+    for kind, peer in (("careful eager", careful_full), ("naive eager", naive_full)):
+        loss, label = (
+            functools.partial(peer, divergence=divergence, outside=outside),
+            f"{member}, {kind}",
+        )
+        run = functools.partial(bench.peer, bench.main, label, loss, compiled, member)
+        tasks.append(Task("peers", bench.main, label, run))
+    return tasks
+
+
 def peers(
     bench: Bench, losses: dict[str, Callable[..., Tensor]], compiled: bool = False
 ) -> list[Task]:
@@ -603,6 +694,9 @@ def peers(
 STEPS: dict[str, Callable[[Bench], list[Task]]] = {
     "machine": machine,
     "headline": headline,
+    "family": family,
+    "family_peers": family_peers,
+    "compiled_family_peers": compiled_family_peers,
     "other_widths": other_widths,
     "few_rows": few_rows,
     "host": host,

@@ -220,6 +220,69 @@ class Trial:
         np.testing.assert_allclose(ours[rows], theirs[rows], rtol=1e-3, atol=1e-6)
         self.scatter(found_ids, found_grad)
 
+    def bucket(self) -> None:
+        """Tails of both sides, the divergence of full softmaxes, and a gradient's background."""
+        loss, ids, grad = self.outputs()
+        values = self.outputs()[2]
+        student, teacher = (
+            self.struct(bits, self.dtype, self.memory.put(bits))
+            for bits in (self.student_bits, self.teacher_bits)
+        )
+        sums = [np.full(self.rows, 7.0) for _ in range(4)]  # both sides' tails and entropies
+        tail_t, entropy_t, tail_s, entropy_s = (self.memory.put(array) for array in sums)
+        over = self.module.Tail(self.vocab, 1.0, 0, None, tail_t, entropy_t)
+        arguments = teacher, self.allowed(), self.k, ids[1], values[1], over
+        self.module.select_with_tail(self.device, *arguments)
+        listed = self.module.Rows(ids[1], "int32", (self.rows, self.k), (self.k, 1))
+        over = self.module.Tail(self.vocab, 1.5, 0, listed, tail_s, entropy_s)
+        self.module.tail_logsumexp(self.device, student, self.memory.put(self.mask), over)
+        plain = self.module.Divergence(1, 0, 0, 0, 0.5, False, None, None)
+        factors, total = np.full(self.rows, 7, np.float32), np.full(self.rows, 7.0)
+        rest = self.memory.put(factors), self.memory.put(total)
+        out = (loss, (np.full_like(ids[0], 7), self.memory.put(ids[0])), grad)
+        self.module.full_divergence(
+            self.device, student,
+            self.module.Rows(values[1], "float32", (self.rows, self.k), (self.k, 1)), listed,
+            self.allowed(), self.module.Objective(1.5, 0, 1.0, 0, plain, 0, "bucket"),
+            tail_t, tail_s, self.vocab, *(address for _, address in out), *rest,
+        )  # fmt: skip
+        upstream = np.linspace(0.5, 2, self.rows, dtype=np.float32)
+        written = np.zeros_like(self.teacher_bits)
+        dense = self.memory.put(written)
+        self.module.scatter_background(
+            self.device, self.struct(written, self.dtype, dense), out[1][1], grad[1],
+            self.memory.put(upstream), self.k, "clear", student, *rest, self.vocab, 1.5, 0,
+        )  # fmt: skip
+
+        inside = np.zeros((self.rows, self.vocab), dtype=bool)
+        np.put_along_axis(inside, self.ids, True, 1)
+        logs = [softmax(side)[1] for side in (self.student / 1.5, self.teacher)]
+        p, q = (np.exp(log) for log in logs)
+        p_tail, q_tail = (np.where(inside, 0, side).sum(1) for side in (p, q))
+        terms = np.where(inside, p * (logs[0] - logs[1]), 0)
+        ratio = np.log(p_tail) - np.log(q_tail)
+        expected = terms.sum(1) + p_tail * ratio
+        entries = np.where(inside, p * (logs[0] - logs[1] - expected[:, None]), 0)
+        gradient = (entries + np.where(inside, 0, p * (ratio - expected)[:, None])) / 1.5
+        rows = self.mask
+        found_sums = [self.memory.get(*pair) for pair in zip(
+            sums, (tail_t, entropy_t, tail_s, entropy_s), strict=True
+        )]  # fmt: skip
+        for side, place in ((self.teacher, 0), (self.student / 1.5, 2)):
+            outside = np.where(inside, -np.inf, side)
+            wanted = logsumexp(outside)
+            own = np.where(inside, 0, np.exp(outside - wanted[:, None]))
+            entropy = -np.sum(own * np.where(inside, 0, side - wanted[:, None]), axis=1)
+            np.testing.assert_allclose(found_sums[place][rows], wanted[rows], atol=2e-6)
+            np.testing.assert_allclose(found_sums[place + 1][rows], entropy[rows], rtol=1e-5)
+            assert (found_sums[place][~rows] == 0).all()
+        found = self.memory.get(*loss)
+        np.testing.assert_allclose(found[rows], expected[rows], rtol=1e-4, atol=1e-5)
+        assert (found[~rows] == 0).all()
+        got = widened(self.memory.get(written, dense), self.dtype)
+        wanted = np.where(rows[:, None], upstream[:, None] * gradient, 0)
+        np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=1e-6)
+
     def scatter(self, ids: np.ndarray, entries: np.ndarray) -> None:
         """Every mode of the gradient's kernel."""
         upstream = np.linspace(0.5, 2, self.rows, dtype=np.float32)
@@ -233,12 +296,24 @@ class Trial:
                 self.memory.put(entries), self.memory.put(upstream), self.k, mode,
             )  # fmt: skip
             got = self.memory.get(before, address)
-            found = got.view(np.uint16).astype(np.uint32) << 16 if self.dtype == "bfloat16" else got
-            found = found.view(np.float32) if self.dtype == "bfloat16" else found
+            found = widened(got, self.dtype)
             expected = np.zeros((self.rows, self.vocab))
             at = np.nonzero(ids >= 0)
             expected[at[0], ids[at]] = (upstream[:, None] * entries)[at]
             np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-6)
+
+
+def widened(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values that bits of a dtype stand for."""
+    if dtype != "bfloat16":
+        return bits
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def logsumexp(values: np.ndarray) -> np.ndarray:
+    """Of each row."""
+    most = values.max(1)
+    return most + np.log(np.exp(values - most[:, None]).sum(1))
 
 
 def softmax(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -267,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trial.gather()
         for given in (False, True):
             trial.divergence(given)
+        trial.bucket()
     print(f"{len(shapes)} shapes are right")
     return 0
 

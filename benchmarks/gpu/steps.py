@@ -16,6 +16,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = ("cuda", "triton")
 PIECES = ("few rows", "many rows")
 WIDTHS = (16, 64, 1024)  # the K with which every kernel is run first
+OUTSIDE = ("renormalize", "truncate", "bucket", "generalize", "sample")
+FAMILY_WIDTH = 64
 # How pytest picks the tests of a dtype; the K for which the differential suite runs Triton.
 DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
 DIFFERENTIAL_WIDTHS = (1, 64, 1024)
@@ -28,7 +30,11 @@ TRITON_PIECES = {
 NO_EMULATION = {"OPD_KERNELS_EMULATED": "none"}
 SELF = ("{python}", "benchmarks/gpu", "--device", "{device}")
 RAW = ("{python}", "benchmarks/gpu/raw.py", "--device", "{device}")
-GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_linear.py")
+GPU_TESTS = (
+    "tests/kernels/test_gpu.py",
+    "tests/kernels/test_gpu_family.py",
+    "tests/kernels/test_gpu_linear.py",
+)
 SANITIZER_OPTIONS = ("--error-exitcode", str(SANITIZER_EXIT))
 PYTEST = ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-rfEs", "--tb=short")
 
@@ -58,6 +64,12 @@ def runs(piece: str, backend: str, k: int) -> Step:
     command = (*SELF, "--correct", f"{piece},{backend},{k}")
     name = f"runs: {backend}, K={k}, {piece}"
     return Step(name, 40, 60, command=command, beside=True, proves=backend)
+
+
+def family(backend: str, outside: str) -> Step:
+    """Every member with one treatment of what is outside of the support, against float64."""
+    command = (*SELF, "--correct", f"{outside},{backend},{FAMILY_WIDTH}")
+    return Step(f"family: {backend}, {outside}", 30, 60, command=command, beside=True)
 
 
 def gpu_tests(file: str, backend: str, label: str = "", some: str = "") -> Step:
@@ -180,22 +192,27 @@ PARTS: dict[int, tuple[Step, ...]] = {
         gpu_tests("test_gpu", "cuda"),
         *triton_tests(),
         gpu_tests("test_gpu_linear", "triton"),
+        *(gpu_tests("test_gpu_family", name) for name in BACKENDS),
     ),
     2: (
         PACKAGE,
         MACHINE,
+        *(family(backend, outside) for backend in BACKENDS for outside in OUTSIDE),
         WARM,
         HEADLINE,
+        Step("family", 25, 60, measure="family"),
+        Step("family, eager peers", 10, 45, measure="family_peers"),
         Step("raw pointers: cuda", 5, 30, command=RAW, beside=True),
         *map(sanitized, TOOLS),
         *(differential(backend, dtype) for backend in BACKENDS for dtype in DTYPES),
         *map(fuzz, BACKENDS),
+        Step("family, compiled peers", 30, 90, measure="compiled_family_peers"),
+        Step("shapes", 30, 75, measure="shapes"),
+        # With more time than a part is given by default.
         *map(capture, BACKENDS),
         Step("unusual rows", 25, 60, measure="unusual"),
         Step("careful eager", 12, 45, measure="careful_eager"),
-        Step("shapes", 30, 75, measure="shapes"),
         Step("compiled peers", 40, 90, measure="compiled_peers"),
-        # With more time than a part is given by default.
         Step("naive eager", 20, 90, measure="naive_eager"),
         Step("more shapes", 60, 300, measure="more_shapes"),
         Step("linear, everything", 240, 900, measure="linear_everything"),

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Block block(shared.scratch);
   const AlignedRow<Format, Product> row(args.teacher.row(blockIdx.x),
                                         static_cast<int>(args.allowed.limit), args.allowed.banned);
-  stream(block, row, 0, row.tiles(), plan.lane_bits, false, shared.keys);
+  stream(block, row, 0, row.tiles(), plan.lane_bits, false, shared.keys, KeysAlone{});
   __syncthreads();
   if (block.thread == 0)
     args.loss[blockIdx.x] = static_cast<float>(shared.keys[row.tiles() - 1]);

@@ -18,10 +18,11 @@ from unittest import mock
 
 import torch
 from calls import Point
+from peers import MEMBERS
 
 from gpu import measure
-from gpu.steps import PIECES, WIDTHS
-from opd_kernels._arguments import Allowed, Objective
+from gpu.steps import FAMILY_WIDTH, OUTSIDE, PIECES, WIDTHS
+from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails
 from opd_kernels.backends import triton
 
 MANY_ROWS = 512  # more are launched with the same kernels
@@ -54,6 +55,25 @@ def calls(point: Point, device: torch.device) -> Iterator[Callable[[], object]]:
     for settings, _ in measure.TRITON_VARIANTS.values():
         with measure.configured(settings):
             yield lambda: triton.select_divergence(logits, logits, point.k, plain, objective)
+    yield from family_calls(point, logits, ids, values)
+
+
+def family_calls(
+    point: Point, logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+) -> Iterator[Callable[[], object]]:
+    """The same of full softmaxes."""
+    plain, tail = Allowed(point.vocab), Tail(point.vocab)
+    yield lambda: triton.select_with_tail(logits, point.k, plain, tail)
+    yield lambda: triton.tail_logsumexp(logits, None, tail._replace(ids=ids))
+    rows = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for divergence, outside in MEMBERS.values():
+        objective = Objective(divergence=divergence, outside=outside)
+        tails = Tails(rows, rows, point.vocab)
+        yield lambda objective=objective, tails=tails: triton.full_divergence(
+            logits, values, ids, plain, objective, tails
+        )
+    background = Background(rows.float(), rows, point.vocab, logits)
+    yield lambda: triton.scatter_background_(logits, values, ids, rows.float(), background)
 
 
 def linear_calls(
@@ -99,14 +119,14 @@ def compile_ahead(number: int, architecture: int) -> None:
     import aot
 
     with (
-        mock.patch.object(triton, "_multiprocessors", return_value=132),
+        mock.patch.object(triton.common, "multiprocessors", return_value=132),
         aot.compiling(architecture),
     ):
         warm_up(number, "meta")
 
 
 def compile_cases(number: int, architecture: int) -> None:
-    """What the steps that run every kernel first launch, at one of their K."""
+    """What the steps that run every kernel launch, at one of their K or of one ``outside``."""
     sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
     import aot
 
@@ -114,12 +134,16 @@ def compile_cases(number: int, architecture: int) -> None:
     from opd_kernels.testing import make_inputs, results, selected
 
     with (
-        mock.patch.object(triton, "_multiprocessors", return_value=132),
+        mock.patch.object(triton.common, "multiprocessors", return_value=132),
         mock.patch.object(triton, "refusal", return_value=None),
         aot.compiling(architecture),
     ):
-        for piece in PIECES:
-            for case in correct.cases(piece, "triton", WIDTHS[number], "cuda"):
+        if number < len(WIDTHS):
+            pieces, k = PIECES, WIDTHS[number]
+        else:
+            pieces, k = (OUTSIDE[number - len(WIDTHS)],), FAMILY_WIDTH
+        for piece in pieces:
+            for case in correct.cases(piece, "triton", k, "cuda"):
                 inputs = make_inputs(case)
                 if isinstance(inputs.teacher, torch.Tensor):
                     selected(inputs, "triton")
@@ -133,7 +157,7 @@ def main(device: str) -> int:
 
 def ahead(architecture: int) -> int:
     """For the GPU that will be there."""
-    side_by_side(compile_cases, len(WIDTHS), architecture)
+    side_by_side(compile_cases, len(WIDTHS) + len(OUTSIDE), architecture)
     return side_by_side(compile_ahead, jobs(measure.FULL), architecture)
 
 

@@ -10,19 +10,9 @@ using namespace opd;
 
 namespace {
 
-void require_reverse_kl(const DivergenceArgs& args) {
-  require(args.objective.is_reverse_kl(),
-          "the divergence is not reverse_kl(), the only one that these kernels compute");
-}
-
 void select_divergence(const DivergenceArgs& args, const cuda::Device& device) {
-  require_reverse_kl(args);
+  require(args.objective.is_reverse_kl(), "the fused kernel computes reverse_kl() alone");
   cuda::select_divergence(args, device);
-}
-
-void entry_divergence(const DivergenceArgs& args, const cuda::Device& device) {
-  require_reverse_kl(args);
-  cuda::entry_divergence(args, device);
 }
 
 }  // namespace
@@ -46,6 +36,10 @@ PYBIND11_MODULE(_cuda, m) {
   define(m, "select", select_args, cuda::select);
   define(m, "gather", gather_args, cuda::gather);
   define(m, "select_divergence", select_divergence_args, select_divergence);
-  define(m, "entry_divergence", entry_divergence_args, entry_divergence);
+  define(m, "entry_divergence", entry_divergence_args, cuda::entry_divergence);
+  define(m, "full_divergence", full_divergence_args, cuda::full_divergence);
+  define(m, "select_with_tail", select_with_tail_args, cuda::select_with_tail);
+  define(m, "tail_logsumexp", tail_args, cuda::tail_logsumexp);
   define(m, "scatter", scatter_args, cuda::scatter);
+  define(m, "scatter_background", background_args, cuda::scatter_background);
 }

@@ -47,7 +47,11 @@ struct RowResult {
   float loss = 0;
   float factor = 0;       // alpha / T
   float token_grad = 0;
-  double logsumexp = 0;   // what the factor is relative to: the student's, or its tail's
+  // What the factor is relative to: the student's log-sum-exp, or its tail's.
+  double reference = 0;
+  double sum = 1;
+
+  OPD_HD double logsumexp() const { return reference + log(sum); }
 };
 
 // Values of one side: x / T relative to the largest of them and the tail, in double.
@@ -69,6 +73,12 @@ struct Side {
     return relative > 0 ? 0 : relative;
   }
 };
+
+// log(e^a + e^b).
+OPD_HD inline double log_add(double a, double b) {
+  const double most = a < b ? b : a, least = a < b ? a : b;
+  return least == -INFINITY ? most : most + log1p(exp(least - most));
+}
 
 // The difference of two relative values, neither NaN: that of an absent pair is 0.
 OPD_HD inline float difference_of(double student, double teacher) {
@@ -111,10 +121,9 @@ struct Distributions {
   }
 };
 
-
 // Takes ids and teacher values, -inf where an id is absent, and reads the student's row at the ids.
 // Marks entries of teacher value -inf as absent, and leaves the gradients in `student`. The team is
-// that of row_divergence.
+// that of row_divergence. team.once(make) is what make() returns, which one thread calls.
 template <class Team>
 OPD_HD inline RowResult row_full_divergence(Team& team, const Entries& entries, int k,
                                             const char* student_row, DType student_dtype,
@@ -144,12 +153,17 @@ OPD_HD inline RowResult row_full_divergence(Team& team, const Entries& entries, 
   if (poisoned || empty) {
     const float fill = poisoned ? NAN : 0.0f;
     team.for_entries(k, [&](int i) { entries.student[i] = entries.ids[i] < 0 ? 0.0f : fill; });
-    return {fill, fill, fill, fill};
+    return {fill, fill, fill, fill, 1};
   }
 
-  const float temperature = objective.temperature.at(row);
-  const Side student(extremes.student, tails.student, temperature);
-  const Side teacher(extremes.teacher, tails.teacher, objective.teacher_temperature.at(row));
+  struct Sides {
+    Side student, teacher;
+  };
+  const auto& sides = team.once([&] {
+    return Sides{
+        {extremes.student, tails.student, objective.temperature.at(row)},
+        {extremes.teacher, tails.teacher, objective.teacher_temperature.at(row)}};
+  });
   Sums<Real> sums{0, 0, 0, 0};
   const auto add = [&](double s, double u) {
     const float exp_s = expf(static_cast<float>(s)), exp_u = expf(static_cast<float>(u));
@@ -161,26 +175,35 @@ OPD_HD inline RowResult row_full_divergence(Team& team, const Entries& entries, 
   };
   team.for_entries(k, [&](int i) {
     if (entries.ids[i] < 0) return;
-    add(student.of(entries.student[i]), teacher.of(entries.teacher[i]));
+    add(sides.student.of(entries.student[i]), sides.teacher.of(entries.teacher[i]));
   });
   sums = team.combine(sums, [](const Sums<Real>& a, const Sums<Real>& b) {
     return Sums<Real>{a.student + b.student, a.teacher + b.teacher, a.change + b.change,
                       a.size + b.size};
   });
-  add(student.tail, teacher.tail);  // each thread the same
 
-  const auto student_sum = static_cast<float>(sums.student);
-  const auto teacher_sum = static_cast<float>(sums.teacher);
-  const Member member(objective, row);
-  const Distributions both{student,
-                           teacher,
-                           student_sum,
-                           teacher_sum,
-                           logf(student_sum),
-                           logf(teacher_sum),
-                           log_of_ratio(student_sum, teacher_sum, static_cast<float>(sums.change),
-                                        static_cast<float>(sums.size)),
-                           member.floor};
+  struct Known {
+    Distributions both;
+    Member member;
+    Real student_sum;
+  };
+  const auto& known = team.once([&] {
+    add(sides.student.tail, sides.teacher.tail);
+    const auto student_sum = static_cast<float>(sums.student);
+    const auto teacher_sum = static_cast<float>(sums.teacher);
+    const Member member(objective, row);
+    return Known{{sides.student,
+                  sides.teacher,
+                  student_sum,
+                  teacher_sum,
+                  logf(student_sum),
+                  logf(teacher_sum),
+                  log_of_ratio(student_sum, teacher_sum, static_cast<float>(sums.change),
+                               static_cast<float>(sums.size)),
+                  member.floor},
+                 member,
+                 sums.student};
+  });
   struct Totals {
     Real value, rest;
   } totals{0, 0};
@@ -188,7 +211,8 @@ OPD_HD inline RowResult row_full_divergence(Team& team, const Entries& entries, 
     float p = 0;
     Term term{0, 0};
     if (entries.ids[i] >= 0)
-      term = both.term(member, student.of(entries.student[i]), teacher.of(entries.teacher[i]), &p);
+      term = known.both.term(known.member, known.both.student.of(entries.student[i]),
+                             known.both.teacher.of(entries.teacher[i]), &p);
     entries.student[i] = term.rest;
     entries.teacher[i] = p;
     totals.value += term.value;
@@ -198,61 +222,83 @@ OPD_HD inline RowResult row_full_divergence(Team& team, const Entries& entries, 
     return Totals{a.value + b.value, a.rest + b.rest};
   });
 
-  // What the tail and the token add. `balance` is kappa (1 - P).
-  float tail_rest = 0, tail_slope = 0, token_ratio = 0, token_p = 0;
-  float p_tail = both.p_of(student.tail);
-  float balance = member.kappa * p_tail;
-  const Outside outside = objective.outside;
-  if (outside == Outside::kBucket || outside == Outside::kRenormalize) balance = 0;
-  if (outside == Outside::kBucket) {
-    tail_rest = -member.kappa;
-    if (tails.teacher == -INFINITY) {  // absent, with slope 0
-      totals.rest += tail_rest * p_tail;
-    } else {
-      const Term term = both.term(member, student.tail, teacher.tail, &p_tail);
-      totals.value += term.value;
-      totals.rest += term.rest;
+  // An entry's gradient. `balance` is kappa (1 - P).
+  struct Gradient {
+    Real rest;
+    float balance, temperature;
+
+    OPD_HD float of(float entry_rest, float p) const {
+      return finite((entry_rest - rest * p + balance * p) / temperature);
+    }
+  };
+  struct Outcome {
+    Gradient gradient;
+    RowResult result;
+  };
+  const auto& outcome = team.once([&] {
+    const Distributions& both = known.both;
+    const Member& member = known.member;
+    // What the tail and the token add.
+    float tail_rest = 0, tail_slope = 0, token_ratio = 0, token_p = 0;
+    float p_tail = both.p_of(both.student.tail);
+    float balance = member.kappa * p_tail;
+    const Outside outside = objective.outside;
+    if (outside == Outside::kBucket || outside == Outside::kRenormalize) balance = 0;
+    if (outside == Outside::kBucket) {
+      tail_rest = -member.kappa;
+      if (tails.teacher == -INFINITY) {  // absent, with slope 0
+        totals.rest += tail_rest * p_tail;
+      } else {
+        const Term term = both.term(member, both.student.tail, both.teacher.tail, &p_tail);
+        totals.value += term.value;
+        totals.rest += term.rest;
+        bool live;
+        float p = 0, q = 0;
+        const float l = both.log_ratio(both.student.tail, both.teacher.tail, &p, &q, &live);
+        if (live) tail_rest = member.relative_rest(l);
+        tail_slope = term.rest;
+      }
+    }
+    if (token.present) {
       bool live;
       float p = 0, q = 0;
-      const float l = both.log_ratio(student.tail, teacher.tail, &p, &q, &live);
-      if (live) tail_rest = member.relative_rest(l);
-      tail_slope = term.rest;
+      const double s = both.student.of(token.student);
+      const float l = both.log_ratio(s, both.teacher.of(token.teacher), &p, &q, &live);
+      token_p = both.p_of(s);
+      const float ratio = finite(member.reverse * static_cast<double>(member.clamped(l)));
+      totals.value += ratio;
+      token_ratio = live ? ratio : 0;
+      totals.rest += token_ratio;
     }
-  }
-  if (token.present) {
-    bool live;
-    float p = 0, q = 0;
-    const double s = student.of(token.student);
-    const float l = both.log_ratio(s, teacher.of(token.teacher), &p, &q, &live);
-    token_p = both.p_of(s);
-    const float ratio = finite(member.reverse * static_cast<double>(member.clamped(l)));
-    totals.value += ratio;
-    token_ratio = live ? ratio : 0;
-    totals.rest += token_ratio;
-  }
 
-  const Real rest = totals.rest;
-  const auto gradient = [&](float entry_rest, float p) {
-    return finite((entry_rest - rest * p + balance * p) / temperature);
-  };
-  team.for_entries(k, [&](int i) {
-    entries.student[i] =
-        entries.ids[i] < 0 ? 0.0f : gradient(entries.student[i], entries.teacher[i]);
+    const float temperature = objective.temperature.at(row);
+    // Finite terms may overflow in float, and a p of 0 times their sum is 0.
+    if constexpr (sizeof(Real) == sizeof(float)) totals.rest = finite(totals.rest);
+    const Gradient gradient{totals.rest, balance, temperature};
+    RowResult result;
+    result.loss = static_cast<float>(totals.value);
+    result.reference = both.student.reference;
+    result.sum = known.student_sum;
+    if (token.present) result.token_grad = gradient.of(token_ratio, token_p);
+    // -c = -(kappa P + R), and 1 - P is p_tail where P is not 1.
+    const Real alpha = outside == Outside::kBucket
+                           ? tail_rest - totals.rest
+                           : -(member.kappa - balance) - totals.rest;
+    if (fabsf(tail_rest) < kFarTail) {
+      result.factor = finite(alpha / temperature);
+    } else if (tails.student > -INFINITY) {  // p_j / p_tail does not vanish with p_tail
+      result.factor = gradient.of(tail_slope, p_tail);
+      result.reference = tails.student;
+      result.sum = 1;
+    }
+    return Outcome{gradient, result};
   });
-  RowResult result;
-  result.loss = static_cast<float>(totals.value);
-  result.logsumexp = student.reference + log(static_cast<double>(sums.student));
-  if (token.present) result.token_grad = gradient(token_ratio, token_p);
-  // -c = -(kappa P + R), and 1 - P is p_tail where P is not 1.
-  const Real alpha = outside == Outside::kBucket ? tail_rest - rest
-                                                 : -(member.kappa - balance) - rest;
-  if (fabsf(tail_rest) < kFarTail) {
-    result.factor = finite(alpha / temperature);
-  } else if (tails.student > -INFINITY) {  // p_j / p_tail does not vanish with p_tail
-    result.factor = gradient(tail_slope, p_tail);
-    result.logsumexp = tails.student;
-  }
-  return result;
+  team.for_entries(k, [&](int i) {
+    entries.student[i] = entries.ids[i] < 0
+                             ? 0.0f
+                             : outcome.gradient.of(entries.student[i], entries.teacher[i]);
+  });
+  return outcome.result;
 }
 
 }  // namespace opd

@@ -32,6 +32,11 @@ struct Alone {
   Value combine(const Value& value, const Combine&) const {
     return value;
   }
+
+  template <class Make>
+  auto once(const Make& make) const {
+    return make();
+  }
 };
 
 }  // namespace opd::cpu

@@ -3,16 +3,9 @@
 
 #include <cstdint>
 
-namespace opd::cpu {
+#include "../common/softmax.h"
 
-// factor exp(z / T - logsumexp) = scale exp((z - middle) / T). `middle` is near T logsumexp:
-// however small T is, the difference is exact where it matters, and scale / factor is between 1 / V
-// and V.
-struct Softmax {
-  float middle;
-  float temperature;
-  float scale;
-};
+namespace opd::cpu {
 
 // out[j] is that of logits[j] for j < width, rounded to the format. `out` may be `logits`.
 using BackgroundRow = void (*)(const void* logits, int64_t width, const Softmax& softmax,

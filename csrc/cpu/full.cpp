@@ -16,12 +16,6 @@
 namespace opd::cpu {
 namespace {
 
-// log(e^a + e^b).
-double log_add(double a, double b) {
-  const double most = a < b ? b : a, least = a < b ? a : b;
-  return least == -INFINITY ? most : most + std::log1p(std::exp(least - most));
-}
-
 // A row's listed ids and the teacher's values at them. `keys` has room for a key of each: the id
 // and, in the low bits, its place.
 struct Listed {
@@ -122,7 +116,7 @@ void write_row(const FullDivergenceArgs& args, int64_t row, TailSum tail, char* 
   }
   args.loss[row] = result.loss;
   args.factors[row] = result.factor;
-  args.logsumexp[row] = result.logsumexp;
+  args.logsumexp[row] = result.logsumexp();
 }
 
 // A masked row is not read.

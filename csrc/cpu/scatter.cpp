@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../common/divergence.h"
+#include "../common/softmax.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -51,15 +51,6 @@ void write_entries(const ScatterArgs& args, int64_t row) {
   }
 }
 
-Softmax softmax_of(float upstream, float factor, double logsumexp, float temperature) {
-  const float middle = finite(logsumexp * temperature);
-  const double rest = logsumexp - middle / static_cast<double>(temperature);
-  double scale = static_cast<double>(upstream) * factor * std::exp(-rest);
-  // Of finite values it stays finite, so that a p of 0 gives 0.
-  if (std::isfinite(upstream) && std::isfinite(factor)) scale = finite(scale);
-  return {middle, temperature, static_cast<float>(scale)};
-}
-
 void write_row_entries(const ScatterArgs& args, int64_t row) {
   switch (args.out.dtype) {
     case DType::kFloat32: return write_entries<Float32>(args, row);
@@ -89,7 +80,7 @@ void scatter_background(const BackgroundArgs& args, const Processor& processor) 
     char* out = to.out.row(row);
     const float upstream = to.upstream[row], factor = args.factors[row];
     int64_t written = 0;
-    if (factor != 0 && upstream * factor != 0) {
+    if (has_background(upstream, factor)) {
       written = args.limit;
       write(args.logits.row(row), written,
             softmax_of(upstream, factor, args.logsumexp[row], args.temperature.at(row)), out);

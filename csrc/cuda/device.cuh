@@ -23,8 +23,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 using emulation::cluster_rank;
 using emulation::cluster_size;
 using emulation::in_leader;
+using emulation::power_of_2;
 using emulation::prefetch;
+using emulation::round_word;
 using emulation::shared_memory;
+using emulation::widen_half;
 using emulation::word_max;
 
 #else
@@ -54,6 +57,43 @@ __device__ inline uint32_t word_max<BFloat16>(uint32_t a, uint32_t b) {
   uint32_t larger;
   asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   return larger;
+}
+
+// 2^x with a relative error of 2^-22; 0 where that is below 2^-126.
+__device__ inline float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// The value of a float16, in one instruction.
+__device__ inline float widen_half(uint32_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(bits)));
+  return value;
+}
+
+// The word that holds one or two floats, rounded to nearest, ties to even. NaN is 0x7fff.
+template <class Format>
+__device__ uint32_t round_word(const float* values);
+
+template <>
+__device__ inline uint32_t round_word<Float32>(const float* values) {
+  return float_to_bits(values[0]);
+}
+
+template <>
+__device__ inline uint32_t round_word<Float16>(const float* values) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(values[0]), "f"(values[1]));
+  return word;
+}
+
+template <>
+__device__ inline uint32_t round_word<BFloat16>(const float* values) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(values[0]), "f"(values[1]));
+  return word;
 }
 
 __device__ inline char* shared_memory() {
@@ -121,5 +161,14 @@ __device__ inline T* in_leader(T* own) {
 
 #endif
 #endif
+
+// The value in a word, of 16-bit formats that in its lower half (0) or upper half (1).
+__device__ inline float word_value(uint32_t word, int, Float32) { return bits_to_float(word); }
+__device__ inline float word_value(uint32_t word, int half, BFloat16) {
+  return bits_to_float(half == 0 ? word << 16 : word & 0xffff0000u);
+}
+__device__ inline float word_value(uint32_t word, int half, Float16) {
+  return widen_half(half == 0 ? word & 0xffff : word >> 16);
+}
 
 }  // namespace opd::cuda

@@ -21,6 +21,7 @@ void select_divergence(const DivergenceArgs& args, const Device& device) {
 void entry_divergence(const DivergenceArgs& args, const Device& device) {
   const int64_t rows = args.student.count;
   if (rows == 0) return;
+  if (!args.objective.is_reverse_kl()) return member_divergence(args, device);
   launch(support_divergence_kernel, Grid{rows}, kEntryThreads, support_bytes(args.k), 1, device,
          args);
 }

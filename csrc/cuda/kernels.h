@@ -10,6 +10,8 @@
 namespace opd::cuda {
 
 constexpr int kMaxCluster = 8;  // blocks
+// Shared memory that every architecture has for one block.
+constexpr int kMostShared = 99 * 1024;
 
 // The device to launch on, and the properties that a launch depends on.
 struct Device {
@@ -22,11 +24,18 @@ struct Device {
 
 void select(const SelectArgs& args, const Device& device);
 void gather(const GatherArgs& args, const Device& device);
-// The support is selected from the teacher's logits,
+// The support is selected from the teacher's logits; the divergence is reverse_kl(),
 void select_divergence(const DivergenceArgs& args, const Device& device);
-// or given.
+// or given; the divergence is any,
 void entry_divergence(const DivergenceArgs& args, const Device& device);
+// other than reverse_kl().
+void member_divergence(const DivergenceArgs& args, const Device& device);
+// Both tails are given.
+void full_divergence(const FullDivergenceArgs& args, const Device& device);
 void scatter(const ScatterArgs& args, const Device& device);
+void scatter_background(const BackgroundArgs& args, const Device& device);
+void select_with_tail(const SelectWithTailArgs& args, const Device& device);
+void tail_logsumexp(const TailArgs& args, const Device& device);
 
 // The widest row from which k can be selected. Shared memory limits it.
 int64_t max_width(int k, DType dtype);

@@ -56,7 +56,7 @@ struct Grid {
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes,
             int cluster, const Device& device, const Parameters&... arguments) {
-  constexpr int kSharedWithoutAsking = 48 * 1024, kMostShared = 99 * 1024;
+  constexpr int kSharedWithoutAsking = 48 * 1024;
   if (grid.x > 0x7fffffff || grid.y > 0xffff)
     throw std::invalid_argument("CUDA launches at most 2^31 - 1 rows, of 4 GB each, at once");
   const OnDevice on_device(device.index);

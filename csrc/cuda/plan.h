@@ -52,9 +52,14 @@ inline int next_power_of_2(int n) {
 
 inline int largest_group(int k) { return k <= 256 ? 32 : 16; }
 
+// Tiles of a row, wherever it begins.
+inline int most_tiles(int64_t width, int size) {
+  return div_up(width * size + kAlignment - size, kTileBytes);
+}
+
 // Bytes for the group keys or for the keys of the elements of k groups, in whole vectors.
 inline int64_t key_bytes(int64_t width, int k, int size, int lane_bits) {
-  const int64_t tiles = div_up(width * size + kAlignment - size, kTileBytes);
+  const int64_t tiles = most_tiles(width, size);
   const int64_t groups = tiles << (kLaneBits - lane_bits);
   const int64_t elements = std::min<int64_t>(groups, k) << lane_bits;  // in chunks
   return std::max<int64_t>((groups * size + kChunkBytes - 1) / kChunkBytes, elements) * kChunkBytes;
@@ -72,12 +77,11 @@ inline int lane_bits(int64_t width, int k, int size) {
   return -1;
 }
 
-inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, const Device& device) {
-  const int size = element_size(dtype);
-  Plan plan;
+// Shared memory for a selection, of which lane_bits is -1 if it does not fit.
+inline Plan plan_memory(int64_t width, int k, int size) {
+  Plan plan{};
   plan.lane_bits = lane_bits(width, k, size);
-  if (plan.lane_bits < 0)
-    throw std::invalid_argument("rows of " + std::to_string(width) + " elements do not fit");
+  if (plan.lane_bits < 0) return plan;
   plan.key_bytes = static_cast<int>(key_bytes(width, k, size, plan.lane_bits));
   // The entries' ids and values take the keys' place.
   plan.key_bytes = std::max(plan.key_bytes, div_up(kEntryBytes * k, kChunkBytes) * kChunkBytes);
@@ -85,8 +89,11 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   plan.candidates = std::max(2 * next_power_of_2(k), kLeastCandidates);
   plan.shared_bytes = plan.key_bytes + plan.candidates * static_cast<int>(sizeof(uint64_t)) +
                       Block::kScratchBytes + (k + 1) * static_cast<int>(sizeof(int32_t));
+  return plan;
+}
 
-  const int tiles = div_up(width * size, kTileBytes);
+// Sizes of blocks and clusters for so many rows of so many tiles, given the shared memory.
+inline void plan_blocks(int64_t rows, int tiles, int size, const Device& device, Plan& plan) {
   const int rows_of_multiprocessor = div_up(rows, device.multiprocessors);
   int wanted = kThreadsOfMultiprocessor / std::max(rows_of_multiprocessor, 1);
   wanted = std::min(wanted, tiles * kWarp);  // a tile for each warp
@@ -102,6 +109,76 @@ inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, cons
   for (int size = 2; size <= kMaxCluster; ++size)
     if (rows <= device.clusters[size - 2] && tiles >= size * (plan.threads / kWarp))
       plan.cluster = size;
+}
+
+inline Plan plan_selection(int64_t rows, int64_t width, int k, DType dtype, const Device& device) {
+  const int size = element_size(dtype);
+  Plan plan = plan_memory(width, k, size);
+  if (plan.lane_bits < 0)
+    throw std::invalid_argument("rows of " + std::to_string(width) + " elements do not fit");
+  plan_blocks(rows, div_up(width * size, kTileBytes), size, device, plan);
+  return plan;
+}
+
+// A tail's groups are 64 elements, or up to a tile where their sums would take more shared memory
+// than 24 kB, or 12 kB beside float32 keys. They do not depend on k, nor on what is asked for beside
+// the log-sum-exp: its bits must not. Rows of more tiles than kSegmentTiles are summed by several
+// launches.
+constexpr int kTailElements = 64;
+constexpr int kMostTailBytes = 48 * 1024;  // times bytes of an element
+constexpr int kSegmentTiles = 4096;
+
+struct TailPlan {
+  Plan selection;  // and the sizes of blocks; of no keys if nothing is selected
+  int lane_bits;   // a group of the tail is 2^lane_bits chunks
+  int offset;      // of the sums in shared memory, after what is the selection's
+  int groups;      // that there is room for
+  int first;       // tile of this launch
+};
+
+// Bytes of a group: its maximum, its sum and the moment sum of the entropy.
+inline int tail_group_bytes(int size, bool entropy) {
+  return size + static_cast<int>(sizeof(float)) * (entropy ? 2 : 1);
+}
+
+inline int tail_lane_bits(int64_t width, int size) {
+  const int64_t tiles = most_tiles(width, size);
+  int bits = 0;
+  while ((kChunkBytes / size) << bits < kTailElements) ++bits;
+  while (bits < kLaneBits &&
+         (tiles << (kLaneBits - bits)) * tail_group_bytes(size, true) > kMostTailBytes / size)
+    ++bits;
+  return bits;
+}
+
+// `listed` is how many ids are left out. Shared memory is too large if the selection of k does not
+// fit beside the tail.
+inline TailPlan plan_tail(const SelectWithTailArgs& args, int listed, const Device& device) {
+  const SelectArgs& select = args.select;
+  const int64_t rows = select.logits.count, width = args.tail.width;
+  const int size = element_size(select.logits.dtype);
+  TailPlan plan{};
+  plan.lane_bits = tail_lane_bits(width, size);
+  const int tiles = most_tiles(width, size);
+  plan.groups = std::min(tiles, kSegmentTiles) << (kLaneBits - plan.lane_bits);
+  Plan& selection = plan.selection;
+  if (select.k > 0) {
+    // In a row of one segment, the selection's groups are no larger than the tail's.
+    selection = plan_memory(select.allowed.limit, select.k, size);
+    if (tiles > kSegmentTiles || selection.lane_bits < 0) selection.shared_bytes = kMostShared;
+  } else {
+    selection.shared_bytes = Block::kScratchBytes + static_cast<int>(sizeof(int32_t));
+  }
+  const int room = next_power_of_2(std::max(listed, 1));  // to sort the ids
+  if (room > selection.candidates) {
+    selection.shared_bytes +=
+        (room - selection.candidates) * static_cast<int>(sizeof(uint64_t));
+    selection.candidates = room;
+  }
+  plan.offset = div_up(selection.shared_bytes, kChunkBytes) * kChunkBytes;
+  selection.shared_bytes =
+      plan.offset + plan.groups * tail_group_bytes(size, args.tail.entropy != nullptr);
+  plan_blocks(rows, std::min(tiles, kSegmentTiles), size, device, selection);
   return plan;
 }
 

@@ -25,33 +25,50 @@ __device__ void clear(Bits* start, int64_t first, int64_t last) {
   if (tail < last) start[tail] = 0;
 }
 
-// Pieces of `piece` elements are counted from the aligned address at or before a row's first
-// element.
-template <class Format, class Tuning = Product>
-__global__ void __launch_bounds__(1024)
-    scatter_kernel(const __grid_constant__ ScatterArgs args, int64_t piece) {
+// The part of a gradient's row that a block writes: elements [first, last), counted from the aligned
+// address at or before the row's first element. `skip` is that element's number.
+template <class Format>
+struct Piece {
   using Bits = typename Format::Bits;
-  const int64_t row = blockIdx.x;
-  char* out_row = args.out.row(row);
-  const int skipped_bytes = static_cast<int>(reinterpret_cast<uintptr_t>(out_row) % sizeof(uint4));
-  auto* start = reinterpret_cast<Bits*>(out_row - skipped_bytes);
-  const int64_t skip = skipped_bytes / static_cast<int>(sizeof(Bits));
-  int64_t first = blockIdx.y * piece, last = first + piece;
-  if (first < skip) first = skip;
-  if (last > skip + args.out.width) last = skip + args.out.width;
-  if (args.mode == ScatterMode::kClear) {
-    clear<Tuning>(start, first, last);
-    __syncthreads();  // another thread wrote the zero at an entry
+  Bits* start;
+  int64_t skip, first, last;
+
+  // That of `size` elements which this block has of the row.
+  __device__ Piece(const Rows& out, int64_t row, int64_t size) {
+    char* out_row = out.row(row);
+    const int skipped_bytes = static_cast<int>(reinterpret_cast<uintptr_t>(out_row) % sizeof(uint4));
+    start = reinterpret_cast<Bits*>(out_row - skipped_bytes);
+    skip = skipped_bytes / static_cast<int>(sizeof(Bits));
+    first = blockIdx.y * size, last = first + size;
+    if (first < skip) first = skip;
+    if (last > skip + out.width) last = skip + out.width;
   }
+};
+
+// Writes the entries that fall into a piece, or adds them.
+template <class Format>
+__device__ void write_entries(const ScatterArgs& args, int64_t row, const Piece<Format>& piece) {
   const float upstream = args.upstream[row];
   for (int i = threadIdx.x; i < args.k; i += blockDim.x) {
     const int64_t id = args.ids[row * args.k + i];
-    if (id < 0 || id + skip < first || id + skip >= last) continue;
-    Bits& out = start[id + skip];
+    if (id < 0 || id + piece.skip < piece.first || id + piece.skip >= piece.last) continue;
+    auto& out = piece.start[id + piece.skip];
     float value = upstream * args.entry_grad[row * args.k + i];
     if (args.mode == ScatterMode::kAdd) value += Format::widen(out);
     out = Format::round(value);
   }
+}
+
+template <class Format, class Tuning = Product>
+__global__ void __launch_bounds__(1024)
+    scatter_kernel(const __grid_constant__ ScatterArgs args, int64_t size) {
+  const int64_t row = blockIdx.x;
+  const Piece<Format> piece(args.out, row, size);
+  if (args.mode == ScatterMode::kClear) {
+    clear<Tuning>(piece.start, piece.first, piece.last);
+    __syncthreads();  // another thread wrote the zero at an entry
+  }
+  write_entries(args, row, piece);
 }
 
 }  // namespace opd::cuda

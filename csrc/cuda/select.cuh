@@ -20,7 +20,7 @@
 namespace opd::cuda {
 
 // A row, counted from the aligned address at or before its first element.
-template <class ItsFormat, class ItsTuning>
+template <class ItsFormat, class ItsTuning, int kAlign = kAlignment>
 class AlignedRow {
  public:
   using Format = ItsFormat;
@@ -40,8 +40,12 @@ class AlignedRow {
   // Tiles [begin, end) lie in the row with all their elements.
   __device__ int whole_begin() const { return skip_ > 0; }
   __device__ int whole_end() const { return (skip_ + width_) / kTile; }
+  __device__ int width() const { return width_; }
   __device__ bool has_banned() const { return banned_ != nullptr; }
   __device__ int id_of(int chunk, int element) const { return chunk * kChunk + element - skip_; }
+  // The inverse: chunk * kChunk + element.
+  __device__ int place_of(int id) const { return id + skip_; }
+  __device__ float value(int id) const { return Format::widen(start_[place_of(id)]); }
 
   __device__ uint4 load_whole(int chunk) const {
     return Tuning::load(reinterpret_cast<const uint4*>(start_) + chunk);
@@ -75,16 +79,22 @@ class AlignedRow {
     return (first >= 0) & (first + kChunk <= width_);
   }
 
-  // The keys of a chunk's elements. `loaded` holds them if the chunk is whole; if not, they are
-  // read.
-  __device__ void keys_of(int chunk, const uint4& loaded, unsigned excluded, Bits* keys) const {
-    Bits bits[kChunk];
+  // The elements of a chunk. `loaded` holds them if the chunk is whole; if not, they are read, but
+  // for those that are excluded.
+  __device__ void elements_of(int chunk, const uint4& loaded, unsigned excluded,
+                              Bits* bits) const {
     if (is_whole(chunk)) {
-      memcpy(bits, &loaded, sizeof bits);
+      memcpy(bits, &loaded, kChunkBytes);
     } else {
       for (int i = 0; i < kChunk; ++i)
         bits[i] = (excluded >> i) & 1 ? Bits(0) : start_[chunk * kChunk + i];
     }
+  }
+
+  // The keys of these elements.
+  __device__ void keys_of(int chunk, const uint4& loaded, unsigned excluded, Bits* keys) const {
+    Bits bits[kChunk];
+    elements_of(chunk, loaded, excluded, bits);
     for (int i = 0; i < kChunk; ++i)
       keys[i] = static_cast<Bits>(order_key<Format>(static_cast<int32_t>(bits[i])));
     if (excluded == 0) return;
@@ -94,7 +104,7 @@ class AlignedRow {
 
  private:
   __device__ static int skipped_bytes(const char* row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kAlignment);
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kAlign);
   }
 
   __device__ unsigned outside_row(int first) const {
@@ -126,20 +136,27 @@ __device__ void exact_tile(const Row& row, int tile, int lane_bits, int writer,
   if (((lane ^ writer) & ((1 << lane_bits) - 1)) == 0) keys[chunk >> lane_bits] = static_cast<Bits>(best);
 }
 
-// The chunk maxima that a lane holds of kTilesAtOnce tiles. With 16-bit formats a word holds those
-// of two tiles.
+// The maximum of a chunk; of 16-bit formats that of the lower and of the upper halves of its words.
 template <class Format>
+__device__ uint32_t chunk_max(const uint4& chunk) {
+  return word_max<Format>(word_max<Format>(chunk.x, chunk.y), word_max<Format>(chunk.z, chunk.w));
+}
+
+// The chunk maxima that a lane holds of several tiles. With 16-bit formats a word holds those of two
+// tiles.
+template <class Format, int kTiles>
 struct ChunkMaxima {
   static constexpr int kOfWord = sizeof(uint32_t) / sizeof(typename Format::Bits);
-  static constexpr int kWords = kTilesAtOnce / kOfWord;
+  static constexpr int kWords = kTiles / kOfWord;
   uint32_t words[kWords];
 
-  __device__ explicit ChunkMaxima(const uint4 (&chunks)[kTilesAtOnce]) {
+  __device__ explicit ChunkMaxima(const uint4 (&chunks)[kTiles]) {
     for (int i = 0; i < kWords; ++i) {
       if constexpr (kOfWord == 1) {
-        words[i] = of_chunk(chunks[i]);
+        words[i] = chunk_max<Format>(chunks[i]);
       } else {
-        const uint32_t a = of_chunk(chunks[2 * i]), b = of_chunk(chunks[2 * i + 1]);
+        const uint32_t a = chunk_max<Format>(chunks[2 * i]);
+        const uint32_t b = chunk_max<Format>(chunks[2 * i + 1]);
         words[i] = word_max<Format>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
       }
     }
@@ -153,7 +170,7 @@ struct ChunkMaxima {
           word = word_max<Format>(word, __shfl_xor_sync(kAllLanes, word, 1 << bit));
   }
 
-  __device__ typename Format::Bits key(int tile) const {
+  __device__ typename Format::Bits bits(int tile) const {
     // Selects by halves, with constant indices, because registers have no addresses.
     uint32_t left[kWords];
     memcpy(left, words, sizeof left);
@@ -163,24 +180,44 @@ struct ChunkMaxima {
       for (int i = 0; i < half; ++i) left[i] = tile / kOfWord & half ? left[i + half] : left[i];
     uint32_t word = left[0];
     if constexpr (kOfWord == 2) word = tile % 2 ? word >> 16 : word;
-    const auto bits = static_cast<typename Format::Bits>(word);
-    return static_cast<typename Format::Bits>(order_key<Format>(static_cast<int32_t>(bits)));
+    return static_cast<typename Format::Bits>(word);
   }
 
- private:
-  __device__ static uint32_t of_chunk(const uint4& chunk) {
-    return word_max<Format>(word_max<Format>(chunk.x, chunk.y), word_max<Format>(chunk.z, chunk.w));
+  __device__ typename Format::Bits key(int tile) const {
+    return static_cast<typename Format::Bits>(
+        order_key<Format>(static_cast<int32_t>(bits(tile))));
   }
 };
+
+// What stream() leaves of a row beside the group keys: nothing. tail.cuh has sums of groups.
+struct KeysAlone {
+  static constexpr bool kSums = false;
+  static constexpr int kAlign = kAlignment;
+  static constexpr int kTilesAtOnce = cuda::kTilesAtOnce;
+};
+
+// Tiles with keys: none if nothing can be selected.
+template <class Row>
+__device__ int key_tiles(const Row& row) {
+  return row.width() > 0 ? row.tiles() : 0;
+}
 
 // Writes the group keys of the tiles [first, last): first those of whole tiles, without looking at
 // single elements, then again or for the first time those of tiles with banned ids or cut by the
 // row's ends. With `waiting` the keys go to another block's memory, and the barrier that says that
 // it runs is still to be waited for. By then loads are under way.
-template <class Row>
+//
+// With sums, `tail` has a row of its own, which may be wider than `row`, and the tiles are those of
+// it. Then keys are written of tiles in `row` alone.
+template <class Row, class Tail>
 __device__ void stream(const Block& block, const Row& row, int first, int last, int lane_bits,
-                       bool waiting, typename Row::Bits* keys) {
-  const int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
+                       bool waiting, typename Row::Bits* keys, const Tail& tail) {
+  constexpr int kTilesAtOnce = Tail::kTilesAtOnce;
+  int begin = max(first, row.whole_begin()), end = min(last, row.whole_end());
+  if constexpr (Tail::kSums) {
+    begin = max(first, tail.row.whole_begin());
+    end = min(last, tail.row.whole_end());
+  }
   const int of_group = 1 << lane_bits, lane_in_group = block.lane & (of_group - 1);
   const int group_in_tile = block.lane >> lane_bits;
   const int own = begin + block.warp * kTilesAtOnce, stride = block.warps * kTilesAtOnce;
@@ -193,34 +230,53 @@ __device__ void stream(const Block& block, const Row& row, int first, int last, 
       for (int i = 0; i < kTilesAtOnce; ++i)
         chunks[i] = row.load_whole(chunk + min(i, count - 1) * kWarp);
     }
-    ChunkMaxima<typename Row::Format> maxima(chunks);
+    ChunkMaxima<typename Row::Format, kTilesAtOnce> maxima(chunks);
     maxima.combine_lanes(lane_bits);
     if (waiting) cluster_wait();  // the first block runs, so its memory may be written
     waiting = false;
-    for (int i = lane_in_group; i < count; i += of_group)
+    const int written = Tail::kSums ? min(count, key_tiles(row) - tile) : count;
+    for (int i = lane_in_group; i < written; i += of_group)
       keys[((tile + i) << (kLaneBits - lane_bits)) + group_in_tile] = maxima.key(i);
+    if constexpr (Tail::kSums) tail.add(block, tile, count, lane_bits, chunks, maxima);
   }
 
   if (waiting) cluster_wait();  // this warp had no tile
 
-  if (row.has_banned()) {
+  // With sums, the tile that `row` ends in may have been streamed like a whole one.
+  bool looks_again = row.has_banned();
+  if constexpr (Tail::kSums)
+    looks_again |= row.whole_end() < min(key_tiles(row), tail.row.whole_end());
+  if (looks_again) {
     // Each lane checks one of the tiles that this warp has streamed. If a tile holds banned ids,
     // the lanes that wrote its keys write them again.
     for (int tile = own; tile < end; tile += kWarp / kTilesAtOnce * stride) {
       const int place = block.lane % kTilesAtOnce;
       const int seen = tile + block.lane / kTilesAtOnce * stride + place;
-      unsigned dirty = __ballot_sync(kAllLanes, seen < end && row.bans_in(seen));
+      bool is_dirty;
+      if constexpr (Tail::kSums)
+        is_dirty = seen < min(end, key_tiles(row)) &&
+                   (seen >= row.whole_end() || (row.has_banned() && row.bans_in(seen)));
+      else
+        is_dirty = seen < end && row.bans_in(seen);
+      unsigned dirty = __ballot_sync(kAllLanes, is_dirty);
       for (; dirty != 0; dirty &= dirty - 1) {
         const int lane = __ffs(dirty) - 1;
         exact_tile(row, __shfl_sync(kAllLanes, seen, lane), lane_bits, lane % kTilesAtOnce, keys);
       }
     }
   }
-  const bool first_is_cut = first == 0 && row.whole_begin() > 0;
-  const int cut_at_end = row.whole_end();
-  if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, 0, keys);
-  if (cut_at_end < last && !(first_is_cut && cut_at_end == 0) && block.warp == block.warps - 1)
-    exact_tile(row, cut_at_end, lane_bits, 0, keys);
+  if constexpr (Tail::kSums) {
+    const int tile = tail.cut_tile(block);
+    if (tile < 0) return;
+    if (tile < key_tiles(row)) exact_tile(row, tile, lane_bits, 0, keys);
+    tail.add_cut_tile(block, tile);
+  } else {
+    const bool first_is_cut = first == 0 && row.whole_begin() > 0;
+    const int cut_at_end = row.whole_end();
+    if (first_is_cut && block.warp == 0) exact_tile(row, 0, lane_bits, 0, keys);
+    if (cut_at_end < last && !(first_is_cut && cut_at_end == 0) && block.warp == block.warps - 1)
+      exact_tile(row, cut_at_end, lane_bits, 0, keys);
+  }
 }
 
 // Vectors of keys, for loads of 16 bytes from shared memory.
@@ -412,31 +468,39 @@ __device__ void for_chunks(const Block& block, const Row& row, const int32_t* li
 // Selects from a row. Afterwards shared.ranks holds the k best, in order. Returns their number, and
 // -1 in the blocks of a cluster that only stream. Calls expect(id) early for ids that include the k
 // best and usually few others. Ends with a barrier.
-template <class Tuning, class Format, class Expect>
+template <class Tuning, class Format, class Expect, class Tail>
 __device__ int select_row(Block& block, const Shared<Format>& shared, const char* logits,
-                          const Allowed& allowed, int k, int lane_bits, const Expect& expect) {
+                          const Allowed& allowed, int k, int lane_bits, const Expect& expect,
+                          const Tail& tail) {
   using Bits = typename Format::Bits;
-  using Row = AlignedRow<Format, Tuning>;
+  using Row = AlignedRow<Format, Tuning, Tail::kAlign>;
   using Vector = KeyVector<Bits>;
   const Row row(logits, static_cast<int>(allowed.limit), allowed.banned);
-  const int tiles = row.tiles(), rank = cluster_rank(), blocks = cluster_size();
+  const int rank = cluster_rank(), blocks = cluster_size();
+  int tiles = row.tiles(), first = 0, streamed = tiles;
+  if constexpr (Tail::kSums) {
+    tiles = key_tiles(row);
+    first = tail.first, streamed = tail.last() - tail.first;
+  }
   if (blocks > 1) cluster_arrive();  // this block runs
   const int groups = tiles << (kLaneBits - lane_bits);
   const int group_vectors = (groups + Row::kChunk - 1) / Row::kChunk;
-  if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
-    shared.keys[groups + block.thread] = KeyLimits<Bits>::kNotSelectable;
+  if constexpr (!Tail::kSums)  // with sums, groups are so small that a tile's are whole vectors
+    if (block.thread < group_vectors * Row::kChunk - groups)  // a last vector that is not full
+      shared.keys[groups + block.thread] = KeyLimits<Bits>::kNotSelectable;
   for (int i = block.thread; i < shared.most; i += block.threads) shared.ranks[i] = 0;
   if (block.thread == 0) *shared.count = 0;
 
-  stream(block, row, rank * tiles / blocks, (rank + 1) * tiles / blocks, lane_bits, blocks > 1,
-         blocks > 1 ? in_leader(shared.keys) : shared.keys);
+  stream(block, row, first + rank * streamed / blocks, first + (rank + 1) * streamed / blocks,
+         lane_bits, blocks > 1, blocks > 1 ? in_leader(shared.keys) : shared.keys, tail);
   if (blocks > 1) {
     cluster_barrier();
     if (rank > 0) return -1;
   } else {
     __syncthreads();
   }
-
+  if constexpr (Tail::kSums)
+    if (k == 0) return 0;
   int low, high;
   key_range(block, shared.keys, group_vectors, k, low, high);
   const int listed = choose_best(block, shared.keys, group_vectors, k, low, high,
@@ -492,7 +556,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const char* logits = args.logits.row(row);
   int found = 0;
   if (args.allowed.row(row))
-    found = select_row<Tuning>(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {});
+    found = select_row<Tuning>(block, shared, logits, args.allowed, k, plan.lane_bits, [](int) {},
+                               KeysAlone{});
   if (cluster_rank() > 0) return;
   // Values are read from the row: a key has neither a zero's sign nor a NaN's bits.
   const auto* bits = reinterpret_cast<const typename Format::Bits*>(logits);

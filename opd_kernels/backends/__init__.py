@@ -26,12 +26,6 @@ MODULES = {
 # The backends written for a device. Where the reference serves instead, they say what is missing.
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
-# What backends may lack, by a function that comes with it.
-FURTHER = {
-    "gather_dot": "hidden states",
-    "full_divergence": "divergences other than that of topk_rkl",
-}
-
 
 class Backend(Protocol):
     """The functions of a backend; ``opd_kernels.reference`` says what each one means."""
@@ -71,29 +65,6 @@ class Backend(Protocol):
     def scatter_add_(self, out: Tensor, entry_grad: Tensor, ids: Tensor, upstream: Tensor) -> None:
         """The dense gradient, added to what ``out`` holds."""
 
-
-class LinearBackend(Backend, Protocol):
-    """The further functions of a backend that serves ``linear_topk_rkl``."""
-
-    def gather_dot(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
-    ) -> tuple[Tensor, Tensor]:
-        """(logits at the ids, slots)."""
-
-    def gather_dot_hidden(
-        self, upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """The gradient of the hidden states."""
-
-    def gather_dot_weight(
-        self, upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
-    ) -> Tensor:
-        """The gradient of the weight."""
-
-
-class DivergenceBackend(Backend, Protocol):
-    """The further functions of a backend that serves every divergence of ``topk_divergence``."""
-
     def select_with_tail(
         self, logits: Tensor, k: int, allowed: Allowed, tail: Tail
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -131,58 +102,87 @@ class DivergenceBackend(Backend, Protocol):
         """The dense gradient over a background, written over what ``out`` holds."""
 
 
+class LinearBackend(Backend, Protocol):
+    """The further functions of a backend that serves ``linear_topk_rkl``."""
+
+    def gather_dot(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, allowed: Allowed
+    ) -> tuple[Tensor, Tensor]:
+        """(logits at the ids, slots)."""
+
+    def gather_dot_hidden(
+        self, upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the hidden states."""
+
+    def gather_dot_weight(
+        self, upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the weight."""
+
+
 def resolve(
     name: str,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     k: int,
     vocab: int = 0,
-    needed: str = "select_divergence",
+    *,
+    hidden: bool = False,
 ) -> Any:
-    """What serves a call. A backend asked for by name is used or raises."""
+    """What serves a call, on ``hidden`` states where it is one of their operators.
+
+    A backend asked for by name is used or raises.
+    """
     if name != AUTO:
         if name not in MODULES:
             raise ValueError(
                 f"backend {name!r} is not in this version of opd_kernels; it has "
                 f"{', '.join(map(repr, MODULES))}, and backend=None picks the best for the device"
             )
-        backend = load(name)
-        reason = backend.refusal(device, dtypes, k, vocab) or _lack(name, needed)
+        reason = _refusal(name, device, dtypes, k, vocab, hidden)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
-        return backend
+        return load(name)
     for candidate in MODULES:
-        backend = load(candidate)
-        reason = backend.refusal(device, dtypes, k, vocab) or _lack(candidate, needed)
+        reason = _refusal(candidate, device, dtypes, k, vocab, hidden)
         if reason is None:
             break
     else:
         raise ValueError(f"no backend can serve this call: {reason}")
     if candidate == "reference":
-        _warn_if_slow(device, needed)
-    return backend
+        _warn_if_slow(device, hidden)
+    return load(candidate)
 
 
 def resolve_linear(
     name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], k: int
 ) -> LinearBackend:
     """``resolve`` for the operators on hidden states."""
-    return cast(LinearBackend, resolve(name, device, dtypes, k, needed="gather_dot"))
+    return cast(LinearBackend, resolve(name, device, dtypes, k, hidden=True))
 
 
-def having(name: str, needed: str) -> str:
-    """The named backend, or if it lacks an operator the best that has it."""
-    return AUTO if name != AUTO and not hasattr(load(name), needed) else name
+def takes_hidden_states(name: str) -> bool:
+    """Whether a backend has the operators on hidden states."""
+    return hasattr(load(name), "gather_dot")
 
 
-def _lack(name: str, needed: str) -> str | None:
-    """None, or why a backend without an operator cannot serve it and which ones can."""
-    if hasattr(load(name), needed):
-        return None
-    having = [other for other in MODULES if hasattr(load(other), needed)]
+def _refusal(
+    name: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    k: int,
+    vocab: int,
+    hidden: bool,
+) -> str | None:
+    """Why a backend cannot serve a call, or None."""
+    reason = load(name).refusal(device, dtypes, k, vocab)
+    if reason is not None or not hidden or takes_hidden_states(name):
+        return reason
+    having = ", ".join(repr(other) for other in MODULES if takes_hidden_states(other))
     return (
-        f"it has no kernels for {FURTHER[needed]}; backend=None takes the best for the device of "
-        f"{', '.join(map(repr, having))}"
+        "it has no kernels for hidden states; backend=None takes the best for the device of "
+        f"{having}"
     )
 
 
@@ -195,14 +195,12 @@ def load(name: str) -> Backend:
 
 
 @functools.cache
-def _warn_if_slow(device: torch.device, needed: str) -> None:
-    """Once per device and need: why the reference runs where kernels would be faster."""
+def _warn_if_slow(device: torch.device, hidden: bool = False) -> None:
+    """Once per device: why the reference runs where kernels would be faster."""
     reasons: list[str | None] = [f"this version has no kernels for {device.type} tensors"]
     if device.type in NATIVE:
         natives = NATIVE[device.type]
-        reasons = [
-            load(x).refusal(device, (torch.float32,), 1) or _lack(x, needed) for x in natives
-        ]
+        reasons = [_refusal(name, device, (torch.float32,), 1, 0, hidden) for name in natives]
     if None not in reasons:
         warnings.warn(
             "opd_kernels runs on its plain PyTorch reference, slowly: "

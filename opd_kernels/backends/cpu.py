@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends import _build
-from opd_kernels.backends.native import NativeFull
+from opd_kernels.backends.native import NativeFull, NativeLinear
 
 # A gradient of this size or more gets pages of its own from the system; others come from the heap.
 OWN_PAGES_BYTES = 4 << 20
 
 
-class Cpu(NativeFull):
+class Cpu(NativeFull, NativeLinear):
     """The CPU kernels, on torch's number of threads."""
 
     extension = "_C"

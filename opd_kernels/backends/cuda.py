@@ -7,15 +7,20 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from opd_kernels.backends.native import Native, dtype_name
+from opd_kernels._arguments import Allowed, Objective, Tail, Tails
+from opd_kernels.backends.native import NativeFull, dtype_name
+from opd_kernels.divergences import reverse_kl
 
 DEVICE = "cuda"
 # The first compute capability with clusters of blocks. Code for earlier ones does not use them.
 _CLUSTERS = (9, 0)
 
+_REVERSE_KL = reverse_kl()
 
-class Cuda(Native):
+
+class Cuda(NativeFull):
     """The CUDA kernels, on the tensors' device and its current stream."""
 
     extension = "_cuda"
@@ -41,6 +46,32 @@ class Cuda(Native):
                 "backend='reference' take it"
             )
         return None
+
+    def select_divergence(
+        self, student: Tensor, teacher: Tensor, k: int, allowed: Allowed, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Native``; one kernel selects and computes where the divergence is reverse_kl()."""
+        if objective.weights is None and objective.divergence == _REVERSE_KL:
+            return super().select_divergence(student, teacher, k, allowed, objective)
+        ids, values = self.select(teacher, k, allowed)
+        return self.entry_divergence(student, values, ids, allowed, objective)
+
+    def full_divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        ids: Tensor,
+        allowed: Allowed,
+        objective: Objective,
+        tails: Tails,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As ``NativeFull``, whose kernel reads the student at the entries alone, not its rows."""
+        if tails.student is None:
+            support = ids[..., :-1] if objective.outside == "sample" else ids
+            over = Tail(tails.width, objective.temperature, support)
+            sums, _ = self.tail_logsumexp(student, allowed.mask, over)
+            tails = tails._replace(student=sums)
+        return super().full_divergence(student, teacher, ids, allowed, objective, tails)
 
     def _launch(self, operator: str, device: torch.device, *arguments: Any) -> None:
         function, current = getattr(self.module, operator), torch.cuda.current_device()

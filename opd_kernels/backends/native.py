@@ -303,7 +303,7 @@ class NativeLinear(Native):
         )
 
 
-class NativeFull(NativeLinear):
+class NativeFull(Native):
     """A backend whose module has the operators on the probability outside of a support."""
 
     def select_with_tail(

@@ -61,9 +61,7 @@ def check(case: Case, backend: str | None = None, device: torch.device | str = "
 def serves(case: Case, backend: str, device: torch.device | str = "cpu") -> bool:
     """Whether a backend takes a case; one that does not raises."""
     module = backends.load(backend)
-    if case.hidden and not hasattr(module, "gather_dot"):
-        return False
-    if (case.divergence or case.watched) and not hasattr(module, "full_divergence"):
+    if case.hidden and not backends.takes_hidden_states(backend):
         return False
     dtypes = tuple(getattr(torch, name) for name in (case.student_dtype, case.teacher_dtype))
     return module.refusal(torch.device(device), dtypes, case.k, case.teacher_vocab) is None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sass
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -45,16 +46,39 @@ class Kernel(sass.Code):
         return [(int(entries), int(layouts[layout])) for entries, layout in found]
 
 
-class _Driver:
-    """What Triton asks a driver for when it compiles; the device number is the architecture."""
+@dataclass(frozen=True)
+class AmdKernel:
+    """A kernel compiled for an AMD GPU: its resources and its assembly."""
 
-    def __init__(self, architecture: int) -> None:
+    name: str
+    registers: int  # of vectors, a lane's
+    spilled: int
+    scratch: int
+    text: str
+
+    def loops(self) -> list[list[str]]:
+        """Opcodes of each loop: from a label to the last branch back to it."""
+        lines = [line.split() for line in self.text.splitlines() if line.strip()]
+        labels = {words[0][:-1]: at for at, words in enumerate(lines) if words[0].endswith(":")}
+        ends: dict[str, int] = {}
+        for at, words in enumerate(lines):
+            if words[0].startswith(("s_cbranch", "s_branch")) and labels[words[1]] < at:
+                ends[words[1]] = at
+        return [[words[0] for words in lines[labels[name] : end]] for name, end in ends.items()]
+
+
+class _Driver:
+    """What Triton asks a driver for when it compiles; the device is the architecture."""
+
+    def __init__(self, architecture: int | str) -> None:
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.architecture, str):
+            return GPUTarget("hip", self.architecture, 64)
         return GPUTarget("cuda", self.architecture, 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.architecture
 
     def get_current_stream(self, device: int) -> int:
@@ -62,15 +86,17 @@ class _Driver:
 
 
 @contextmanager
-def compiling(architecture: int) -> Iterator[list[Any]]:
-    """Launches compile and are collected."""
+def compiling(architecture: int | str) -> Iterator[list[Any]]:
+    """Launches compile and are collected; an architecture with a name is AMD's."""
     compiled: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    active = driver._active
+    active, hip = driver._active, torch.version.hip
+    if isinstance(architecture, str):
+        torch.version.hip = "of no version"  # NVIDIA's options would not compile
     JITFunction.run = compile_only
     driver.set_active(_Driver(architecture))
     try:
@@ -78,6 +104,7 @@ def compiling(architecture: int) -> Iterator[list[Any]]:
     finally:
         JITFunction.run = run
         driver._active = active
+        torch.version.hip = hip
 
 
 def compile_call(call: Callable[[], object], architecture: int) -> list[Kernel]:
@@ -85,6 +112,19 @@ def compile_call(call: Callable[[], object], architecture: int) -> list[Kernel]:
     with compiling(architecture) as compiled:
         call()
     return [_inspect(kernel) for kernel in compiled]
+
+
+def compile_for_amd(call: Callable[[], object], architecture: str) -> list[AmdKernel]:
+    """As ``compile_call``, for an AMD GPU."""
+    with compiling(architecture) as compiled:
+        call()
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    kernels = []
+    for kernel in compiled:
+        text = kernel.asm["amdgcn"]
+        numbers = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names)
+        kernels.append(AmdKernel(kernel.metadata.name, *numbers, text))
+    return kernels
 
 
 def compile_to_text(call: Callable[[], object], architecture: int) -> list[tuple[str, str]]:
@@ -200,12 +240,10 @@ def _end_of_block(lines: list[str], start: int) -> int:
 
 def main() -> None:
     """Prints what the kernels of one call need, of 8192 rows of 151936 bfloat16 logits."""
-    import torch
-
     from opd_kernels._arguments import Allowed, Objective
     from opd_kernels.backends import triton as backend
 
-    backend._multiprocessors = lambda device: 132
+    backend.common.multiprocessors = lambda device: 132
     logits = torch.empty(8192, 151936, dtype=torch.bfloat16, device="meta")
     print("sm   k     registers  shared  programs  warps  instructions  in the streaming loop")
     for architecture in (80, 90, 100, 120):

@@ -44,6 +44,9 @@ class Bridge:
     def scatter_add_(self, out: Tensor, *arguments: Any) -> None:
         self._call_into(self._backend.scatter_add_, out, arguments)
 
+    def scatter_background_(self, out: Tensor, *arguments: Any) -> None:
+        self._call_into(self._backend.scatter_background_, out, arguments)
+
     def __getattr__(self, name: str) -> Any:
         """The operators that return what they compute, where the backend has them."""
         function = getattr(self._backend, name)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "cubins"
 ARCHITECTURES = (80, 90, 100, 120)
-SOURCES = ("select", "gather", "divergence", "scatter")
+SOURCES = ("select", "gather", "divergence", "full", "scatter", "background", "tail")
 # What the listing adds from 9.0 on to a kernel's shared memory, where it uses any.
 _SYSTEM_SHARED = 1024
 
@@ -111,10 +111,15 @@ def itemsize(code: sass.Code) -> int:
 
 
 def streaming_loop(code: sass.Code) -> list[sass.Instruction]:
-    """The loop over a row: the innermost that loads what no cache need keep and takes maxima."""
+    """The loop over a row: the innermost that loads what no cache need keep and takes maxima.
+
+    It reads no shared memory, unlike loops over what is read again.
+    """
     loops = []
     for body in code.bodies():
         opcodes = [instruction.opcode for instruction in body]
+        if any(op.startswith("LDS") for op in opcodes):
+            continue
         if any(op.startswith("LDG.E.EF") for op in opcodes) and any(map(is_maximum, opcodes)):
             loops.append(body)
     return min(loops, key=len, default=[])
@@ -126,9 +131,12 @@ def is_maximum(opcode: str) -> bool:
 
 
 def _plain(mangled: str) -> str:
-    """select_kernel<Float32> of its symbol."""
-    name, argument = re.findall(r"\d([a-z_]+_kernel)(?:INS_\d+(\w+?)E)?", mangled)[0]
-    return f"{name}<{argument}>" if argument else name
+    """select_kernel<Float32> or tail_kernel<true, Float32> of its symbol."""
+    name, flag, argument = re.findall(
+        r"\d([a-z_]+_kernel)(?:I(?:Lb([01])E)?NS_\d+(\w+?)E)?", mangled
+    )[0]
+    flags = {"0": "false, ", "1": "true, "}
+    return f"{name}<{flags.get(flag, '')}{argument}>" if argument else name
 
 
 def write(file: Path, text: str) -> None:
@@ -149,9 +157,11 @@ def main() -> None:
     print(f"{'kernel':32} sm   registers threads shared blocks instructions in the streaming loop")
     for (arch, name), code in sorted(compiled().items(), key=lambda item: item[0][::-1]):
         threads, shared = 128, 0
-        if not name.startswith(("gather", "scatter")):
+        if not name.startswith(("gather", "scatter", "background", "tail")):
             cut = plan(8192, 151936, 64, itemsize(code) if "<" in name else 2, GPUS[arch])
-            given = name.startswith("support")
+            if name.startswith("tail"):
+                cut = cut.with_entropy if "true" in name else cut.with_tail
+            given = name.startswith(("support", "full"))
             threads = cut.support_threads if given else cut.threads
             shared = cut.support_shared if given else cut.shared
         blocks = sass.resident_blocks(arch, threads, code.registers, shared)

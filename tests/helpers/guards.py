@@ -38,12 +38,15 @@ class GuardedMemory:
 
 
 @contextmanager
-def around_allocations(backend: Any) -> Iterator[GuardedMemory]:
-    """Guards every allocation of a backend while the block runs, and checks them at its end."""
-    memory, plain = GuardedMemory(), backend._empty
-    backend._empty = memory.empty
+def around_allocations(owner: Any, name: str) -> Iterator[GuardedMemory]:
+    """Guards what a backend allocates while the block runs, and checks it at the end.
+
+    ``name`` is the owner's function that allocates.
+    """
+    memory, plain = GuardedMemory(), getattr(owner, name)
+    setattr(owner, name, memory.empty)
     try:
         yield memory
     finally:
-        backend._empty = plain
+        setattr(owner, name, plain)
     memory.check()

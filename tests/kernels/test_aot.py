@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from aot import Kernel, compile_call, compile_to_text, unordered_accesses
+from aot import Kernel, compile_call, compile_for_amd, compile_to_text, unordered_accesses
 
-from opd_kernels._arguments import Allowed, Objective, Temperature
+from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails, Temperature
 from opd_kernels.backends import triton as backend
 from opd_kernels.backends.triton import configs
+from opd_kernels.divergences import OUTSIDE, jsd, reverse_kl
 
 ARCHITECTURES = (80, 90, 100, 120)
 ALL = [int(name) for name in os.environ.get("OPD_KERNELS_AOT", "").split(",") if name]
@@ -38,6 +39,28 @@ SLICE = (
     (90, "bf16", 1024, 151936, False),
     (120, "bf16", 16, 262144, True),
 )
+# Of tails: (architecture, dtype, k, whether the entropy is wanted, whether ids are selected).
+TAIL_SLICE = (
+    *((architecture, "bf16", 64, False, False) for architecture in ARCHITECTURES),
+    (90, "bf16", 64, False, True),
+    (90, "fp32", 256, True, False),
+)
+TAILS = tuple(itertools.product(ALL, DTYPES, TIERS, (False, True), (False, True)))
+# Of any member on given entries: (architecture, k, what becomes of the rest). And of backgrounds:
+# (architecture, dtype).
+ENTRIES_SLICE = (
+    *((architecture, 64, "bucket") for architecture in ARCHITECTURES),
+    (90, 1024, "bucket"),
+    (90, 64, "sample"),
+    (90, 64, "renormalize"),
+)
+ENTRIES = tuple(itertools.product(ALL, TIERS, OUTSIDE))
+BACKGROUND_SLICE = (
+    *((architecture, "bf16") for architecture in ARCHITECTURES),
+    (90, "fp32"),
+    (90, "fp16"),
+)
+BACKGROUND = tuple(itertools.product(ALL, DTYPES))
 # Of the operators on hidden states and a head: (architecture, dtype, H, k).
 LINEAR_SLICE = (
     *((architecture, "bf16", 4096, 64) for architecture in ARCHITECTURES),
@@ -59,7 +82,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an H100."""
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(backend.common, "multiprocessors", lambda device: 132)
 
 
 def check_resources(kernel: Kernel) -> None:
@@ -99,6 +122,54 @@ def test_fused_kernel_has_no_spills_and_streams_by_16_bytes(
     assert kernel.name == "logits_divergence_kernel"
     check_resources(kernel)
     check_streaming(kernel, logits.element_size())
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "k", "entropy", "selected"), TAILS or TAIL_SLICE)
+def test_tails_take_one_power_an_element_in_the_streaming_loop(
+    architecture: int, dtype: str, k: int, entropy: bool, selected: bool
+) -> None:
+    vocab = 151936
+    logits = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    tail = Tail(vocab, Temperature(), meta(ROWS, k, dtype=torch.int32), entropy)
+    if selected:
+        tail = tail._replace(ids=None)
+        (kernel,) = compile_call(
+            lambda: backend.select_with_tail(logits, k, Allowed(vocab), tail), architecture
+        )
+        assert kernel.name == "select_tail_kernel"
+    else:
+        (kernel,) = compile_call(lambda: backend.tail_logsumexp(logits, None, tail), architecture)
+        assert kernel.name == "tail_kernel"
+        # Maxima of groups are loaded four at a time.
+        assert not any("LDG.E.U16" in loop for loop in kernel.loops())
+    check_tail(kernel, DTYPES[dtype].itemsize, entropy)
+
+
+def check_tail(kernel: Kernel, itemsize: int, entropy: bool) -> None:
+    """As other streaming kernels, at a few instructions for each 2 bytes of a row."""
+    check_resources(kernel)
+    check_streaming(kernel, itemsize)
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    tile = configs.tile(itemsize, kernel.warps)
+    assert loop.count("MUFU.EX2") == tile // (32 * kernel.warps)
+    assert len(loop) <= (18 if entropy else 13) * tile * itemsize // (64 * kernel.warps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+@pytest.mark.parametrize("architecture", ALL or (90,))
+def test_tails_of_few_rows_and_of_given_ids(architecture: int, dtype: str) -> None:
+    rows, vocab, k = 64, 151669, 64
+    logits, mask = meta(rows, vocab, dtype=DTYPES[dtype]), meta(rows, dtype=torch.bool)
+    bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8)
+    listed = meta(rows, 40, dtype=torch.int64)
+    tail = Tail(vocab, Temperature(rows=meta(rows)), listed, True)
+    streaming, selecting = compile_call(
+        lambda: backend.select_with_tail(logits, k, Allowed(vocab, bitmap, mask), tail),
+        architecture,
+    )
+    assert [streaming.name, selecting.name] == ["group_sums_kernel", "select_tail_kernel"]
+    check_tail(streaming, DTYPES[dtype].itemsize, entropy=True)
+    check_resources(selecting)
 
 
 @pytest.mark.parametrize("k", TIERS if ALL else (64,))
@@ -204,6 +275,60 @@ def test_given_support_and_gradient(architecture: int, dtype: str, k: int) -> No
     check_resources(add)
 
 
+def full_call(k: int, outside: str) -> Callable[[], object]:
+    """Every part of a member, a floor, rows with weights of their own, a mask and banned ids."""
+    vocab = 151669
+    student, ids = meta(ROWS, vocab, dtype=torch.bfloat16), meta(ROWS, k, dtype=torch.int64)
+    tails = Tails(meta(ROWS, dtype=torch.float64), meta(ROWS, dtype=torch.float64), vocab)
+    bitmap, mask = meta(-(-vocab // 64) * 8, dtype=torch.uint8), meta(ROWS, dtype=torch.bool)
+    allowed = Allowed(vocab, bitmap, mask)
+    divergence = reverse_kl()._replace(logp_floor=-9.0)
+    objective = Objective(divergence=divergence, weights=meta(ROWS, 4), outside=outside)
+    if outside == "renormalize":
+        return lambda: backend.entry_divergence(student, meta(ROWS, k), ids, allowed, objective)
+    return lambda: backend.full_divergence(student, meta(ROWS, k), ids, allowed, objective, tails)
+
+
+@pytest.mark.parametrize(("architecture", "k", "outside"), ENTRIES or ENTRIES_SLICE)
+def test_any_member_on_given_entries_has_no_spills(architecture: int, k: int, outside: str) -> None:
+    (kernel,) = compile_call(full_call(k, outside), architecture)
+    name = "member" if outside == "renormalize" else "full"
+    assert kernel.name == f"{name}_divergence_kernel"
+    check_resources(kernel)
+
+
+def background_call(dtype: torch.dtype, k: int, alike: bool) -> Callable[[], object]:
+    """Of contiguous logits, or of a slice with rows that start elsewhere than the gradient's."""
+    vocab = 151669
+    logits = meta(ROWS, vocab + (not alike), dtype=dtype)[:, :vocab]
+    sums = meta(ROWS, dtype=torch.float64)
+    background = Background(meta(ROWS), sums, vocab, logits, Temperature(rows=meta(ROWS)))
+    values, ids, upstream = meta(ROWS, k), meta(ROWS, k, dtype=torch.int32), meta(ROWS)
+    return lambda: backend.scatter_background(values, ids, upstream, background)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), BACKGROUND or BACKGROUND_SLICE)
+def test_backgrounds_are_read_and_written_by_16_bytes(architecture: int, dtype: str) -> None:
+    (kernel,) = compile_call(background_call(DTYPES[dtype], 64, alike=True), architecture)
+    assert kernel.name == "background_kernel"
+    check_resources(kernel)
+    check_streaming(kernel, DTYPES[dtype].itemsize)
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("STG") for op in loop))
+    stores = [op for op in loop if op.startswith("STG")]
+    assert all(op.endswith(".128") for op in stores), stores
+    # Both streams at full bandwidth leave a lane about 40 instructions for an element of 16 bits.
+    elements = configs.tile(DTYPES[dtype].itemsize) // (32 * kernel.warps)
+    assert len(loop) <= 25 * elements, len(loop)
+
+
+def test_a_gradient_that_is_misaligned_otherwise_is_still_written_by_16_bytes() -> None:
+    (kernel,) = compile_call(background_call(torch.bfloat16, 1025, alike=False), 90)
+    check_resources(kernel)
+    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("STG") for op in loop))
+    stores = [op for op in loop if op.startswith("STG")]
+    assert all(op.endswith(".128") for op in stores), stores
+
+
 def linear_calls(
     dtype: torch.dtype, width: int, k: int, everything: bool = False
 ) -> tuple[Callable[[], object], ...]:
@@ -281,6 +406,44 @@ def test_sorted_entries_are_multiplied_without_spills_or_barriers(
     assert products.resident_programs() * tile >= BYTES_IN_FLIGHT
 
 
+# Vector registers of a lane with which a CU holds 4 programs of 4 waves; no AMD GPU has run them.
+AMD, AMD_REGISTERS = "gfx942", 128
+
+
+@pytest.mark.parametrize("k", TIERS if ALL else (64,))
+@pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
+def test_kernels_compile_for_an_amd_gpu_and_load_by_16_bytes(dtype: str, k: int) -> None:
+    vocab, objective = 151936, Objective(divergence=jsd(), outside="bucket")
+    logits = meta(ROWS, vocab, dtype=DTYPES[dtype])
+    values, ids = meta(ROWS, k), meta(ROWS, k, dtype=torch.int32)
+    sums = meta(ROWS, dtype=torch.float64)
+    tail = Tail(vocab, Temperature(), ids, True)
+    background = Background(meta(ROWS), sums, vocab, logits)
+    calls = {
+        "select_tail_kernel": lambda: backend.select_with_tail(logits, k, Allowed(vocab), tail),
+        "tail_kernel": lambda: backend.tail_logsumexp(logits, None, tail),
+        "background_kernel": lambda: backend.scatter_background(
+            values, ids, meta(ROWS), background
+        ),
+        "full_divergence_kernel": lambda: backend.full_divergence(
+            logits, values, ids, Allowed(vocab), objective, Tails(sums, sums, vocab)
+        ),
+    }
+    for name, call in calls.items():
+        (kernel,) = compile_for_amd(call, AMD)
+        what = f"{name}: {kernel.registers} registers"
+        assert kernel.name == name
+        assert kernel.spilled == 0, what
+        assert kernel.scratch == 0, what
+        assert kernel.registers <= AMD_REGISTERS, what
+        if name == "full_divergence_kernel":  # reads no row
+            continue
+        loads = ("global_load", "buffer_load")
+        loops = [[op for op in loop if op.startswith(loads)] for loop in kernel.loops()]
+        streaming = [loop for loop in loops if loop and all("dwordx4" in op for op in loop)]
+        assert streaming, loops
+
+
 # What a run on a GPU tries, one at a time; the order of sorted ids has tests of its own.
 VARIANTS = (
     {"STAGES": 4},
@@ -318,12 +481,17 @@ def test_barriers_stand_between_stores_and_loads_of_the_same_memory(
     bitmap = meta(-(-vocab // 64) * 8, dtype=torch.uint8) if banned else None
     ids, values, upstream = meta(ROWS, k, dtype=torch.int32), meta(ROWS, k), meta(ROWS)
     allowed, objective = Allowed(vocab, bitmap), Objective()
+    tail = Tail(vocab, Temperature(), None, banned)
     calls = (
         lambda: backend.select_divergence(logits, logits, k, allowed, objective),
         lambda: backend.entry_divergence(logits, values, ids, allowed, objective),
         lambda: backend.select(logits, k, allowed),
+        lambda: backend.select_with_tail(logits, k, allowed, tail),
+        lambda: backend.tail_logsumexp(logits, None, tail._replace(ids=ids)),
         lambda: backend.gather(logits, ids, allowed),
         lambda: backend.scatter(values, ids, upstream, vocab, torch.bfloat16),
+        background_call(torch.bfloat16, k, alike=not banned),
+        *(full_call(k, outside) for outside in ("bucket", "sample", "renormalize")),
         *linear_calls(torch.bfloat16, 4096, k, everything=banned),
     )
     kernels = [kernel for call in calls for kernel in compile_to_text(call, 90)]

@@ -22,10 +22,21 @@ ROWS, WIDTH = 8192, 151936
 PLANNED, LEAST = 1024, 256
 BYTES_IN_FLIGHT = 32 * 1024
 TILES_AT_ONCE = 8  # of 16 bytes for a thread
+TILES_WITH_TAIL = 4
 CHUNKS_AT_ONCE = 4  # the same, of groups that are read again
 # Instructions of the streaming loop, which is two loads of tiles, whole or not, and five steps of
 # maxima, none of which needs all: what they are and a tenth more.
 STREAMING = {"Float16": 230, "BFloat16": 230, "Float32": 260}
+# Of the loops over a gradient's background: instructions for 16 bytes, 10 for a half, and (loads,
+# stores) of a turn.
+BACKGROUND = 80
+BACKGROUND_TURNS = {(4, 4), (1, 1), (4, 2), (2, 1)}
+# With a tail: the same for 32 elements, or 16, of which each takes five instructions more, or seven
+# with the entropy.
+WITH_TAIL = {
+    "false, Float16": 435, "false, BFloat16": 435, "false, Float32": 335,
+    "true, Float16": 540, "true, BFloat16": 540, "true, Float32": 400,
+}  # fmt: skip
 # What the sum of integers in shared memory becomes; floats, whose order tells, become others.
 ATOMICS = {"ATOMS.ADD", "ATOMS.POPC.INC"}
 BRANCHES = ("BRA", "BRX", "BSSY", "BSYNC", "WARPSYNC", "CALL", "RET", "EXIT")
@@ -35,9 +46,15 @@ def check(code: sass.Code) -> None:
     check_memory_and_calls(code)
     if code.name.startswith(("select", "divergence")):
         check_streaming(code)
-        check_rereading(code)
+        check_rereading(code, 2)
+    if code.name.startswith("tail"):
+        check_streaming(code)
+        check_exponentials(code)
+        check_rereading(code, 3)
     if code.name.startswith("scatter"):
         check_clearing(code)
+    if code.name.startswith("background"):
+        check_background(code)
 
 
 def check_memory_and_calls(code: sass.Code) -> None:
@@ -52,26 +69,40 @@ def check_memory_and_calls(code: sass.Code) -> None:
 def check_streaming(code: sass.Code) -> None:
     """The loop over a row has all loads of a turn, 16 bytes each, in flight before it needs one."""
     body, kind = cubins.streaming_loop(code), code.name.split("<")[1].rstrip(">")
+    tiles, most = (TILES_WITH_TAIL, WITH_TAIL) if kind in WITH_TAIL else (TILES_AT_ONCE, STREAMING)
     assert body, f"{code.name}: no loop over a row"
     loop = [instruction.opcode for instruction in body]
     loads = {op for op in loop if op.startswith(("LDG", "LD."))}
     assert all(op.endswith(".128") for op in loads), f"{code.name}: {loads}"
     maxima = [op for op in loop if cubins.is_maximum(op)]
-    assert all(is_packed(op, kind) for op in maxima), f"{code.name}: {maxima}"
+    if kind.startswith("true, "):  # each distance below a maximum is clamped
+        maxima = maxima[: -loop.count("MUFU.EX2")] if "Float32" in kind else maxima
+        maxima = [op for op in maxima if "Float32" in kind or not op.startswith("FMNMX")]
+    assert all(is_packed(op, kind.split()[-1]) for op in maxima), f"{code.name}: {maxima}"
     first = loop.index(maxima[0])
     assert not loads & set(loop[first:]), f"{code.name}: a maximum before a load"
     for path in straight(body):
         # Of two short paths the compiler makes one, with guards.
         for guard, count in Counter(i.guard for i in path if i.opcode in loads).items():
-            assert count == TILES_AT_ONCE, f"{code.name}: {count} loads at once {guard}"
-    assert len(body) <= STREAMING[kind], f"{code.name}: {len(body)} instructions"
+            assert count == tiles, f"{code.name}: {count} loads at once {guard}"
+    assert len(body) <= most[kind], f"{code.name}: {len(body)} instructions"
 
 
-def check_rereading(code: sass.Code) -> None:
+def check_exponentials(code: sass.Code) -> None:
+    """One instruction for each exponential of the streaming loop, and nothing that scales it."""
+    loop = [instruction.opcode for instruction in cubins.streaming_loop(code)]
+    elements = TILES_WITH_TAIL * 16 // cubins.itemsize(code)
+    assert loop.count("MUFU.EX2") == elements, code.name
+    with_entropy = "true" in code.name
+    products = [op for op in loop if op.startswith(("FMUL", "FFMA"))]
+    assert len(products) <= elements * (2 if with_entropy else 1), f"{code.name}: {products}"
+
+
+def check_rereading(code: sass.Code, places: int) -> None:
     """The groups' chunks are loaded all at once, in one straight run, where they are read again.
 
-    That is where they are listed and, if they are too many, where they are stored. Only the
-    divergence asks for the student's values before it needs them.
+    That is where they are listed, where they are stored if they are too many, and where a tail's
+    sums leave ids out. Only the divergence asks for the student's values before it needs them.
     """
     streaming = set(cubins.streaming_loop(code))
     at_once = [
@@ -81,7 +112,9 @@ def check_rereading(code: sass.Code) -> None:
         and len(loads) > 1
     ]
     counts = [len(loads) for loads in at_once]
-    assert counts == [CHUNKS_AT_ONCE] * 2, f"{code.name}: {counts} loads at once of what is listed"
+    assert counts == [CHUNKS_AT_ONCE] * places, (
+        f"{code.name}: {counts} loads at once of what is listed"
+    )
     for first, *others in at_once:
         used = {register(first), *map(register, others)}
         assert len(used) == CHUNKS_AT_ONCE, f"{code.name}: loads at once that share registers"
@@ -128,6 +161,33 @@ def check_clearing(code: sass.Code) -> None:
         assert all(op.startswith("STG") and op.endswith(".128") for op in stores), stores
 
 
+def check_background(code: sass.Code) -> None:
+    """Loops with powers of 2 read and write 16 bytes at a time, with few instructions.
+
+    All loads of a turn are in flight before one is needed. Where logits and gradient are aligned
+    differently, a chunk is cut out of two.
+    """
+    chunk, loads_of_turn = 16 // cubins.itemsize(code), set()
+    for body in code.bodies():
+        loop = [instruction.opcode for instruction in body]
+        if "MUFU.EX2" not in loop:
+            continue
+        loads = [op for op in loop if op.startswith(("LDG", "LD."))]
+        stores = [op for op in loop if op.startswith(("STG", "ST."))]
+        memory = {"LDG.E.EF.128", "STG.E.128"}
+        assert {*loads, *stores} == memory, f"{code.name}: {loads} {stores}"
+        elements = len(stores) * chunk
+        assert loop.count("MUFU.EX2") == elements
+        assert len(loads) in (len(stores), 2 * len(stores))
+        assert not set(loads) & set(loop[loop.index("MUFU.EX2") :]), f"{code.name}: a load too late"
+        loads_of_turn.add((len(loads), len(stores)))
+        if len(stores) > 1:
+            used = len(body) / len(stores)
+            assert used <= BACKGROUND, f"{code.name}: {used} instructions a chunk"
+    what = f"{code.name}: loads and stores of turns {loads_of_turn}"
+    assert loads_of_turn == BACKGROUND_TURNS, what
+
+
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[int, str], sass.Code]:
     return cubins.compiled()
@@ -140,7 +200,7 @@ def on_arch(
     """An architecture and the kernels compiled for it."""
     arch = request.param
     found = {name: code for (its, name), code in kernels.items() if its == arch}
-    assert len(found) == 11
+    assert len(found) == 22
     return arch, found
 
 
@@ -158,13 +218,21 @@ def test_planned_blocks_fit_a_multiprocessor(on_arch: OnArch, itemsize: int, k: 
     arch, found = on_arch
     cut = plan(ROWS, WIDTH, k, itemsize, GPUS[arch])
     assert (cut.tiles_at_once, cut.chunks_at_once) == (TILES_AT_ONCE, CHUNKS_AT_ONCE)
+    assert cut.tiles_at_once_with_tail == TILES_WITH_TAIL
     for name, code in found.items():
-        if name.startswith(("select", "divergence")) and cubins.itemsize(code) == itemsize:
+        tiles, shape = TILES_AT_ONCE, (cut.threads, cut.shared)
+        if name.startswith("tail"):
+            of_tail = cut.with_entropy if "true" in name else cut.with_tail
+            tiles, shape = TILES_WITH_TAIL, (of_tail.threads, of_tail.shared)
+        elif not name.startswith(("select", "divergence")):
+            continue
+        if cubins.itemsize(code) == itemsize:
             assert code.registers <= 64, name  # a block may have 1024 threads
-            blocks = sass.resident_blocks(arch, cut.threads, code.registers, cut.shared)
-            what = f"{name}: {blocks} blocks of {cut.threads} threads"
-            assert blocks * cut.threads >= PLANNED, what
-            assert blocks * cut.threads * 16 * TILES_AT_ONCE >= BYTES_IN_FLIGHT, what
+            threads, shared = shape
+            blocks = sass.resident_blocks(arch, threads, code.registers, shared)
+            what = f"{name}: {blocks} blocks of {threads} threads"
+            assert blocks * threads >= PLANNED, what
+            assert blocks * threads * 16 * tiles >= BYTES_IN_FLIGHT, what
 
 
 @pytest.mark.parametrize("k", [32, 64, 128, 1024])
@@ -172,9 +240,11 @@ def test_small_blocks_fill_more_than_half_a_multiprocessor(on_arch: OnArch, k: i
     arch, found = on_arch
     cut = plan(ROWS, WIDTH, k, 2, GPUS[arch])
     for name, code in found.items():
-        if name.startswith(("gather", "scatter", "support")):
+        if name.startswith(("gather", "scatter", "background", "support", "full")):
             # A large support is limited by shared memory, and its rows by how far ids lie apart.
-            shared = cut.support_shared if name.startswith("support") else 0
+            # The others take less than 512 bytes more than the reverse KL.
+            given = name.startswith(("support", "full"))
+            shared = cut.support_shared + 512 if given else 0
             least = PLANNED if shared < 8 * 1024 else LEAST
             blocks = sass.resident_blocks(arch, 128, code.registers, shared)
             assert blocks * 128 >= least, f"{name}: {blocks} blocks of {code.registers} registers"
@@ -233,6 +303,43 @@ CHANGES = {
         "auto* half = reinterpret_cast<uint2*>(address); half[0] = half[1] = uint2{0, 0};",
         "scatter_kernel<BFloat16>",
         "STG.E.64",
+    ),
+    "a background by half of a chunk": Change(
+        "background.cuh",
+        "Tuning::store(to + i * kBackgroundThreads, background.of_chunk(chunks[i]));",
+        "{const uint4 a = background.of_chunk(chunks[i]);"
+        "auto* half = reinterpret_cast<uint2*>(to + i * kBackgroundThreads);"
+        "half[0] = uint2{a.x, a.y}; half[1] = uint2{a.z, a.w};}",
+        "background_kernel<BFloat16>",
+        "STG.E.64",
+    ),
+    "a background with an exact exponential": Change(
+        "background.cuh",
+        "power_of_2((z - middle) * factor) * scale",
+        "exp2f((z - middle) * factor) * scale",
+        "background_kernel<BFloat16>",
+        "instructions a chunk",
+    ),
+    "a chunk of a background at a time": Change(
+        "background.cuh",
+        "constexpr int kTurns = kShifted ? 2 : 4,",
+        "constexpr int kTurns = 1,",
+        "background_kernel<BFloat16>",
+        "loads and stores of turns",
+    ),
+    "a tail that scales its exponentials": Change(
+        "tail.cuh",
+        "const float power = power_of_2(below * factor_);",
+        "const float power = power_of_2(below * factor_ * 0.5f);",
+        "tail_kernel<false, Float32>",
+        "FMUL",
+    ),
+    "groups of a tail that are waited for one by one": Change(
+        "tail.cuh",
+        "if (row.is_whole(chunk)) loaded[j] = row.load_whole(chunk);",
+        "if (row.is_whole(chunk)) loaded[j] = row.load_whole(chunk); __syncwarp();",
+        "tail_kernel<false, BFloat16>",
+        "loads at once of what is listed",
     ),
     "atomics": Change(
         "scatter.cuh",

@@ -5,6 +5,7 @@ What they compute is tested with all other backends; see emulated.py.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import itertools
 import os
@@ -18,11 +19,13 @@ import guards
 import pytest
 import torch
 from emulation.plan import H100, bounds, plan
+from tails import TAIL, entropy_of, tail_of
 from torch import Tensor
 
 from opd_kernels import backends
-from opd_kernels._arguments import Allowed, Objective, Temperature
+from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails, Temperature
 from opd_kernels.backends import cpu, cuda
+from opd_kernels.divergences import jsd, reverse_kl
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cluster_(barrier|arrive|wait))\(\);")
@@ -75,6 +78,35 @@ def support_call(backend: object, k: int, ids: Tensor) -> Outputs:
     return list(backend.entry_divergence(student, values, ids, Allowed(5000), Objective()))
 
 
+def family_call(backend: object, k: int, ids: Tensor, outside: str) -> Outputs:
+    """Entries of a divergence with every part, and their gradient over its background."""
+    student, values = rows(len(ids), 5000, seed=2), rows(len(ids), k, FP32, seed=3)
+    sampled = outside == "sample"
+    divergence = reverse_kl() if sampled else jsd(0.3)._replace(forward=1.0)
+    objective, allowed = Objective(divergence=divergence, outside=outside), Allowed(4900)
+    if outside == "renormalize":
+        return list(backend.entry_divergence(student, values, ids, allowed, objective))
+    sums = torch.full((len(ids),), 12.5).double()
+    tails = Tails(sums - 1, sums, 5000)
+    full = backend.full_divergence(student, values, ids, allowed, objective, tails)
+    _, out_ids, entry_grad, factors, logsumexp = full
+    background = Background(factors, logsumexp, 5000, student)
+    upstream = torch.linspace(-1, 1, len(ids))
+    return [*full, backend.scatter_background(entry_grad, out_ids, upstream, background)]
+
+
+def tail_call(
+    backend: object, logits: Tensor, k: int, ids: Tensor | None = None, limit: int | None = None
+) -> Outputs:
+    """A tail without its ids, or those that are selected; if k is 0 nothing is."""
+    vocab = logits.shape[1]
+    tail = Tail(vocab, Temperature(1.5), ids, True)
+    if k == 0:
+        return list(backend.tail_logsumexp(logits, None, tail))
+    allowed = Allowed(vocab if limit is None else limit)
+    return list(backend.select_with_tail(logits, k, allowed, tail))
+
+
 def scatter_call(backend: object, out: Tensor, k: int) -> Outputs:
     ids = torch.stack([torch.randperm(out.shape[1])[:k] for _ in out]).int()
     grad, upstream = torch.randn(ids.shape), torch.randn(len(out))
@@ -88,6 +120,8 @@ def scenarios(backend: object) -> Iterator[Outputs]:
     repeated = torch.randint(0, 20, (2, 100))
     yield support_call(backend, 100, repeated)
     yield support_call(backend, 17, torch.randint(0, 5, (1, 17)))
+    for outside, k in (("renormalize", 101), ("bucket", 100), ("sample", 17)):
+        yield family_call(backend, k, torch.randint(0, 60, (2, k)) * 97, outside)
     yield scatter_call(backend, rows(1, 40_000, offset=5), 200)
     for count, k in ((60, 5), (2, 200)):  # many rows in a block, one row in several turns
         yield [*backend.gather(rows(count, 300), torch.randint(-9, 309, (count, k)), Allowed(300))]
@@ -104,9 +138,14 @@ def scenarios(backend: object) -> Iterator[Outputs]:
         teacher = rows(1, 70_000, offset=9)
         teacher[:, banned] += 50
         yield logits_call(backend, teacher, 200, banned)
+        few, many = torch.randint(0, 3000, (2, 9)), torch.randint(0, 3000, (2, 300))
+        for k, ids in ((0, few), (0, many), (9, None), (200, None), (9, many)):
+            yield tail_call(backend, rows(2, 3000, offset=3), k, ids)
     with emulated.gpu(2):
         yield logits_call(backend, rows(1, 40_000, offset=1), 70)  # a cluster of two blocks
         yield logits_call(backend, rows(1, 40_000, FP32), 1)
+        yield tail_call(backend, rows(1, 40_000, offset=1), 0, few[:1])
+        yield tail_call(backend, rows(1, 40_000, FP32), 70)
 
 
 def same(ours: Outputs, theirs: Outputs) -> bool:
@@ -220,7 +259,7 @@ def test_all_outputs_of_masked_rows_are_written() -> None:
     teacher, mask = rows(4, 300), torch.tensor([True, False, True, False])
     ids = torch.arange(9).expand(4, 9)
     allowed, backend = Allowed(300, mask=mask), cuda.backend
-    with guards.around_allocations(backend):  # which fill what they hand out
+    with guards.around_allocations(backend, "_empty"):  # which fill what they hand out
         for loss, out_ids, grad in (
             backend.select_divergence(teacher, teacher, 9, allowed, Objective()),
             backend.entry_divergence(teacher, rows(4, 9, FP32), ids, allowed, Objective()),
@@ -450,3 +489,99 @@ def test_code_for_less_than_a_device_can_do_does_not_count() -> None:
     assert not cuda.serves("80+PTX 90", (10, 0), (9, 0))
     assert cuda.serves("80+PTX 90", (9, 0), (9, 0))
     assert cuda.serves("80 90+PTX", (10, 0), (9, 0))
+
+
+# Tails
+
+
+def loads() -> int:
+    """How often the emulated kernels have read 16 bytes of a row so far."""
+    library = ctypes.CDLL(cuda.backend.module.__file__)
+    return ctypes.c_int64.in_dll(library, "emulated_loads").value
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_WHOLE)
+@pytest.mark.parametrize("k", [1, 64, 300])
+def test_a_tail_costs_no_second_read_of_the_row(dtype: torch.dtype, k: int) -> None:
+    """It reads what the selection alone reads, and again a group for each id that is left out."""
+    vocab = 40_000
+    logits, tail = rows(3, vocab, dtype, offset=5), Tail(vocab, with_entropy=True)
+    chunks, group = 3 * vocab * dtype.itemsize / 16, 64 * dtype.itemsize / 16
+    allowed = Allowed(vocab, mask=torch.tensor([True, True, False]))
+    for multiprocessors in (1, 16):
+        with emulated.gpu(multiprocessors):
+            start = loads()
+            ids, _ = cuda.backend.select(logits, k, allowed)
+            alone = loads() - start
+            cuda.backend.select_with_tail(logits, k, allowed, tail)
+            with_tail = loads() - start - alone
+            cuda.backend.tail_logsumexp(logits, allowed.mask, tail._replace(ids=ids))
+            given = loads() - start - alone - with_tail
+        # In each block of a cluster the last turn may load tiles twice, fewer than eight.
+        spare = 2 * 8 * 8 * 32
+        assert 2 / 3 * chunks - spare <= alone
+        assert with_tail <= alone + 2 * k * group + spare
+        assert given <= 2 / 3 * chunks + 2 * k * group + spare
+
+
+def assert_tail(found: list[Tensor], logits: Tensor, ids: Tensor, temperature: float) -> None:
+    """A log-sum-exp and an entropy against float64."""
+    torch.testing.assert_close(found[0], tail_of(logits, ids, temperature), rtol=0, atol=TAIL)
+    expected, error = entropy_of(logits, ids, temperature)
+    assert ((found[1] - expected).abs() <= error).all(), (found[1], expected, error)
+
+
+@pytest.mark.parametrize("vocab", WIDTHS[:-1])
+@pytest.mark.parametrize("dtype", HALF_AND_WHOLE)
+def test_every_shape_of_a_launch_has_the_same_tail(dtype: torch.dtype, vocab: int) -> None:
+    turn = WIDTHS.index(vocab) + HALF_AND_WHOLE.index(dtype)
+    for at, k in enumerate((1, 65, 300)):
+        if k > vocab:
+            continue
+        for more, offset in enumerate((0, 1, 128 // dtype.itemsize - 1)):
+            logits, limit = rows(2, vocab, dtype, offset), max(vocab - more * 250, 1)
+            tail = Tail(vocab, Temperature(0.7), None, True)
+            with emulated.gpu(*DEVICES[(turn + at + more) % len(DEVICES)]):
+                ids, values, *sums = cuda.backend.select_with_tail(logits, k, Allowed(limit), tail)
+                given = cuda.backend.tail_logsumexp(logits, None, tail._replace(ids=ids))
+            assert same([ids, values], [*cpu.backend.select(logits, k, Allowed(limit))])
+            assert same([*given], sums)
+            with emulated.gpu(*DEVICES[(turn + at + more + 1) % len(DEVICES)]):
+                assert same(tail_call(cuda.backend, logits, k, None, limit)[:2], [ids, values])
+                again = cuda.backend.select_with_tail(logits, k, Allowed(limit), tail)
+            assert same([*again[2:]], sums)
+            assert_tail(sums, logits, ids, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_rows_of_any_width_have_tails(dtype: torch.dtype) -> None:
+    """Groups of more than 64 elements, two reads for many ids of float32, rows in segments."""
+    tile, segment = 512 // dtype.itemsize, 4096
+    for tiles, k in ((1000, 2), (2049, 1024), (segment + 1, 2)):
+        vocab = tiles * tile - 9
+        logits, allowed = rows(1, vocab, dtype, offset=1), Allowed(vocab)
+        logits[0, [7, -7]] = 19  # of two segments
+        tail = Tail(vocab, Temperature(0.7), None, True)
+        found = cuda.backend.select_with_tail(logits, k, allowed, tail)
+        assert same([*found[:2]], [*cpu.backend.select(logits, k, allowed)])
+        for ids in (found[0], found[0][:, :1]):
+            given = cuda.backend.tail_logsumexp(logits, None, tail._replace(ids=ids))
+            assert_tail([*given], logits, ids, 0.7)
+        given = cuda.backend.tail_logsumexp(logits, None, tail._replace(ids=found[0]))
+        assert same([*given], [*found[2:]])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_nan_of_an_earlier_segment_stays(dtype: torch.dtype) -> None:
+    """The last segment holds nothing but -inf, or, as rows begin where they do, no tile."""
+    segment = 4096 * (512 // dtype.itemsize)
+    for width in (segment + 70, segment - 5):
+        logits = rows(1, width, dtype)
+        logits[0, segment:] = -torch.inf
+        tail = Tail(width, Temperature(), torch.tensor([[3]]), True)
+        given = cuda.backend.tail_logsumexp(logits, None, tail)
+        assert_tail([*given], logits, torch.tensor([[3]]), 1.0)
+        logits[0, 7] = torch.nan
+        for sums in cuda.backend.tail_logsumexp(logits, None, tail):
+            assert sums is not None
+            assert sums.isnan().all()

@@ -14,6 +14,7 @@ from tensors import DTYPES, integers, normal
 from opd_kernels._arguments import Allowed
 from opd_kernels.backends import triton
 from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.launches import linear
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -25,7 +26,7 @@ BANNED[1] = 0b101  # 8 and 10
 @pytest.fixture
 def careful() -> Iterator[None]:
     """Guards what the backend allocates, and starts it with garbage."""
-    with guards.around_allocations(triton):
+    with guards.around_allocations(triton.common, "empty"):
         yield
 
 
@@ -113,7 +114,7 @@ def test_a_logit_has_the_same_bits_wherever_its_entry_comes_in_the_order(
 def test_more_entries_than_32_bits_count_keep_their_order(
     careful: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton, "_sorted_dots", None)
+    monkeypatch.setattr(linear, "_sorted_dots", None)
     monkeypatch.setattr(configs, "MAX_SORTED", 2 * K)
     hidden, weight = normal(2, WIDTH), normal(VOCAB, WIDTH, seed=1)
     plain, by_id = both_orders(monkeypatch, hidden, weight, None, ids_of(2), Allowed(LIMIT))

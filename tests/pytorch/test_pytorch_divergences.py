@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from effort import rows
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from opd_kernels import Divergence, TopK, select_topk, topk_divergence
 from opd_kernels.divergences import OUTSIDE
 
-N, V, K = 6, 300, 8
+N, V, K = rows(6), 300, 8
 FULL = [outside for outside in OUTSIDE if outside != "renormalize"]
 # One call of every kind: what is outside, whose support, and what else it needs.
 KINDS: dict[str, dict[str, Any]] = {
@@ -50,8 +51,8 @@ def loss_of(
     parts = {"generalize": (0.5, 0.75, 0.0, 0.0), "sample": (1.0, 0.0, 0.0, 0.0)}
     weights = parts.get(outside, (0.5, 0.25, 1.5, 0.75))
     if options.pop("weights", False):
-        rows = torch.linspace(0, 2, z.shape[:-1].numel()).view(z.shape[:-1])
-        weights = (rows, 0.25, 1.5, rows)
+        by_row = torch.linspace(0, 2, z.shape[:-1].numel()).view(z.shape[:-1])
+        weights = (by_row, 0.25, 1.5, by_row)
     if outside == "sample" or options.get("include_token"):
         options["token_ids"] = torch.arange(V)[: z.shape[-2]] if tokens is None else tokens
     divergence = Divergence(*weights, beta=0.3, log_ratio_clip=4.0, logp_floor=-20.0)
@@ -64,14 +65,14 @@ def gradient(loss: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_whole_forward_and_backward(family_backend: str, kind: str) -> None:
+def test_compiles_whole_forward_and_backward(backend: str, kind: str) -> None:
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     def compiled(z: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return loss_of(z * 2, teacher, kind, backend=family_backend)
+        return loss_of(z * 2, teacher, kind, backend=backend)
 
     teacher = logits(N, V, seed=1)
     leaf = logits(N, V).requires_grad_()
-    expected = loss_of(leaf * 2, teacher, kind, backend=family_backend)
+    expected = loss_of(leaf * 2, teacher, kind, backend=backend)
     loss = compiled(leaf, teacher)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, leaf), gradient(expected, leaf))
@@ -83,23 +84,23 @@ def test_compiles_with_inductor_and_dynamic_shapes(kind: str) -> None:
     def compiled(z: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return loss_of(z * 2, teacher, kind, tokens)
 
-    for rows in (3, 5):
-        leaf, teacher = logits(rows, V).requires_grad_(), logits(rows, V, seed=1)
-        tokens = torch.arange(rows)
+    for count in (3, 5):
+        leaf, teacher = logits(count, V).requires_grad_(), logits(count, V, seed=1)
+        tokens = torch.arange(count)
         expected = loss_of(leaf * 2, teacher, kind, tokens)
         loss = compiled(leaf, teacher, tokens)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient(loss, leaf), gradient(expected, leaf))
 
 
-def test_compiles_with_a_served_support(family_backend: str) -> None:
+def test_compiles_with_a_served_support(backend: str) -> None:
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     def compiled(z: torch.Tensor, teacher: TopK) -> torch.Tensor:
-        return loss_of(z * 2, teacher, "bucket", backend=family_backend, teacher_temperature=1.0)
+        return loss_of(z * 2, teacher, "bucket", backend=backend, teacher_temperature=1.0)
 
     support = select_topk(logits(N, V, seed=1), K, with_logsumexp=True)
     leaf = logits(N, V).requires_grad_()
-    expected = loss_of(leaf * 2, support, "bucket", backend=family_backend, teacher_temperature=1.0)
+    expected = loss_of(leaf * 2, support, "bucket", backend=backend, teacher_temperature=1.0)
     loss = compiled(leaf, support)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, leaf), gradient(expected, leaf))
@@ -121,14 +122,15 @@ def test_compiles_with_a_support_that_it_makes_itself(tail: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_functional_gradients_and_vmap_agree_with_autograd(family_backend: str, kind: str) -> None:
-    student, teacher = logits(3, N, V), logits(3, N, V, seed=1)
+def test_functional_gradients_and_vmap_agree_with_autograd(backend: str, kind: str) -> None:
+    batch = rows(3)
+    student, teacher = logits(batch, N, V), logits(batch, N, V, seed=1)
 
     def loss(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return loss_of(z, t, kind, backend=family_backend)
+        return loss_of(z, t, kind, backend=backend)
 
     mapped, losses = vmap(grad(loss))(student, teacher), vmap(loss)(student, teacher)
-    for i in range(3):
+    for i in range(batch):
         leaf = student[i].clone().requires_grad_()
         value = loss(leaf, teacher[i])
         expected = gradient(value, leaf)
@@ -138,12 +140,12 @@ def test_functional_gradients_and_vmap_agree_with_autograd(family_backend: str, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_keeps_dtypes(family_backend: str, kind: str) -> None:
+def test_autocast_keeps_dtypes(backend: str, kind: str) -> None:
     head, hidden, teacher = torch.nn.Linear(8, V), torch.randn(N, 8), logits(N, V)
     with torch.autocast("cpu", torch.bfloat16):
         z = head(hidden)
         z.retain_grad()
-        loss = loss_of(z, teacher, kind, weight=torch.rand(N), backend=family_backend)
+        loss = loss_of(z, teacher, kind, weight=torch.rand(N), backend=backend)
     loss.backward()
     assert (z.dtype, z.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (loss.dtype, head.weight.grad.dtype) == (torch.float32, torch.float32)
@@ -192,9 +194,9 @@ def test_what_is_kept_for_backward(kind: str) -> None:
 
 @pytest.mark.parametrize("inplace_grad", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_double_backward_is_refused(family_backend: str, kind: str, inplace_grad: bool) -> None:
+def test_double_backward_is_refused(backend: str, kind: str, inplace_grad: bool) -> None:
     leaf, teacher = logits(N, V).requires_grad_(), logits(N, V, seed=1)
-    loss = loss_of(leaf * 1, teacher, kind, inplace_grad=inplace_grad, backend=family_backend)
+    loss = loss_of(leaf * 1, teacher, kind, inplace_grad=inplace_grad, backend=backend)
     (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         first.square().sum().backward()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import mmap
 import warnings
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from effort import INTERPRETED, examples, rows, some
 from hypothesis import given, settings
 
 from opd_kernels import (
     Divergence,
     LinearLogits,
     TopK,
+    backends,
     entries,
     forward_kl,
     jsd,
@@ -33,6 +36,7 @@ from opd_kernels import (
     topk_divergence,
     topk_rkl,
 )
+from opd_kernels._arguments import Allowed, Objective, Tails, Temperature
 from opd_kernels.divergences import OUTSIDE
 from opd_kernels.fuzz import cases
 from opd_kernels.testing import Case, Expected, Inputs, check, make_inputs, oracle
@@ -46,7 +50,10 @@ PAIRS = [
     for outside in OUTSIDE
     for member in {"generalize": WITHOUT_SKEW, "sample": SAMPLED}.get(outside, MEMBERS)
 ]
+FEW = rows(6)
 FAMILY = {"form": ("logits",), "family": (True,)}
+# Longer supports take the interpreter minutes.
+SHORT = {"k": (1, 100)} if INTERPRETED else {}
 
 
 def normal(
@@ -241,10 +248,10 @@ def test_budgets_reject_log_ratios_that_are_differences_of_float32_logarithms() 
 # Every member within its budget
 
 
-@given(case=cases(float64=False, only=FAMILY))
-@settings(max_examples=500)
-def test_any_member_is_within_its_budget(family_backend: str, case: Case) -> None:
-    check(case, family_backend)
+@given(case=cases(float64=False, only=FAMILY | SHORT))
+@settings(max_examples=examples(500))
+def test_any_member_is_within_its_budget(backend: str, case: Case) -> None:
+    check(case, backend)
 
 
 @given(case=cases(float64=True, only=FAMILY))
@@ -254,18 +261,24 @@ def test_any_member_is_within_its_budget_on_the_default_backend(case: Case) -> N
 
 
 @given(case=cases(float64=False, only={**FAMILY, "form": ("linear",)}))
-@settings(max_examples=100)
-def test_any_member_of_hidden_states_is_within_its_budget(family_backend: str, case: Case) -> None:
-    check(case, family_backend)
+@settings(max_examples=examples(100))
+def test_any_member_of_hidden_states_is_within_its_budget(linear_backend: str, case: Case) -> None:
+    check(case, linear_backend)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("member", "outside"), PAIRS)
+@pytest.mark.parametrize(
+    ("turn", "member", "outside", "dtype"),
+    [
+        (turn, *pair, dtype)
+        for turn, pair in enumerate(PAIRS)
+        for dtype in some(("float32", "float16", "bfloat16"), turn)
+    ],
+)
 def test_every_member_with_temperatures_and_vocabularies_of_their_own(
-    family_backend: str, member: str, outside: str, dtype: str
+    backend: str, turn: int, member: str, outside: str, dtype: str
 ) -> None:
     case = Case(
-        rows=(5,),
+        rows=(rows(5),),
         student_vocab=301,
         teacher_vocab=333,
         k=17,
@@ -283,40 +296,41 @@ def test_every_member_with_temperatures_and_vocabularies_of_their_own(
         reduction="none",
         upstream="random",
     )
-    check(case, family_backend)
-    for changed in (
+    check(case, backend)
+    changes: tuple[dict[str, Any], ...] = (
         {"support": "student", "teacher_temperature": "rows", "student_vocab": 347},
         {"teacher": "topk_int64", "teacher_temperature": "float", "carried": "tail"},
         {"teacher": "topk_int32", "teacher_temperature": "one", "carried": "logsumexp"},
         {"student_content": "close", "temperature": "one", "teacher_temperature": None},
         {"clip": 0.5, "floor": -2.0, "vocab_size": 290, "inplace": True},
-    ):
-        check(dataclasses.replace(case, seed=len(changed), **changed), family_backend)
+    )
+    for changed in some(changes, turn):
+        check(dataclasses.replace(case, seed=len(changed), **changed), backend)
 
 
 @pytest.mark.parametrize("edges", [edges for edges in EDGES if edges != "plain"])
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_clips_floors_and_stopped_ratios(family_backend: str, outside: str, edges: str) -> None:
-    student, teacher = normal(8, 100, scale=2.0), normal(8, 100, seed=1, scale=2.0)
+def test_clips_floors_and_stopped_ratios(backend: str, outside: str, edges: str) -> None:
+    student, teacher = (normal(rows(8), 100, seed=seed, scale=2.0) for seed in range(2))
     plain = divergence_for(outside)
-    for clip, floor in ((0.05, -1.0), (0.7, -4.0), (3.0, -0.2)):
+    for clip, floor in some(((0.7, -4.0), (0.05, -1.0), (3.0, -0.2))):
         wanted = EDGES[edges]
         divergence = plain._replace(
             stop_ratio="stop_ratio" in wanted,
             log_ratio_clip=clip if "log_ratio_clip" in wanted else None,
             logp_floor=floor if "logp_floor" in wanted else None,
         )
-        check_rows(family_backend, student, teacher, 12, outside, divergence=divergence)
+        check_rows(backend, student, teacher, 12, outside, divergence=divergence)
         # Entries and tail on both sides of the edge.
-        check_rows(family_backend, student * 0.3, teacher * 0.3, 60, outside, divergence=divergence)
+        check_rows(backend, student * 0.3, teacher * 0.3, 60, outside, divergence=divergence)
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_nasty_contents_on_either_side(family_backend: str, outside: str, content: str) -> None:
+def test_nasty_contents_on_either_side(backend: str, outside: str, content: str) -> None:
     member = {"generalize": "mixed", "sample": "reverse_kl"}.get(outside, "all")
     case = Case(
-        rows=(4,),
+        rows=(rows(4),),
         student_vocab=1025,
         teacher_vocab=1025,
         k=33,
@@ -325,10 +339,10 @@ def test_nasty_contents_on_either_side(family_backend: str, outside: str, conten
         token="any" if outside == "sample" else "none",
         reduction="none",
     )
-    for dtype in ("float32", "bfloat16"):
-        for side in ("student", "teacher"):
-            changed = {f"{side}_content": content, f"{side}_dtype": dtype}
-            check(dataclasses.replace(case, **changed), family_backend)
+    ways = itertools.product(("student", "teacher"), ("float32", "bfloat16"))
+    for side, dtype in some(ways, CONTENTS.index(content) + OUTSIDE.index(outside)):
+        changed = {f"{side}_content": content, f"{side}_dtype": dtype}
+        check(dataclasses.replace(case, **changed), backend)
 
 
 @pytest.mark.parametrize("outside", FULL)
@@ -356,24 +370,24 @@ def test_every_vocabulary_edge(instruction_set: str, outside: str) -> None:
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.2, 1.0, 4.0])
 def test_every_distance_of_the_student_from_the_teacher(
-    family_backend: str, outside: str, size: float
+    backend: str, outside: str, size: float
 ) -> None:
-    teacher = normal(20, 300)
-    student = teacher + normal(20, 300, seed=1, scale=size) - 20
-    check_rows(family_backend, student, teacher, 24, outside)
+    teacher = normal(rows(20), 300)
+    student = teacher + normal(rows(20), 300, seed=1, scale=size) - 20
+    check_rows(backend, student, teacher, 24, outside)
 
 
 @pytest.mark.parametrize("outside", ["renormalize", "bucket", "generalize", "sample"])
-def test_late_in_training_gradients_keep_their_digits(family_backend: str, outside: str) -> None:
+def test_late_in_training_gradients_keep_their_digits(backend: str, outside: str) -> None:
     # A log ratio of 1e-4 is the signal. The difference of two float32 logarithms, or of p and q,
     # has an error of about 1e-6 and leaves two digits.
-    teacher = normal(20, 2000, scale=1.5)
-    student = teacher + normal(20, 2000, seed=1, scale=1e-4) + 3
+    teacher = normal(rows(20), 2000, scale=1.5)
+    student = teacher + normal(rows(20), 2000, seed=1, scale=1e-4) + 3
     options = {"divergence": divergence_for(outside), "outside": outside}
     if outside == "sample":
         options["token_ids"] = select_topk(teacher, 1).ids[:, 0]
     expected = oracle(inputs_of(student, teacher, 64, **options))
-    loss, grad = loss_and_grad(student, teacher, 64, backend=family_backend, **options)
+    loss, grad = loss_and_grad(student, teacher, 64, backend=backend, **options)
     wanted = torch.from_numpy(expected.grads["student"][0])
     size = wanted.abs().amax(-1, keepdim=True)
     assert ((grad - wanted).abs() <= 1e-3 * size).all()
@@ -410,8 +424,26 @@ def with_tail(mass: float, rows: int, vocab: int, k: int, seed: int) -> torch.Te
     return logits.float()
 
 
+@pytest.mark.parametrize("outside", ["renormalize", "truncate", "bucket", "generalize", "sample"])
+def test_slopes_whose_sum_overflows_make_no_nan(backend: str, outside: str) -> None:
+    """An entry whose p is 0 gets 0 of a sum beyond float32."""
+    student = torch.tensor([[0.0, 0.0, -3e4, 0.0, -3e4, -3e4]], requires_grad=True)
+    teacher = torch.tensor([[-3e38, -3e38, 3e38, -3.1e38, -3.2e38, -3.2e38]])
+    of = {"divergence": Divergence(4.0)} if outside != "sample" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = topk_divergence(
+            student, teacher, 3, outside=outside, token_ids=torch.tensor([3]),
+            backend=backend, **of,
+        )  # fmt: skip
+    loss.backward()
+    assert not loss.isnan()
+    assert student.grad is not None
+    assert not student.grad.isnan().any()
+
+
 @pytest.mark.parametrize("outside", ["truncate", "bucket"])
-def test_an_upstream_that_overflows_makes_no_nan(family_backend: str, outside: str) -> None:
+def test_an_upstream_that_overflows_makes_no_nan(backend: str, outside: str) -> None:
     student, teacher = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
     student[:, 20:] = -INF
     student.requires_grad_()
@@ -423,7 +455,7 @@ def test_an_upstream_that_overflows_makes_no_nan(family_backend: str, outside: s
         outside=outside,
         temperature=0.01,
         reduction="none",
-        backend=family_backend,
+        backend=backend,
     )
     upstream = torch.full((2,), 3e38)
     assert not torch.autograd.grad(loss, student, upstream)[0].isnan().any()
@@ -432,10 +464,10 @@ def test_an_upstream_that_overflows_makes_no_nan(family_backend: str, outside: s
 @pytest.mark.parametrize("gap", [86.0, 89.0, 120.0, 900.0])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_tail_that_the_student_all_but_rules_out_keeps_its_gradient(
-    family_backend: str, gap: float, inplace: bool
+    backend: str, gap: float, inplace: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    z, t = torch.randn(2, 4, 60, generator=generator)
+    z, t = torch.randn(2, rows(4), 60, generator=generator)
     z[:, 0] += gap
     t[:, 0] += 3
     leaf = z.clone().requires_grad_()
@@ -447,7 +479,7 @@ def test_a_tail_that_the_student_all_but_rules_out_keeps_its_gradient(
         outside="bucket",
         reduction="sum",
         inplace_grad=inplace,
-        backend=family_backend,
+        backend=backend,
     )
     (grad,) = torch.autograd.grad(loss, leaf)
     p, q = z.double().softmax(-1), t.double().softmax(-1)
@@ -463,16 +495,16 @@ def test_a_tail_that_the_student_all_but_rules_out_keeps_its_gradient(
 )
 @pytest.mark.parametrize("outside", ["renormalize", "bucket"])
 def test_a_small_share_of_a_mixture_keeps_its_digits(
-    family_backend: str, outside: str, member: Divergence
+    backend: str, outside: str, member: Divergence
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    z = 4 * torch.randn(6, 500, generator=generator)
-    t = z + 4 * torch.randn(6, 500, generator=generator)
+    z = 4 * torch.randn(rows(6), 500, generator=generator)
+    t = z + 4 * torch.randn(rows(6), 500, generator=generator)
     results = []
-    for student, backend in ((z, family_backend), (z.double(), "reference")):
+    for student, name in ((z, backend), (z.double(), "reference")):
         leaf = student.clone().requires_grad_()
         loss = topk_divergence(
-            leaf, t, 32, divergence=member, outside=outside, reduction="none", backend=backend
+            leaf, t, 32, divergence=member, outside=outside, reduction="none", backend=name
         )
         results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
     (loss, grad), (expected, expected_grad) = results  # the bounds are some ten float32 roundings
@@ -481,40 +513,41 @@ def test_a_small_share_of_a_mixture_keeps_its_digits(
     assert (error <= 5e-6 * expected_grad.abs().amax(-1)).all()
 
 
-@pytest.mark.parametrize("beta", [1e-30, 1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("beta", some([1e-30, 1 - 1e-9, 1e-9], of=2))
 @pytest.mark.parametrize("outside", ["renormalize", "bucket"])
 def test_shares_that_floats_round_away_never_make_nan(
-    family_backend: str, outside: str, beta: float
+    backend: str, outside: str, beta: float
 ) -> None:
     z, t = torch.zeros(2, 40), torch.zeros(2, 40)
     z[0, 0], t[1, 0] = 100, 100
     for member in (jsd(beta), skew_reverse_kl(beta), skew_forward_kl(beta)):
         leaf = z.clone().requires_grad_()
         loss = topk_divergence(
-            leaf, t, 8, divergence=member, outside=outside, reduction="none", backend=family_backend
+            leaf, t, 8, divergence=member, outside=outside, reduction="none", backend=backend
         )
         assert loss.isfinite().all()
         assert torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mass", [1e-3, 2e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("mass", some([1e-3, 2e-5, 1e-7, 1e-9], turn=2, of=2))
 @pytest.mark.parametrize("outside", FULL)
 def test_small_tails_keep_their_digits(
-    family_backend: str, outside: str, mass: float, dtype: torch.dtype
+    backend: str, outside: str, mass: float, dtype: torch.dtype
 ) -> None:
     # 1 - Q in float32, or log1mexp of its logarithm, has none left at 1e-7.
-    rows, vocab, k = 6, 1500, 32
-    teacher = with_tail(mass, rows, vocab, k, seed=5).to(dtype)
+    count, vocab, k = rows(6), 1500, 32
+    teacher = with_tail(mass, count, vocab, k, seed=5).to(dtype)
     options = {
         "divergence": divergence_for(outside),
         "outside": outside,
-        "token_ids": torch.full((rows,), vocab - 1) if outside == "sample" else None,
+        "token_ids": torch.full((count,), vocab - 1) if outside == "sample" else None,
     }
-    for student in (with_tail(mass * 3, rows, vocab, k, seed=6), normal(rows, vocab, seed=9)):
+    students = (with_tail(mass * 3, count, vocab, k, seed=6), normal(count, vocab, seed=9))
+    for student in some(students, dtype.itemsize // 2):
         student = student.to(dtype).float()  # whose gradient is not rounded to bfloat16
-        expected = check_rows(family_backend, student, teacher, k, **options)
-        loss, grad = loss_and_grad(student, teacher, k, backend=family_backend, **options)
+        expected = check_rows(backend, student, teacher, k, **options)
+        loss, grad = loss_and_grad(student, teacher, k, backend=backend, **options)
         assert loss.isfinite().all()
         assert grad.isfinite().all()
         exact = torch.from_numpy(expected.loss)
@@ -525,25 +558,25 @@ def test_small_tails_keep_their_digits(
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_a_teacher_without_a_tail_is_finite(family_backend: str, outside: str) -> None:
-    teacher = normal(6, 40, seed=1)
+def test_a_teacher_without_a_tail_is_finite(backend: str, outside: str) -> None:
+    teacher = normal(FEW, 40, seed=1)
     teacher[:, 10:] = -INF
-    check_rows(family_backend, normal(6, 40), teacher, 12, outside)
+    check_rows(backend, normal(FEW, 40), teacher, 12, outside)
     # And a tail that the student has and the teacher has not costs nothing, as an absent entry.
-    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 6)}
-    loss, grad = loss_and_grad(normal(6, 40), teacher, 12, backend=family_backend, **options)
+    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, FEW)}
+    loss, grad = loss_and_grad(normal(FEW, 40), teacher, 12, backend=backend, **options)
     assert loss.isfinite().all()
     assert grad.isfinite().all()
     if outside == "bucket":
         options["outside"] = "truncate"
-        other = loss_and_grad(normal(6, 40), teacher, 12, backend=family_backend, **options)
+        other = loss_and_grad(normal(FEW, 40), teacher, 12, backend=backend, **options)
         torch.testing.assert_close((loss, grad), other)
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_a_support_of_the_whole_vocabulary_has_no_tail(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 40), normal(6, 40, seed=1)
-    check_rows(family_backend, student, teacher, 40, outside)
+def test_a_support_of_the_whole_vocabulary_has_no_tail(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 40), normal(FEW, 40, seed=1)
+    check_rows(backend, student, teacher, 40, outside)
     divergence = reverse_kl()
     loss, grad = loss_and_grad(
         student,
@@ -551,35 +584,35 @@ def test_a_support_of_the_whole_vocabulary_has_no_tail(family_backend: str, outs
         40,
         divergence=divergence,
         outside=outside,
-        backend=family_backend,
-        **token(outside, 6),
+        backend=backend,
+        **token(outside, FEW),
     )
     # Then every member is the full divergence, and that of the paper.
-    expected = loss_and_grad(student, teacher, 40, divergence=divergence, backend=family_backend)
+    expected = loss_and_grad(student, teacher, 40, divergence=divergence, backend=backend)
     torch.testing.assert_close((loss, grad), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_a_student_without_a_tail_is_never_nan(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 40), normal(6, 44, seed=1)
-    check_rows(family_backend, student, teacher, 40, outside, banned_ids=None)
-    student = normal(6, 44)
+def test_a_student_without_a_tail_is_never_nan(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 40), normal(FEW, 44, seed=1)
+    check_rows(backend, student, teacher, 40, outside, banned_ids=None)
+    student = normal(FEW, 44)
     student[:, 12:] = -INF  # and what is left is not all in the support
     student[1, 5:] = -INF
-    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 6)}
+    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, FEW)}
     if outside == "sample":
-        options["token_ids"] = torch.zeros(6, dtype=torch.int64)
-    loss, grad = loss_and_grad(student, teacher, 9, backend=family_backend, **options)
+        options["token_ids"] = torch.zeros(FEW, dtype=torch.int64)
+    loss, grad = loss_and_grad(student, teacher, 9, backend=backend, **options)
     assert not loss.isnan().any()
     assert grad.isfinite().all()
-    check_rows(family_backend, student, teacher, 9, **options)
+    check_rows(backend, student, teacher, 9, **options)
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_banned_ids_and_absent_entries_are_in_the_tail(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 40), normal(6, 40, seed=1)
+def test_banned_ids_and_absent_entries_are_in_the_tail(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 40), normal(FEW, 40, seed=1)
     banned = [3, 17, 20, 21]
-    check_rows(family_backend, student, teacher, 8, outside, banned_ids=banned)
+    check_rows(backend, student, teacher, 8, outside, banned_ids=banned)
     # A support that lists them gives the same as one that never did.
     best = select_topk(teacher, 8, banned_ids=banned, with_logsumexp=True)
     more = select_topk(teacher, 40, with_logsumexp=True)
@@ -591,20 +624,18 @@ def test_banned_ids_and_absent_entries_are_in_the_tail(family_backend: str, outs
     rest = teacher.double().masked_fill(kept.gather(-1, more.ids.argsort(-1)), -INF).logsumexp(-1)
     listed = dataclasses.replace(listed, tail_logsumexp=rest)
     options = {"divergence": divergence_for(outside), "outside": outside, "banned_ids": banned}
-    options |= token(outside, 6)
+    options |= token(outside, FEW)
     if outside == "sample":
         at = teacher.gather(-1, options["token_ids"][:, None])[:, 0]
         best, listed = (dataclasses.replace(x, token_logits=at) for x in (best, listed))
-    expected = loss_and_grad(student, teacher, 8, backend=family_backend, **options)
+    expected = loss_and_grad(student, teacher, 8, backend=backend, **options)
     for support in (best, listed):
-        found = loss_and_grad(student, support, backend=family_backend, **options)
+        found = loss_and_grad(student, support, backend=backend, **options)
         torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("outside", ["truncate", "bucket", "generalize"])
-def test_rows_without_entries_have_loss_and_gradient_zero(
-    family_backend: str, outside: str
-) -> None:
+def test_rows_without_entries_have_loss_and_gradient_zero(backend: str, outside: str) -> None:
     student, teacher = normal(3, 40), normal(3, 40, seed=1)
     logprobs, ids = teacher.log_softmax(-1).topk(5)
     answer = [
@@ -614,7 +645,7 @@ def test_rows_without_entries_have_loss_and_gradient_zero(
             for i, v in zip(ids.tolist(), logprobs.tolist(), strict=True)
         ),
     ]
-    options = {"outside": outside, "divergence": divergence_for(outside), "backend": family_backend}
+    options = {"outside": outside, "divergence": divergence_for(outside), "backend": backend}
     served = TopK.from_logprobs(answer[:3])  # vLLM's first position is None
     for topk in (served, served[1:].pad(3)[[2, 0, 1]]):
         loss, grad = loss_and_grad(student, topk, **options)
@@ -626,19 +657,19 @@ def test_rows_without_entries_have_loss_and_gradient_zero(
 
 @pytest.mark.parametrize("outside", FULL)
 def test_entries_that_the_teacher_excludes_are_in_the_students_tail(
-    family_backend: str, outside: str
+    backend: str, outside: str
 ) -> None:
-    student, teacher = normal(6, 40), normal(6, 40, seed=1)
+    student, teacher = normal(FEW, 40), normal(FEW, 40, seed=1)
     best = student.argsort(-1, descending=True)
     teacher = teacher.scatter(-1, best[:, 1:4], -INF)
-    check_rows(family_backend, student, teacher, 8, outside, support="student")
+    check_rows(backend, student, teacher, 8, outside, support="student")
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_repeated_ids_count_once(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 40), normal(6, 40, seed=1)
+def test_repeated_ids_count_once(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 40), normal(FEW, 40, seed=1)
     once = select_topk(teacher, 8, with_logsumexp=True)
-    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 6)}
+    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, FEW)}
     if outside == "sample":
         at = teacher.gather(-1, options["token_ids"][:, None])[:, 0]
         once = dataclasses.replace(once, token_logits=at)
@@ -647,22 +678,98 @@ def test_repeated_ids_count_once(family_backend: str, outside: str) -> None:
     for names in ((), ("tail_logsumexp",), ("logsumexp",)):
         kept = dataclasses.replace(once, **dict.fromkeys(names))
         twice = dataclasses.replace(kept, ids=ids, logits=logits)
-        expected = loss_and_grad(student, kept, backend=family_backend, **options)
-        found = loss_and_grad(student, twice, backend=family_backend, **options)
+        expected = loss_and_grad(student, kept, backend=backend, **options)
+        found = loss_and_grad(student, twice, backend=backend, **options)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_served_tail_of_nothing_is_floored(family_backend: str) -> None:
-    teacher = normal(6, 40, seed=1).double().log_softmax(-1)
+def direct(
+    backend: str, ids: torch.Tensor, values: torch.Tensor, outside: str, tails: Tails
+) -> tuple[torch.Tensor, ...]:
+    """The operator's results for a student of 60 ids, of which 7 and all from 50 on are barred."""
+    banned = torch.zeros(8, dtype=torch.uint8)
+    banned[0] = 1 << 7
+    objective = Objective(
+        Temperature(0.8), Temperature(1.3), divergence_for(outside), outside=outside
+    )
+    student = normal(len(ids), 60, seed=5)
+    kernels: Any = backends.load(backend)
+    return tuple(
+        kernels.full_divergence(student, values, ids, Allowed(50, banned), objective, tails)
+    )
+
+
+@pytest.mark.parametrize("outside", FULL)
+def test_of_repeats_the_first_with_a_value_counts(backend: str, outside: str) -> None:
+    """To the last bit as if the others were not listed, wherever they are."""
+    # An id of 2^32 + 3 has the low half of 3.
+    listed = torch.tensor([3, 9, 3, 2**32 + 3, 4, 9, 3, -1, 4, 3, 9, 12], dtype=torch.int64)
+    values = normal(1, 12, seed=6)
+    values[0, [0, 5, 9]] = -INF
+    once = torch.where(torch.tensor([0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1]) == 1, listed, -1)
+    values[0, 3] = -INF  # of an id that neither side has
+    tails = Tails(torch.tensor([0.3]).double(), torch.tensor([-0.2]).double(), 55)
+    *expected, sums = direct(backend, once[None], values, outside, tails)
+    *found, other_sums = direct(backend, listed[None], values, outside, tails)
+    kept = once if outside != "sample" else torch.cat((once[:-1], torch.tensor([12])))
+    assert torch.equal(found[1][0].long(), torch.where(kept < 50, kept, -1))
+    assert all(map(torch.equal, (*found, other_sums), (*expected, sums)))
+
+
+@pytest.mark.parametrize("outside", FULL)
+def test_ids_without_a_present_entry_are_in_the_given_tails(backend: str, outside: str) -> None:
+    """Banned ones, those beyond the limit, which the student may not have, and those of -inf."""
+    ids = torch.tensor([[3, 7, 55, 9, 7, 2**40, 52, 3, 7, -1, 12]])
+    values = normal(1, 11, seed=6)
+    lost = {7: values[0, 4].item(), 55: values[0, 2].item(), 2**40: values[0, 5].item()}
+    values[0, [1, 6]] = -INF  # 52 has no value
+    values[0, [0, 7]] = -INF  # nor has 3
+    z = normal(1, 60, seed=5)[0].double() / 0.8000000119
+    t = torch.tensor([*lost.values()]).double() / 1.3
+    student, teacher = torch.tensor([0.1, 0.4]).double()
+    given = Tails(teacher[None], student[None], 53)
+    # Ids from 53 on are not in the student's width.
+    joined = Tails(
+        torch.cat((teacher[None], t)).logsumexp(0)[None],
+        torch.cat((student[None], z[[7, 52, 3]])).logsumexp(0)[None],
+        53,
+    )
+    without = torch.where(torch.isin(ids, torch.tensor([9, 12])), ids, -1)
+    expected = direct(backend, without, values, outside, joined)
+    found = direct(backend, ids, values, outside, given)
+    assert torch.equal(found[1], expected[1])
+    # The tails' error of a few units of 2^-24 is that of their share's logarithm.
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_among_the_entries_has_no_entry_of_its_own(backend: str) -> None:
+    ids, values = torch.tensor([[3, 9, 4, 9]]), normal(1, 4, seed=6)
+    tails = Tails(torch.zeros(1).double(), torch.zeros(1).double(), 55)
+    _, found, grad, *_ = direct(backend, ids, values, "sample", tails)
+    if backend != "reference":  # which is not asked this
+        assert found.tolist() == [[3, 9, 4, -1]]
+        assert grad[0, 3] == 0
+    # A token that is no id of the student's, in a row that is NaN.
+    for token in (-1, 55, 2**40):
+        ids[0, 3], values[0, 0] = token, NAN
+        _, found, grad, *_ = direct(backend, ids, values, "sample", tails)
+        assert found.tolist() == [[3, 9, 4, -1]]
+        assert grad[0, :3].isnan().all()
+        assert grad[0, 3] == 0
+
+
+def test_a_served_tail_of_nothing_is_floored(backend: str) -> None:
+    teacher = normal(FEW, 40, seed=1).double().log_softmax(-1)
     served = TopK(
         teacher.argsort(-1, descending=True), teacher.sort(descending=True).values.float()
     )
-    whole = dataclasses.replace(served, logsumexp=torch.zeros(6))
+    whole = dataclasses.replace(served, logsumexp=torch.zeros(FEW))
     for outside in ("truncate", "bucket", "generalize"):
         options = {"divergence": divergence_for(outside), "outside": outside}
-        loss, grad = loss_and_grad(normal(6, 50), whole, backend=family_backend, **options)
-        floored = dataclasses.replace(served, tail_logsumexp=torch.full((6,), -24 * math.log(2)))
-        expected = loss_and_grad(normal(6, 50), floored, backend=family_backend, **options)
+        loss, grad = loss_and_grad(normal(FEW, 50), whole, backend=backend, **options)
+        floored = dataclasses.replace(served, tail_logsumexp=torch.full((FEW,), -24 * math.log(2)))
+        expected = loss_and_grad(normal(FEW, 50), floored, backend=backend, **options)
         torch.testing.assert_close((loss, grad), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -670,51 +777,49 @@ def test_a_served_tail_of_nothing_is_floored(family_backend: str) -> None:
 
 
 @pytest.mark.parametrize(("member", "outside"), PAIRS)
-def test_equal_models_have_loss_and_gradient_zero(
-    family_backend: str, member: str, outside: str
-) -> None:
-    inputs = make_inputs(Case(rows=(3,), divergence=member, outside=outside, token="any", seed=2))
+def test_equal_models_have_loss_and_gradient_zero(backend: str, member: str, outside: str) -> None:
+    inputs = make_inputs(
+        Case(rows=(rows(3),), divergence=member, outside=outside, token="any", seed=2)
+    )
     # The estimate at y is l_y = 0, too.
     student = inputs.student
-    loss, grad = loss_and_grad(student, student, 8, backend=family_backend, **inputs.family)
+    loss, grad = loss_and_grad(student, student, 8, backend=backend, **inputs.family)
     assert loss.abs().max() < 1e-6
     stopped = outside == "truncate"  # does not vanish there: mass on S still pays
     assert stopped or grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("outside", FULL)
-def test_gradients_sum_to_zero_as_softmaxes_ignore_an_offset(
-    family_backend: str, outside: str
-) -> None:
-    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 8)}
-    student, teacher = normal(8, 300), normal(8, 300, seed=1)
-    loss, grad = loss_and_grad(student, teacher, 16, backend=family_backend, **options)
+def test_gradients_sum_to_zero_as_softmaxes_ignore_an_offset(backend: str, outside: str) -> None:
+    options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, FEW)}
+    student, teacher = normal(FEW, 300), normal(FEW, 300, seed=1)
+    loss, grad = loss_and_grad(student, teacher, 16, backend=backend, **options)
     assert (grad.double().sum(-1).abs() <= 1e-5 * grad.abs().double().sum(-1)).all()
-    moved, moved_grad = loss_and_grad(student + 4, teacher, 16, backend=family_backend, **options)
+    moved, moved_grad = loss_and_grad(student + 4, teacher, 16, backend=backend, **options)
     torch.testing.assert_close((moved, moved_grad), (loss, grad), rtol=1e-4, atol=1e-5)
 
 
-def test_the_default_is_topk_rkl_to_the_last_bit(family_backend: str) -> None:
-    student, teacher = normal(6, 300), normal(6, 300, seed=1)
+def test_the_default_is_topk_rkl_to_the_last_bit(backend: str) -> None:
+    student, teacher = normal(FEW, 300), normal(FEW, 300, seed=1)
     leaf = student.clone().requires_grad_()
-    expected = topk_rkl(leaf, teacher, 16, reduction="none", backend=family_backend)
+    expected = topk_rkl(leaf, teacher, 16, reduction="none", backend=backend)
     (wanted,) = torch.autograd.grad(expected.sum(), leaf)
     for options in (
         {},
-        {"divergence": "reverse_kl", "token_ids": torch.zeros(6, dtype=torch.int64)},
+        {"divergence": "reverse_kl", "token_ids": torch.zeros(FEW, dtype=torch.int64)},
     ):
-        loss, grad = loss_and_grad(student, teacher, 16, backend=family_backend, **options)
+        loss, grad = loss_and_grad(student, teacher, 16, backend=backend, **options)
         assert torch.equal(loss, expected)
         assert torch.equal(grad, wanted)
 
 
 @pytest.mark.parametrize("outside", [outside for outside in OUTSIDE if outside != "sample"])
-def test_token_ids_alone_change_nothing(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 300), normal(6, 300, seed=1)
+def test_token_ids_alone_change_nothing(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 300), normal(FEW, 300, seed=1)
     options = {"divergence": divergence_for(outside), "outside": outside}
-    expected = loss_and_grad(student, teacher, 16, backend=family_backend, **options)
-    tokens = torch.arange(6)
-    found = loss_and_grad(student, teacher, 16, backend=family_backend, token_ids=tokens, **options)
+    expected = loss_and_grad(student, teacher, 16, backend=backend, **options)
+    tokens = torch.arange(FEW)
+    found = loss_and_grad(student, teacher, 16, backend=backend, token_ids=tokens, **options)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -727,18 +832,18 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_stand_for_members(name: str) -> None:
-    student, teacher = normal(6, 50), normal(6, 50, seed=1)
+    student, teacher = normal(FEW, 50), normal(FEW, 50, seed=1)
     named = topk_divergence(student, teacher, 8, divergence=name)
     assert torch.equal(named, topk_divergence(student, teacher, 8, divergence=NAMES[name]))
 
 
-@pytest.mark.parametrize("outside", ["renormalize", "truncate", "bucket"])
-def test_members_are_the_sums_of_their_parts(family_backend: str, outside: str) -> None:
-    student, teacher = normal(6, 50), normal(6, 50, seed=1)
+@pytest.mark.parametrize("outside", some(["bucket", "renormalize", "truncate"]))
+def test_members_are_the_sums_of_their_parts(backend: str, outside: str) -> None:
+    student, teacher = normal(FEW, 50), normal(FEW, 50, seed=1)
 
     def found(divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
         return loss_and_grad(
-            student, teacher, 8, divergence=divergence, outside=outside, backend=family_backend
+            student, teacher, 8, divergence=divergence, outside=outside, backend=backend
         )
 
     def added(*parts: tuple[float, Divergence]) -> tuple[torch.Tensor, ...]:
@@ -751,24 +856,22 @@ def test_members_are_the_sums_of_their_parts(family_backend: str, outside: str) 
     torch.testing.assert_close(
         found(mixed(0.25)), added((0.75, reverse_kl()), (0.25, forward_kl()))
     )
-    gate = torch.tensor([0.0, 1, 0, 1, 1, 0])
+    gate = torch.tensor([0.0, 1, 0, 1, 1, 0])[:FEW]
     gated, ungated = found(Divergence(reverse=1.0, forward=gate)), found(reverse_kl())
     both = found(Divergence(reverse=1.0, forward=1.0))
-    for some, without, whole in zip(gated, ungated, both, strict=True):
-        torch.testing.assert_close(some[gate == 0], without[gate == 0])
-        torch.testing.assert_close(some[gate == 1], whole[gate == 1])
+    for found_gated, without, whole in zip(gated, ungated, both, strict=True):
+        torch.testing.assert_close(found_gated[gate == 0], without[gate == 0])
+        torch.testing.assert_close(found_gated[gate == 1], whole[gate == 1])
 
 
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_masked_rows_are_zero_whatever_they_hold(
-    family_backend: str, outside: str, support: str
-) -> None:
+def test_masked_rows_are_zero_whatever_they_hold(backend: str, outside: str, support: str) -> None:
     mask = torch.tensor([True, False, True, False])
     junk = torch.tensor([1.0, NAN, 1.0, INF])
     student, teacher = normal(4, 50), normal(4, 50, seed=1)
     options = {"divergence": divergence_for(outside), "outside": outside, "support": support}
-    options |= {"mask": mask, "backend": family_backend, **token(outside, 4)}
+    options |= {"mask": mask, "backend": backend, **token(outside, 4)}
     clean, clean_grad = loss_and_grad(student, teacher, 8, **options)
     if outside == "sample":
         options["token_ids"] = options["token_ids"].where(mask, -100)
@@ -784,12 +887,12 @@ def test_masked_rows_are_zero_whatever_they_hold(
     assert (weight.grad[~mask] == 0).all()
 
 
-def test_weights_of_masked_rows_do_not_matter(family_backend: str) -> None:
+def test_weights_of_masked_rows_do_not_matter(backend: str) -> None:
     student, teacher = normal(4, 50), normal(4, 50, seed=1)
     mask = torch.tensor([True, False, True, False])
     weight = torch.tensor([0.5, NAN, 0.25, INF])
     for outside in ("renormalize", "bucket"):
-        options = {"outside": outside, "mask": mask, "backend": family_backend}
+        options = {"outside": outside, "mask": mask, "backend": backend}
         found = loss_and_grad(student, teacher, 8, divergence=mixed(weight), **options)
         clean = mixed(weight.where(mask, 0.0))
         expected = loss_and_grad(student, teacher, 8, divergence=clean, **options)
@@ -798,14 +901,14 @@ def test_weights_of_masked_rows_do_not_matter(family_backend: str) -> None:
 
 
 @pytest.mark.parametrize("outside", [x for x in OUTSIDE if x != "sample"])
-def test_an_included_token_is_one_entry_more(family_backend: str, outside: str) -> None:
+def test_an_included_token_is_one_entry_more(backend: str, outside: str) -> None:
     student, teacher = normal(5, 60), normal(5, 60, seed=1)
     best = select_topk(teacher, 8)
     order = teacher.argsort(-1, descending=True)
     tokens = torch.stack([order[0, 20], order[1, 3], order[2, 59], order[3, 8], order[4, 0]])
     options = {"divergence": divergence_for(outside), "outside": outside}
     found = loss_and_grad(
-        student, teacher, 8, token_ids=tokens, include_token=True, backend=family_backend, **options
+        student, teacher, 8, token_ids=tokens, include_token=True, backend=backend, **options
     )
     known = (best.ids == tokens[:, None]).any(-1)
     ids = torch.cat((best.ids, torch.where(known, -1, tokens)[:, None].int()), -1)
@@ -815,16 +918,16 @@ def test_an_included_token_is_one_entry_more(family_backend: str, outside: str) 
     rest = torch.cat((teacher.double(), torch.zeros(5, 1).double()), -1)
     rest = rest.scatter(-1, listed, -INF)[:, :60].logsumexp(-1)
     support = dataclasses.replace(support, tail_logsumexp=rest)
-    expected = loss_and_grad(student, support, backend=family_backend, **options)
+    expected = loss_and_grad(student, support, backend=backend, **options)
     torch.testing.assert_close(found, expected)
     # It leaves a served tail, too.
     served = select_topk(teacher, 8, with_logsumexp=True, token_ids=tokens)
     options |= {"token_ids": tokens, "include_token": True}
-    joined = loss_and_grad(student, served, backend=family_backend, **options)
+    joined = loss_and_grad(student, served, backend=backend, **options)
     torch.testing.assert_close(joined, expected)
 
 
-def test_a_sampled_token_that_is_banned_keeps_its_log_ratio(family_backend: str) -> None:
+def test_a_sampled_token_that_is_banned_keeps_its_log_ratio(backend: str) -> None:
     student, teacher = normal(3, 30), normal(3, 30, seed=1)
     tokens = torch.tensor([4, 5, 6])
     banned = [4, 5, 6, 7]
@@ -835,7 +938,7 @@ def test_a_sampled_token_that_is_banned_keeps_its_log_ratio(family_backend: str)
         outside="sample",
         token_ids=tokens,
         banned_ids=banned,
-        backend=family_backend,
+        backend=backend,
     )
     ids = select_topk(teacher, 8, banned_ids=banned).ids.long()
     log_p, log_q = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
@@ -848,7 +951,7 @@ def test_a_sampled_token_that_is_banned_keeps_its_log_ratio(family_backend: str)
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_token_that_does_not_exist_makes_its_row_nan(family_backend: str, outside: str) -> None:
+def test_a_token_that_does_not_exist_makes_its_row_nan(backend: str, outside: str) -> None:
     student, teacher = normal(6, 30), normal(6, 30, seed=1)
     tokens = torch.tensor([3, -100, 30, 2**31, 29, -100])
     mask = torch.tensor([True, True, True, True, True, False])
@@ -860,7 +963,7 @@ def test_a_token_that_does_not_exist_makes_its_row_nan(family_backend: str, outs
         token_ids=tokens,
         include_token=outside != "sample",
         mask=mask,
-        backend=family_backend,
+        backend=backend,
         **options,
     )
     assert loss.isnan().tolist() == [False, True, True, True, False, False]
@@ -869,19 +972,19 @@ def test_a_token_that_does_not_exist_makes_its_row_nan(family_backend: str, outs
     assert grad.isnan().any(-1).tolist() == [False, True, True, True, False, False]
 
 
-@pytest.mark.parametrize("outside", FULL)
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_nan_makes_its_row_nan_and_no_other(family_backend: str, outside: str, bad: float) -> None:
+@pytest.mark.parametrize("outside", some(FULL, FULL.index("bucket")))
+@pytest.mark.parametrize("bad", some([NAN, INF]))
+def test_nan_makes_its_row_nan_and_no_other(backend: str, outside: str, bad: float) -> None:
     clean = normal(4, 30), normal(4, 30, seed=1)
     options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 4)}
     if outside == "sample":
         options["token_ids"] %= 30
-    expected = loss_and_grad(*clean, 8, backend=family_backend, **options)
+    expected = loss_and_grad(*clean, 8, backend=backend, **options)
     last = int(clean[1][2].argmin())  # in the tail
     for side in range(2):
         broken = [x.clone() for x in clean]
         broken[side][2, last] = bad
-        loss, grad = loss_and_grad(*broken, 8, backend=family_backend, **options)
+        loss, grad = loss_and_grad(*broken, 8, backend=backend, **options)
         assert loss.isnan().tolist() == [False, False, True, False]
         assert grad[2].isnan().all()
         others = torch.tensor([0, 1, 3])
@@ -890,12 +993,12 @@ def test_nan_makes_its_row_nan_and_no_other(family_backend: str, outside: str, b
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_side_of_only_minus_infinity_has_no_loss(family_backend: str, outside: str) -> None:
+def test_a_side_of_only_minus_infinity_has_no_loss(backend: str, outside: str) -> None:
     options = {"divergence": divergence_for(outside), "outside": outside, **token(outside, 3)}
     for broken in range(2):
         sides = [normal(3, 40), normal(3, 40, seed=1)]
         sides[broken][1] = -INF
-        loss, grad = loss_and_grad(*sides, 8, backend=family_backend, **options)
+        loss, grad = loss_and_grad(*sides, 8, backend=backend, **options)
         assert loss[1] == 0
         assert (grad[1] == 0).all()
         assert (loss[[0, 2]] != 0).all()
@@ -903,12 +1006,12 @@ def test_a_side_of_only_minus_infinity_has_no_loss(family_backend: str, outside:
 
 @pytest.mark.parametrize("outside", ["renormalize", "truncate", "bucket", "generalize"])
 def test_a_student_without_probability_where_the_teacher_has_some(
-    family_backend: str, outside: str
+    backend: str, outside: str
 ) -> None:
     student, teacher = normal(3, 40), normal(3, 40, seed=1)
     best = teacher.argmax(-1, keepdim=True)
     student = student.scatter(-1, best, -INF)
-    options = {"outside": outside, "backend": family_backend}
+    options = {"outside": outside, "backend": backend}
     loss, grad = loss_and_grad(student, teacher, 8, divergence=forward_kl(), **options)
     assert (loss == INF).all()
     if outside == "renormalize":
@@ -926,7 +1029,7 @@ def test_a_student_without_probability_where_the_teacher_has_some(
         assert outside != "renormalize" or (grad.gather(-1, best) == 0).all()
 
 
-def test_sampled_gradients_average_to_the_full_one(family_backend: str) -> None:
+def test_sampled_gradients_average_to_the_full_one(backend: str) -> None:
     student, teacher = normal(7, scale=1.5), normal(7, seed=1, scale=1.5)
     leaf = student.double().requires_grad_()
     log_p, log_q = leaf.log_softmax(-1), teacher.double().log_softmax(-1)
@@ -938,7 +1041,7 @@ def test_sampled_gradients_average_to_the_full_one(family_backend: str) -> None:
         3,
         outside="sample",
         token_ids=torch.arange(7),
-        backend=family_backend,
+        backend=backend,
     )
     p = log_p.detach().exp()
     torch.testing.assert_close(p @ grad.double(), expected, rtol=1e-5, atol=1e-6)
@@ -965,13 +1068,20 @@ def test_results_are_the_same_bits_on_every_run_and_thread_count(
         assert torch.equal(results[i], results[i % 4])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize(
+    ("outside", "dtype"),
+    [
+        (outside, dtype)
+        for turn, outside in enumerate(OUTSIDE)
+        for dtype in some((torch.float32, torch.bfloat16, torch.float16), turn)
+    ],
+)
 def test_in_place_gradients_are_the_same_bits(
-    family_backend: str, outside: str, dtype: torch.dtype
+    backend: str, outside: str, dtype: torch.dtype
 ) -> None:
-    leaf, teacher = normal(2, 3, 307, dtype=dtype).requires_grad_(), normal(2, 3, 300, seed=1)
-    options = {"divergence": divergence_for(outside), "outside": outside, "backend": family_backend}
+    # Rows at multiples of 16 bytes, whose sums are the same wherever they lie.
+    leaf, teacher = normal(2, 3, 312, dtype=dtype).requires_grad_(), normal(2, 3, 300, seed=1)
+    options = {"divergence": divergence_for(outside), "outside": outside, "backend": backend}
     options |= {"vocab_size": 290, "mask": torch.tensor([[True, False, True], [True, True, False]])}
     options |= {"temperature": torch.linspace(0.5, 2, 6).view(2, 3), "teacher_temperature": 1.0}
     if outside == "sample":
@@ -984,7 +1094,7 @@ def test_in_place_gradients_are_the_same_bits(
     assert torch.equal(grad, expected)
     assert seen == [student.data_ptr()]
     # And into rows with strides.
-    strided = torch.empty(3, 2, 400, dtype=dtype).transpose(0, 1)[..., 50:357]
+    strided = torch.empty(3, 2, 400, dtype=dtype).transpose(0, 1)[..., 48:360]
     student = strided.copy_(leaf.detach()).requires_grad_() * 1
     view = (leaf * 1).transpose(0, 1).contiguous().transpose(0, 1)
     loss = topk_divergence(view, teacher, 9, inplace_grad=True, **options)

@@ -10,53 +10,56 @@ import torch
 from torch import Tensor
 
 from opd_kernels import TopK, select_topk, token_logprobs, topk_divergence, topk_rkl
-from opd_kernels.backends import cpu
+from opd_kernels.backends import cpu, cuda
 
-pytestmark = pytest.mark.skipif(cpu.backend.module is None, reason="counts the CPU's kernels")
+# Those whose launches are counted: CUDA's where it is emulated.
+BACKENDS = {"cpu": cpu.backend} | ({"cuda": cuda.backend} if cuda.DEVICE == "cpu" else {})
 
 ROWS, V, K = 3, 500, 8
 # Operators that read whole rows, and which of their arguments is these rows. The divergence of full
-# softmaxes reads the student unless it is given the tail, an address that is not 0.
+# softmaxes reads the student unless it is given the tail, an address that is not 0. The CPU's does
+# so itself, where CUDA has it read first.
 READERS = {"select": 0, "select_with_tail": 0, "tail_logsumexp": 0, "select_divergence": 1}
 STUDENT_TAIL = 6
 EVERYTHING = {"return_stats": True, "return_token_logprobs": True}
 
 
 class Reads:
-    """Counts reads of whole rows by the address of their memory."""
+    """Counts a backend's reads of whole rows by the address of their memory."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.backend = backend
         self.operators: list[str] = []
         self.addresses: list[int] = []
-        launch, rows = cpu.Cpu._launch, cpu.Cpu._rows
+        launch, rows = BACKENDS[backend]._launch, BACKENDS[backend]._rows
         known: dict[int, int] = {}
 
-        def remembered(backend: cpu.Cpu, tensor: Tensor) -> Any:
-            made = rows(backend, tensor)
+        def remembered(tensor: Tensor) -> Any:
+            made = rows(tensor)
             known[id(made)] = tensor.data_ptr()
             alive.append(made)
             return made
 
-        def counted(backend: cpu.Cpu, operator: str, device: torch.device, *args: Any) -> None:
+        def counted(operator: str, device: torch.device, *args: Any) -> None:
             place = READERS.get(operator)
             if operator == "full_divergence" and not args[STUDENT_TAIL]:
                 place = 0
             if place is not None:
                 self.operators.append(operator)
                 self.addresses.append(known[id(args[place])])
-            launch(backend, operator, device, *args)
+            launch(operator, device, *args)
 
         alive: list[Any] = []
-        monkeypatch.setattr(cpu.Cpu, "_rows", remembered)
-        monkeypatch.setattr(cpu.Cpu, "_launch", counted)
+        monkeypatch.setattr(BACKENDS[backend], "_rows", remembered)
+        monkeypatch.setattr(BACKENDS[backend], "_launch", counted)
 
     def of(self, tensor: Tensor) -> int:
         return self.addresses.count(tensor.data_ptr())
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    return Reads(monkeypatch)
+@pytest.fixture(params=BACKENDS)
+def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_everything_at_once_reads_each_side_once(
 ) -> None:
     student, teacher, tokens = sides
     options = {"outside": outside, "support": support, "token_ids": tokens, **EVERYTHING}
-    topk_divergence(student, teacher, K, **options)
+    topk_divergence(student, teacher, K, **options, backend=reads.backend)
     assert reads.operators == ["select_with_tail", "select_with_tail"]
     assert reads.of(student) == reads.of(teacher) == 1
 
@@ -98,7 +101,7 @@ def test_names_pay_for_themselves_only(
     sides: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     student, teacher, _ = sides
-    _, stats = topk_rkl(student, teacher, K, return_stats=names)
+    _, stats = topk_rkl(student, teacher, K, return_stats=names, backend=reads.backend)
     assert reads.operators == operators
     assert reads.of(teacher) == 1
     given = {name for name, value in stats._asdict().items() if value is not None}
@@ -110,7 +113,8 @@ def test_a_name_of_the_student_shares_the_read_of_full_softmaxes(
     name: str, reads: Reads, sides: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     student, teacher, _ = sides
-    topk_divergence(student, teacher, K, outside="bucket", return_stats=(name,))
+    options = {"outside": "bucket", "return_stats": (name,), "backend": reads.backend}
+    topk_divergence(student, teacher, K, **options)
     assert reads.of(student) == reads.of(teacher) == 1
 
 
@@ -119,14 +123,18 @@ def test_a_given_support_leaves_one_read_of_the_student(
 ) -> None:
     student, teacher, tokens = sides
     support: TopK = select_topk(teacher, K, with_logsumexp=True)
-    calls: dict[str, Callable[[], Any]] = {
-        "tail_logsumexp": lambda: topk_rkl(student, support, return_stats=("student_mass",)),
-        "select_with_tail": lambda: topk_divergence(
-            student, support, outside="bucket", token_ids=tokens, **EVERYTHING
+    backend, everything = reads.backend, {"token_ids": tokens, **EVERYTHING}
+    bucket = {"outside": "bucket", "backend": backend}
+    mass = {"return_stats": ("student_mass",), "backend": backend}
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("tail_logsumexp", lambda: topk_rkl(student, support, **mass)),
+        ("select_with_tail", lambda: topk_divergence(student, support, **bucket, **everything)),
+        (
+            "full_divergence" if backend == "cpu" else "tail_logsumexp",
+            lambda: topk_divergence(student, support, **bucket),
         ),
-        "full_divergence": lambda: topk_divergence(student, support, outside="bucket"),
-    }
-    for operator, call in calls.items():
+    ]
+    for operator, call in calls:
         reads.operators.clear()
         call()
         assert reads.operators == [operator]
@@ -134,7 +142,7 @@ def test_a_given_support_leaves_one_read_of_the_student(
 
 def test_a_log_prob_alone_is_one_read(reads: Reads, sides: tuple[Tensor, Tensor, Tensor]) -> None:
     student, _, tokens = sides
-    token_logprobs(student, tokens)
+    token_logprobs(student, tokens, backend=reads.backend)
     assert reads.operators == ["tail_logsumexp"]
 
 

@@ -12,15 +12,11 @@ from opd_kernels import (
     EntryGradient,
     LinearLogits,
     TopKReverseKL,
-    _ops,
-    backends,
     linear_topk_rkl,
     select_topk,
     topk_divergence,
     topk_rkl,
 )
-from opd_kernels._arguments import Allowed, Objective
-from opd_kernels.divergences import Divergence
 from opd_kernels.options import MEMBER_DEFAULTS, Options, RowOptions
 
 N, H, V, K = 6, 16, 50, 8
@@ -183,22 +179,6 @@ def test_a_dense_gradient_maps_under_vmap() -> None:
 
     mapped = torch.vmap(dense)(gradient.ids, gradient.entry_grad)
     assert torch.equal(mapped, gradient.dense(V))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        Divergence(), Divergence(forward=1.0), Divergence(reverse=2.0),
-        Divergence(reverse=1.0, skew_reverse=0.5), Divergence(reverse=1.0, beta=0.1),
-        Divergence(reverse=1.0, stop_ratio=True), Divergence(reverse=1.0, log_ratio_clip=5.0),
-    ],
-)  # fmt: skip
-def test_a_backend_without_a_divergence_refuses_it(other: Divergence, backend: str) -> None:
-    if hasattr(backends.load(backend), "full_divergence"):
-        pytest.skip("it has all divergences")
-    objective = Objective(divergence=other)
-    with pytest.raises(ValueError, match="no kernels for divergences other than that of topk_rkl"):
-        _ops.select_divergence(normal(N, V), normal(N, V), K, Allowed(V), objective, backend)
 
 
 def test_the_cached_signature_binds_as_inspect_does() -> None:

@@ -118,6 +118,10 @@ def test_a_family_is_what_its_cases_have_in_common(data: st.DataObject, seed: in
     sizes, linear = only.pop("hidden"), only.pop("form") == ("linear",)
     assert only.pop("family") == (bool(case.divergence),)
     assert case.hidden in sizes if linear else case.hidden == 0
+    outside = only.pop("outside")
+    assert case.outside in (outside if case.divergence and not linear else ("renormalize",))
+    if case.outside != "renormalize" and case.teacher.startswith("topk"):
+        del only["teacher_temperature"]  # a number, that of its log-sum-exp
     if case.teacher == "linear":  # in place of logits
         assert linear
         assert "logits" in only.pop("teacher")

@@ -283,7 +283,11 @@ def test_a_part_fits_its_time_and_every_step_stops_within_a_limit(gpu: SimpleNam
 
 
 # Run only where more seconds are given than a part has by default.
-MORE_TIME = {"naive eager", "more shapes", "linear, everything", "memcheck: triton"}
+MORE_TIME = {
+    "naive eager", "more shapes", "linear, everything", "memcheck: triton", "unusual rows",
+    "careful eager", "compiled peers", "first launch captured: cuda",
+    "first launch captured: triton",
+}  # fmt: skip
 
 
 def test_the_order_is_that_of_what_a_step_is_worth(gpu: SimpleNamespace) -> None:
@@ -299,9 +303,9 @@ def test_the_order_is_that_of_what_a_step_is_worth(gpu: SimpleNamespace) -> None
     first += ["profile", "tests: test_gpu, cuda"]
     assert sorted(first, key=order.index) == first
     order = [step.name for step in gpu.steps.PARTS[2]]
-    first = ["headline", "memcheck: cuda", "differential: cuda, float32", "fuzz: triton"]
-    first += ["first launch captured: cuda", "unusual rows", "careful eager", "shapes"]
-    first += ["compiled peers"]
+    first = ["family: cuda, bucket", "headline", "family", "memcheck: cuda"]
+    first += ["differential: cuda, float32", "fuzz: triton", "family, compiled peers", "shapes"]
+    first += ["first launch captured: cuda", "unusual rows", "careful eager", "compiled peers"]
     assert sorted(first, key=order.index) == first
     assert "initcheck: cuda" not in order
 

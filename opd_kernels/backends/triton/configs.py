@@ -21,6 +21,10 @@ _MAX_WARPS = 32
 _CLANS = 512
 # Group numbers are counted in 16 bits.
 _MAX_GROUPS = 32768
+# Elements of a group whose exponentials have a sum of their own, whatever k is. All these sums are
+# added up by TAIL_LANES lanes, so that their order does not depend on the number of warps.
+TAIL_GROUP = 64
+TAIL_LANES = 512
 # The streaming loop: bytes that a warp loads at once, four times 16 a thread, and Triton's pipeline
 # stages, of which all but one are loads in flight.
 _WARP_BYTES = 2048
@@ -122,6 +126,16 @@ def entry_warps(k: int) -> int:
 def entries(k: int) -> tuple[int, int]:
     """(entries of a program, how many of them it compares at once with all: 8 a thread)."""
     return k_pad(k), 8 * _THREADS * entry_warps(k) // k_pad(k)
+
+
+def tail_warps(k: int) -> int:
+    """Warps of a program that leaves k given entries out of a row: up to 4 entries a thread."""
+    return max(WARPS, k_pad(k) // (4 * _THREADS))
+
+
+def left_out(k: int, warps: int) -> tuple[int, int]:
+    """(entries of a program, groups that it sums at once: 32 elements a thread)."""
+    return k_pad(k), min(2 * k_pad(k), _PER_THREAD * _THREADS * warps // TAIL_GROUP)
 
 
 def gathered(k: int) -> tuple[int, int]:

@@ -15,13 +15,12 @@ import triton.language as tl
 from opd_kernels.backends.triton.mathematics import (
     exp,
     expm1_near_zero,
+    finite,
     log,
     log1p_near_zero,
 )
-from opd_kernels.backends.triton.rows import is_banned, row_start
+from opd_kernels.backends.triton.rows import is_banned, row_start, row_temperature
 from opd_kernels.backends.triton.select import keys_row, select_row, stream_maxima
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -44,7 +43,7 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
     exp_student = tl.where(z > NEVER, exp(tl.div_rn(z - student_max, temperature)), 0.0)
     exp_teacher = tl.where(present, exp(tl.div_rn(t - teacher_max, teacher_temperature)), 0.0)
     d = _scaled(z, student_max, temperature) - _scaled(t, teacher_max, teacher_temperature)
-    d = tl.where(present, _finite(d.to(tl.float32)), 0.0)
+    d = tl.where(present, finite(d.to(tl.float32)), 0.0)
     change = tl.where(tl.abs(d) <= 0.5, exp_teacher * expm1_near_zero(d), exp_student - exp_teacher)
     student_sum, teacher_sum = tl.sum(exp_student), tl.sum(exp_teacher)
     log_sums = tl.where(
@@ -56,7 +55,7 @@ def _row_divergence(student_ptr, ids, values, present, temperature, teacher_temp
     p = tl.div_rn(exp_student, student_sum)
     loss = tl.sum(tl.where(p > 0, p * ratio, 0.0))
     grad = tl.where(p > 0, tl.div_rn(p * (ratio - loss), temperature), 0.0)
-    return loss, _finite(grad), tl.max(bad.to(tl.int32)) > 0
+    return loss, finite(grad), tl.max(bad.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -66,20 +65,8 @@ def _scaled(x, maximum, temperature):
 
 
 @triton.jit
-def _finite(x):
-    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-
-
-@triton.jit
-def _row_temperature(value, values_ptr, row):
-    if values_ptr is None:
-        return value
-    else:
-        return tl.load(values_ptr + row)
-
-
-@triton.jit
-def _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD: tl.constexpr):
+def store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD: tl.constexpr):
+    """Writes a row's results, NaN in place of numbers if it is poisoned."""
     entry = tl.arange(0, K_PAD)
     tl.store(loss_ptr + row, tl.where(poisoned, float("nan"), loss))
     tl.store(ids_ptr + row * k + entry, ids, mask=entry < k)
@@ -88,10 +75,11 @@ def _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K
 
 
 @triton.jit
-def _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD: tl.constexpr):
+def store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD: tl.constexpr):
+    """Writes the results of a row that takes no part."""
     absent = tl.full([K_PAD], -1, tl.int32)
     nothing = tl.zeros([K_PAD], tl.float32)
-    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, 0.0, absent, nothing, False, K_PAD)
+    store_row(loss_ptr, ids_ptr, grad_ptr, row, k, 0.0, absent, nothing, False, K_PAD)
 
 
 @triton.jit(
@@ -114,7 +102,7 @@ def logits_divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
-            _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
+            store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
             return
     teacher_ptr += row_start(row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
     keys_ptr = keys_row(keys_ptr, row, width, GROUP)
@@ -128,11 +116,11 @@ def logits_divergence_kernel(
     student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
     loss, grad, poisoned = _row_divergence(
         student_ptr, ids, values, present,
-        _row_temperature(temperature, temperatures_ptr, row),
-        _row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
+        row_temperature(temperature, temperatures_ptr, row),
+        row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
     )  # fmt: skip
     ids = tl.where(present, ids, -1)
-    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
+    store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
 
 
 @triton.jit(
@@ -152,7 +140,7 @@ def support_divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
-            _store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
+            store_masked_row(loss_ptr, ids_ptr, grad_ptr, row, k, K_PAD)
             return
     student_ptr += row_start(row, student_inner, student_outer_stride, student_inner_stride)
     entry = tl.arange(0, K_PAD)
@@ -165,18 +153,18 @@ def support_divergence_kernel(
         ids = tl.where(present, ids, -1)
     loss, grad, poisoned = _row_divergence(
         student_ptr, ids, values, present,
-        _row_temperature(temperature, temperatures_ptr, row),
-        _row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
+        row_temperature(temperature, temperatures_ptr, row),
+        row_temperature(teacher_temperature, teacher_temperatures_ptr, row),
     )  # fmt: skip
-    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, False, K_PAD)
+    store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, False, K_PAD)
     tl.debug_barrier()
-    ids, grad = _merge_duplicates(ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD, BLOCK)
+    ids, grad = merge_duplicates(ids_ptr + row * k, grad_ptr + row * k, ids, grad, k, K_PAD, BLOCK)
     tl.debug_barrier()
-    _store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
+    store_row(loss_ptr, ids_ptr, grad_ptr, row, k, loss, ids, grad, poisoned, K_PAD)
 
 
 @triton.jit
-def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr, BLOCK: tl.constexpr):
+def merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the gradients of equal ids into the first of them; the others become absent.
 
     Terms are scaled by 2^-11, so that the sum of 1024 of the largest floats cannot overflow.
@@ -193,6 +181,6 @@ def _merge_duplicates(ids_ptr, grad_ptr, ids, grad, k, K_PAD: tl.constexpr, BLOC
         total += tl.where(equal, other_grad * 2.0**-11, 0.0)
         same += equal.to(tl.int32)
         earlier += (equal & (other[:, None] < entry)).to(tl.int32)
-    merged = _finite(tl.sum(total, axis=0) * 2.0**11)
+    merged = finite(tl.sum(total, axis=0) * 2.0**11)
     grad = tl.where(tl.sum(same, axis=0) > 1, merged, grad)
     return tl.where(tl.sum(earlier, axis=0) > 0, -1, ids), grad

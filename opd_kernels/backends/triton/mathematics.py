@@ -7,10 +7,24 @@ multiplications. A row calls them for K entries, so their cost does not show.
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def scalar(number):
+    """A kernel's argument as float32: Triton's interpreter passes Python's numbers as they are."""
+    return tl.full((), number, tl.float32)
+
+
+@triton.jit
+def finite(x):
+    """Infinities become the largest floats."""
+    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+
 
 @triton.jit
 def exp(x):
-    """e to the x for x <= 0, within one unit in the last place; 0 for -inf."""
+    """e to the x for x <= 89, within one unit in the last place; 0 for -inf, inf beyond float32."""
     x = tl.maximum(x, -110.0)  # exp is 0 there already
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4
@@ -42,6 +56,12 @@ def expm1_near_zero(x):
 
 
 @triton.jit
+def expm1(x):
+    """e to the x minus 1, within 2 units in the last place; inf beyond float32."""
+    return tl.where(tl.abs(x) <= 0.5, expm1_near_zero(x), exp(tl.minimum(x, 89.0)) - 1.0)
+
+
+@triton.jit
 def log(x):
     """Natural logarithm of a normal x > 0, within one unit in the last place."""
     bits = x.to(tl.int32, bitcast=True)
@@ -53,8 +73,17 @@ def log(x):
 
 @triton.jit
 def log1p_near_zero(x):
-    """Natural logarithm of 1 + x for |x| <= 1/4, within one unit in the last place."""
+    """Natural logarithm of 1 + x in [sqrt(1/2), sqrt(2)), within one unit in the last place."""
     return _log(x, 0.0)
+
+
+@triton.jit
+def log1p(x):
+    """Natural logarithm of 1 + x for a normal 1 + x, within 2 units in the last place."""
+    whole = 1.0 + x
+    rounding = x - (whole - 1.0)
+    near = (x > -0.29) & (x < 0.41)
+    return tl.where(near, log1p_near_zero(x), log(whole) + tl.div_rn(rounding, whole))
 
 
 @triton.jit
@@ -71,3 +100,20 @@ def _log(m, e):
     square = m * m
     y = y * m * square - e * 2.12194440e-4 - 0.5 * square
     return (m + y) + e * 0.693359375
+
+
+@triton.jit
+def log_double(x):
+    """Natural logarithm of a normal float64 x > 0, within a few units in the last place.
+
+    With x = m 2^e it is e log 2 + 2 artanh((m - 1) / (m + 1)), whose series has 11 terms here.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    e = (bits - 0x3FE6A09E667F3BCD) >> 52  # m in [sqrt(1/2), sqrt(2))
+    m = (bits - (e << 52)).to(tl.float64, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    square = s * s
+    y = square * (1.0 / 21.0) + 1.0 / 19.0
+    for n in tl.static_range(17, 1, -2):
+        y = y * square + 1.0 / n
+    return e.to(tl.float64) * 0.6931471805599453 + (2.0 * s + 2.0 * s * square * y)

@@ -11,6 +11,15 @@ def row_start(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def row_temperature(value, values_ptr, row):
+    """A row's temperature: its own if there is memory of them."""
+    if values_ptr is None:
+        return value
+    else:
+        return tl.load(values_ptr + row)
+
+
+@triton.jit
 def align_row(row_ptr):
     """(pointer to the 16 bytes that hold the row's first element, elements before it in them).
 
@@ -41,6 +50,35 @@ def order_key(values):
     key = ((bits & NAN_KEY) ^ sign) - sign
     wide = values.to(tl.float32)
     return tl.where(wide == wide, key, NAN_KEY)
+
+
+@triton.jit
+def key_value(keys, DTYPE: tl.constexpr):
+    """float32 values of keys: the inverse of ``order_key``, with +0 for -0 and one NaN."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    sign = keys >> 31
+    bits = ((keys ^ sign) - sign) | (sign << (BITS - 1))
+    if BITS == 16:
+        bits = bits.to(tl.int16)
+    return bits.to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def widened_pairs(values):
+    """(even, odd) float32 elements of [.., even size], in an instruction each.
+
+    The bits of two bfloat16 are put into a word again, as they lie in a register, and taken apart
+    by a shift and a mask.
+    """
+    SHAPE: tl.constexpr = values.shape[:-1] + [values.shape[-1] // 2, 2]
+    even, odd = tl.split(tl.reshape(values, SHAPE))
+    if values.dtype == tl.bfloat16:
+        even_bits = even.to(tl.uint16, bitcast=True).to(tl.uint32)
+        odd_bits = odd.to(tl.uint16, bitcast=True).to(tl.uint32)
+        words = (odd_bits << 16) | even_bits
+        even = (words << 16).to(tl.float32, bitcast=True)
+        odd = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit

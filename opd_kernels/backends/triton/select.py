@@ -37,7 +37,7 @@ def stream_maxima(row_ptr, keys_ptr, width, piece, pieces,
         place = tile + tl.arange(0, TILE)
         values = tl.load(start_ptr + place, mask=place // CHUNK < chunks)
         values = tl.reshape(values.to(tl.float32), [TILE // CHUNK, CHUNK])
-        keys = order_key(_chunk_maxima(values, TILE // CHUNK, CHUNK).to(DTYPE))
+        keys = order_key(chunk_maxima(values, TILE // CHUNK, CHUNK).to(DTYPE))
         keys = tl.max(tl.reshape(keys, [TILE // GROUP, GROUP // CHUNK]), axis=1)
         group = tile // GROUP + tl.arange(0, TILE // GROUP)
         tl.store(keys_ptr + group, keys.to(KEY), mask=group < groups)
@@ -50,7 +50,7 @@ def keys_row(keys_ptr, row, width, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _chunk_maxima(values, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+def chunk_maxima(values, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
     """Maxima of the chunks [CHUNKS, CHUNK]; NaN if an element is. A thread compares its halves."""
     if CHUNK == 8:
         values = _halves_maximum(values, CHUNKS, 8)
@@ -104,7 +104,7 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
 
     CHUNKS: tl.constexpr = SOME_GROUPS * (GROUP // CHUNK)
     chunk, mask = _members(list_ptr, listed, SOME_GROUPS, GROUP // CHUNK)
-    excluded = _excluded(banned_ptr, chunk, mask, skip, width, CHUNK)
+    excluded = excluded_bits(banned_ptr, chunk, mask, skip, width, CHUNK)
     keys = _chunk_keys(start_ptr, tl.reshape(chunk, [CHUNKS]), tl.reshape(excluded, [CHUNKS]))
     tl.debug_barrier()
     listed = _store_best(keys, chunk, list_ptr, k, CHUNKS, K_PAD, UNSELECTABLE)
@@ -112,7 +112,7 @@ def select_row(row_ptr, keys_ptr, banned_ptr, ids_ptr, width, k,
 
     slot = tl.arange(0, SOME_CHUNKS)
     chunk = tl.load(list_ptr + slot, mask=slot < listed, other=0)
-    excluded = _excluded(banned_ptr, chunk, slot < listed, skip, width, CHUNK)
+    excluded = excluded_bits(banned_ptr, chunk, slot < listed, skip, width, CHUNK)
     keys, ids = _element_keys(start_ptr, chunk, excluded, skip)
     tl.debug_barrier()
     found = _store_best(keys, ids, ids_ptr, k, SOME_CHUNKS * CHUNK, K_PAD, UNSELECTABLE)
@@ -181,7 +181,7 @@ def _new_keys(start_ptr, keys_ptr, banned_ptr, first, skip, width,
     CHUNKS: tl.constexpr = BLOCK * (GROUP // CHUNK)
     group = first + tl.arange(0, BLOCK)
     chunk = group[:, None] * (GROUP // CHUNK) + tl.arange(0, GROUP // CHUNK)[None, :]
-    excluded = _excluded(banned_ptr, chunk, True, skip, width, CHUNK)
+    excluded = excluded_bits(banned_ptr, chunk, True, skip, width, CHUNK)
     dirty = (tl.max(excluded, axis=1) > 0) & (group * GROUP < skip + width)
     excluded = tl.where(dirty[:, None], excluded, (1 << CHUNK) - 1)  # no others are loaded
     keys = _chunk_keys(start_ptr, tl.reshape(chunk, [CHUNKS]), tl.reshape(excluded, [CHUNKS]))
@@ -190,7 +190,7 @@ def _new_keys(start_ptr, keys_ptr, banned_ptr, first, skip, width,
 
 
 @triton.jit
-def _excluded(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
+def excluded_bits(banned_ptr, chunk, mask, skip, width, CHUNK: tl.constexpr):
     """A bit for each element of a chunk that cannot be selected; all where ``mask`` is False."""
     ALL: tl.constexpr = (1 << CHUNK) - 1
     first = chunk * CHUNK - skip  # id of a chunk's first element
@@ -217,7 +217,7 @@ def _chunk_keys(start_ptr, chunk, excluded):
     place = chunk[:, None] * CHUNK + lane
     values = tl.load(start_ptr + place, mask=(excluded != ALL)[:, None]).to(tl.float32)
     values = tl.where((excluded[:, None] >> lane) & 1 != 0, -float("inf"), values)
-    keys = order_key(_chunk_maxima(values, chunk.shape[0], CHUNK).to(DTYPE))
+    keys = order_key(chunk_maxima(values, chunk.shape[0], CHUNK).to(DTYPE))
     return tl.where(excluded == ALL, UNSELECTABLE, keys)
 
 

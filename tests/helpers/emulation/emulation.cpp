@@ -64,7 +64,14 @@ switch_stacks:
 .size switch_stacks,.-switch_stacks
 )");
 
+// How often kernels have read 16 bytes of a row.
+extern "C" {
+__attribute__((visibility("default"))) int64_t emulated_loads = 0;
+}
+
 namespace emulation {
+
+void count_load() { ++emulated_loads; }
 
 Thread* current = nullptr;
 Shape shape{};

@@ -92,6 +92,16 @@ uint32_t word_max(uint32_t a, uint32_t b) {
   return value_max<Format>(a & 0xffff, b & 0xffff) | value_max<Format>(a >> 16, b >> 16) << 16;
 }
 
+// Every NaN of 16 bits is the same.
+template <class Format>
+uint32_t round_word(const float* values) {
+  if constexpr (sizeof(typename Format::Bits) == 4) return opd::float_to_bits(*values);
+  const auto half = [](float value) {
+    return std::isnan(value) ? 0x7fffu : static_cast<uint16_t>(Format::round(value));
+  };
+  return half(values[0]) | half(values[1]) << 16;
+}
+
 inline uint32_t byte_perm(uint32_t a, uint32_t b, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;
@@ -116,6 +126,24 @@ T reduced(T value, Combine combine, const char* file, int line) {
   T result = static_cast<T>(all[0]);
   for (int i = 1; i < 32; ++i) result = combine(result, static_cast<T>(all[i]));
   return result;
+}
+
+// ex2.approx.ftz.f32, but for its last bits.
+inline float power_of_2(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0 : power;
+}
+
+inline float widen_half(uint32_t bits) {
+  return opd::Float16::widen(static_cast<opd::Float16::Bits>(bits));
+}
+
+// Counts what a kernel reads of rows, 16 bytes at a time.
+void count_load();
+
+inline uint4 streamed(const uint4* address) {
+  count_load();
+  return *address;
 }
 
 // Reads what a GPU would bring into its cache: no address outside is asked for.
@@ -157,7 +185,7 @@ inline int fetch_add(int* address, int value) {
 #define __popc(value) __builtin_popcount(value)
 #define __ffs(value) __builtin_ffs(static_cast<int>(value))
 #define __byte_perm(a, b, selector) ::emulation::byte_perm(a, b, selector)
-#define __ldcs(address) (*(address))
+#define __ldcs(address) ::emulation::streamed(address)
 
 // What the runtime's headers have.
 #define CUDART_VERSION 0

@@ -1,11 +1,13 @@
-// Prints how a launch is cut: lane bits, threads and blocks for a row, bytes of shared memory,
-// threads and bytes for a support that is given, the tiles that a warp loads at once, and the chunks
-// that a thread does.
+// Prints how a launch is cut: lane bits, threads and blocks for a row, and bytes of shared memory, of
+// a selection, of one with a tail and of one with its entropy; threads and bytes for a support that
+// is given, the tiles that a warp loads at once without a tail and with one, and the chunks that a
+// thread does.
 
 #include <cstdio>
 #include <cstdlib>
 
 #include "divergence.cuh"
+#include "tail.cuh"
 
 using namespace opd;
 using namespace opd::cuda;
@@ -18,7 +20,21 @@ int main(int count, char** words) {
   for (int i = 0; i < kMaxCluster - 1; ++i) device.clusters[i] = number(7 + i);
   const DType dtype = number(4) == 4 ? DType::kFloat32 : DType::kBFloat16;
   const Plan plan = plan_selection(number(1), number(2), number(3), dtype, device);
-  std::printf("%d %d %d %d %d %d %d %d\n", plan.lane_bits, plan.threads, plan.cluster,
-              plan.shared_bytes, kEntryThreads, support_bytes(number(3)), kTilesAtOnce,
-              Product::kChunksAtOnce);
+  std::printf("%d %d %d %d ", plan.lane_bits, plan.threads, plan.cluster, plan.shared_bytes);
+  double entropy;
+  SelectWithTailArgs args{};
+  args.select.logits.dtype = dtype;
+  args.select.logits.count = number(1);
+  args.select.allowed.limit = args.tail.width = number(2);
+  args.select.k = number(3);
+  for (double* place : {static_cast<double*>(nullptr), &entropy}) {
+    args.tail.entropy = place;
+    const TailPlan of_tail = plan_tail(args, number(3), device);
+    const Plan& blocks = of_tail.selection;
+    std::printf("%d %d %d %d ", of_tail.lane_bits, blocks.threads, blocks.cluster,
+                blocks.shared_bytes);
+  }
+  using Sums = GroupSums<AlignedRow<Float32, Product>, false>;
+  std::printf("%d %d %d %d %d\n", kEntryThreads, support_bytes(number(3)), kTilesAtOnce,
+              Sums::kTilesAtOnce, Product::kChunksAtOnce);
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -23,6 +24,15 @@ class Gpu:
     clusters: tuple[int, ...]
 
 
+class Blocks(NamedTuple):
+    """How a launch with a tail is cut; too much shared memory where it is none."""
+
+    lane_bits: int
+    threads: int
+    cluster: int
+    shared: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a launch is cut."""
@@ -31,9 +41,12 @@ class Plan:
     threads: int
     cluster: int
     shared: int
+    with_tail: Blocks
+    with_entropy: Blocks
     support_threads: int
     support_shared: int
     tiles_at_once: int
+    tiles_at_once_with_tail: int
     chunks_at_once: int
 
 
@@ -52,7 +65,8 @@ GPUS = {
 def plan(rows: int, width: int, k: int, itemsize: int, gpu: Gpu) -> Plan:
     """How a launch is cut on a GPU."""
     numbers = (rows, width, k, itemsize, gpu.multiprocessors, gpu.shared_kilobytes * 1024)
-    return Plan(*_said("plan", *numbers, *gpu.clusters))
+    said = _said("plan", *numbers, *gpu.clusters)
+    return Plan(*said[:4], Blocks(*said[4:8]), Blocks(*said[8:12]), *said[12:])
 
 
 def bounds(keys: list[int], threads: int, k: int) -> tuple[int, int]:

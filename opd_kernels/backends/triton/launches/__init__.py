@@ -1,0 +1,1 @@
+"""The operators: they allocate, choose configurations and launch the kernels."""
