@@ -17,6 +17,8 @@ Environment:
   /usr/local/cuda and in NVIDIA's wheels.
 - ``OPD_KERNELS_CUDA_ARCHS``: the GPUs to compile for instead of the default ones, such as ``90a``
   or ``8.0;9.0+PTX``, separated by ``;``, ``,`` or spaces.
+- ``NVCC_APPEND_FLAGS``: nvcc reads it itself. ``-lineinfo`` lets profilers name source lines and
+  doubles the module.
 - ``OPD_KERNELS_BUILD_CUDA``: 0 leaves the CUDA kernels out. 1 makes a missing nvcc or a failed
   compilation an error. Unset, the CUDA kernels are built if nvcc is found.
 - ``OPD_KERNELS_REQUIRE_NATIVE``: 1 makes it an error if the CPU kernels cannot be built.
@@ -139,7 +141,7 @@ def cuda_module() -> Module:
     nvcc = find_nvcc()
     require_compiler()
     archs = architectures(nvcc)
-    command = [nvcc, "-ccbin", host_compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo"]
+    command = [nvcc, "-ccbin", host_compiler(), "-std=c++17", "-O3", "-DNDEBUG"]
     # No contraction, as on the CPU: results do not depend on what the compiler would contract.
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", *gencode(archs)]
     # The CUDA runtime is linked statically and its symbols are hidden: torch loads its own runtime.

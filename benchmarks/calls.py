@@ -144,10 +144,12 @@ def member_loss(member: str, **options: object) -> Callable[..., Tensor]:
     return functools.partial(topk_divergence, divergence=divergence, outside=outside, **options)
 
 
-def member_calls(student: Tensor, teacher: Tensor, k: int, backend: str, member: str) -> Runs:
-    """A member of full softmaxes, checked; in place it writes over a copy of the student."""
+def member_calls(
+    student: Tensor, teacher: Tensor, k: int, backend: str, member: str
+) -> tuple[Runs, dict[str, float]]:
+    """A member of full softmaxes, and its errors; in place it writes over a copy of the student."""
     called = member_loss(member, backend=backend)
-    check_member(called, (), student, teacher, k)
+    errors = check_member(called, (), student, teacher, k)
     loss, consumed = functools.partial(called, student, teacher, k), student.detach().clone()
 
     def in_place() -> Callable[[], None]:
@@ -158,15 +160,17 @@ def member_calls(student: Tensor, teacher: Tensor, k: int, backend: str, member:
         (backend, f"{member}, forward"): lambda: loss,
         (backend, f"{member}, forward + backward"): forward_backward(loss, student),
         (backend, f"{member}, in place"): in_place,
-    }
+    }, errors
 
 
-def riding_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:
+def riding_calls(
+    student: Tensor, teacher: Tensor, k: int, backend: str
+) -> tuple[Runs, dict[str, float]]:
     """What rides on reads that are made anyway: both masses, a teacher's log-sum-exp."""
     masses = ("teacher_mass", "student_mass")
     support = select_topk(teacher, k, with_logsumexp=True, backend=backend)
     check_selection(teacher, support)
-    logits = student.detach()
+    logits, errors = student.detach(), check(student, teacher, k, backend)
     watched = functools.partial(
         topk_rkl, logits, teacher, k, return_stats=masses, reduction="none", backend=backend
     )
@@ -182,7 +186,7 @@ def riding_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs
         (backend, "select_topk with log-sum-exp"): lambda: functools.partial(
             select, with_logsumexp=True
         ),
-    }
+    }, errors
 
 
 def host_calls(student: Tensor, teacher: Tensor, k: int, backend: str) -> Runs:

@@ -264,6 +264,7 @@ class Bench:
         buffer = torch.empty_like(teacher)
         read, _ = self.fastest_read(teacher)
         runs: Runs = {("torch", "read"): read, ("torch", "memset"): lambda: buffer.zero_}
+        notes: dict[Name, dict[str, Any]] = {}
         for backend in self.backends(point):
             builds = [functools.partial(member_calls, member=member) for member in MEMBERS]
             for build in (*builds, riding_calls):
@@ -273,8 +274,9 @@ class Bench:
                 if built is None:
                     self.result.add("family", point, "check", backend=backend, error=reason)
                 else:
-                    runs |= built
-        rows = self.recorded("family", point, runs, {})
+                    runs |= built[0]
+                    notes |= {name: {"checked": built[1]} for name in built[0]}
+        rows = self.recorded("family", point, runs, notes)
         for backend in self.backends(point):
             of = {measure: row for (who, measure), row in rows.items() if who == backend}
             judge_family(self.result, point, backend, of)
@@ -354,8 +356,7 @@ class Bench:
         checked = {}
         for backend in self.backends(point):
             if member:
-                mine = member_calls(student, teacher, point.k, backend, member)
-                errors = {}
+                mine, errors = member_calls(student, teacher, point.k, backend, member)
             else:
                 mine, errors = ours(student, teacher, point.k, backend)
             errors["peer_loss_error"] = check_peer(loss, few_teacher, point.k, backend, own)

@@ -522,6 +522,11 @@ def test_a_dry_run_measures_everything(dry_runs: dict[int, dict[str, Any]]) -> N
     others = of_both("select_topk", "forward, TopK teacher", "in place")
     point = YARDSTICKS + ours
     host = of_both("forward", "backward", "forward operator", "backward operator")
+    kinds = ("reverse KL, bucket", "forward KL, truncate", "reverse KL, generalize")
+    calls = ("forward", "forward + backward", "in place")
+    members = [f"{kind}, {call}" for kind in kinds for call in calls]
+    riding = ("topk_rkl with both masses", "select_topk", "select_topk with log-sum-exp")
+    peers = ("careful eager", "naive eager", "careful eager, compiled", "naive eager, compiled")
     expected: list[tuple[dict[str, Any], str, Sequence[tuple[str, str]]]] = [
         (first, "headline", (point + others) * 2),
         (first, "few rows", point * 2),
@@ -530,16 +535,8 @@ def test_a_dry_run_measures_everything(dry_runs: dict[int, dict[str, Any]]) -> N
         (second, "headline", point + others),
         (second, "shapes", point * 3),
         (second, "unusual", of_both("forward", "forward + backward") * 2),
-        (
-            second,
-            "peers",
-            of_both(
-                "careful eager",
-                "naive eager",
-                "careful eager, compiled",
-                "naive eager, compiled",
-            ),
-        ),
+        (second, "family", [*YARDSTICKS[:2], *of_both(*members, *riding)]),
+        (second, "peers", of_both(*peers, *(f"reverse KL, bucket, {peer}" for peer in peers))),
     ]
     for found, part, rows in expected:
         assert sorted(measured(found, part)) == sorted(rows), part
