@@ -29,6 +29,12 @@ def logits(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=CUDA).normal_(0, 3, generator=generator)
 
 
+def pair(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
+    """(student, teacher)."""
+    student = logits(*shape, seed=seed, dtype=dtype)
+    return student.requires_grad_(), logits(*shape, seed=seed + 1000, dtype=dtype)
+
+
 def assert_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)

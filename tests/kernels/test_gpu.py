@@ -26,6 +26,7 @@ from on_gpu import (
     needs_kernels,
     needs_memory,
     padded,
+    pair,
     peak_growth,
     within,
 )
@@ -55,12 +56,6 @@ def kernels(request: pytest.FixtureRequest, device: torch.device) -> Iterator[st
     yield request.param
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-
-
-def pair(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
-    """(student, teacher)."""
-    student = logits(*shape, seed=seed, dtype=dtype)
-    return student.requires_grad_(), logits(*shape, seed=seed + 1000, dtype=dtype)
 
 
 def loss_and_grad(student: Tensor, teacher: Tensor | TopK, **options: object) -> tuple[Tensor, ...]:

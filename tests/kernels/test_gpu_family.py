@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from on_gpu import BF16, CUDA, FP16, FP32, KERNELS, NAN, assert_equal, logits, peak_growth
+from on_gpu import BF16, CUDA, FP16, FP32, KERNELS, NAN, assert_equal, pair, peak_growth
 from torch import Tensor
 
 from opd_kernels import (
@@ -43,12 +43,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-
-
-def pair(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
-    """(student, teacher)."""
-    student = logits(*shape, seed=seed, dtype=dtype)
-    return student.requires_grad_(), logits(*shape, seed=seed + 1000, dtype=dtype)
 
 
 def step(student: Tensor, teacher: object, **options: object) -> tuple[Tensor, ...]:
