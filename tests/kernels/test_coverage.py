@@ -269,8 +269,8 @@ def tails() -> None:
         compare(x[:, :9], Tail(0, Temperature(), few, entropy))
         compare(x[:0], Tail(900, Temperature(), few[:0], entropy))
         compare(x[:0], Tail(900, Temperature(), None, entropy), 3)
-        # Rows in segments: of numbers, of which the larger are in either, of nothing left in one of
-        # them, or in any; and a last segment without a tile.
+        # Rows in segments. The larger numbers are in the last segment, or in the first; one of the
+        # segments is empty, or all are. Then a last segment without a tile.
         wide = torch.full((5, 4097 * 512 // x.itemsize), -torch.inf, dtype=x.dtype)
         wide[:2, ::1000], wide[2, -1], wide[3, ::1000] = 1, 2, 1
         wide[0, -1], wide[1, -1] = 20, 0.5
