@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from opd_kernels._autograd import TopKReverseKL
 from opd_kernels.api import linear_topk_rkl, topk_divergence, topk_rkl
 from opd_kernels.debugging import debug
+from opd_kernels.distill import distill_loss
 from opd_kernels.divergences import (
     Divergence,
     forward_kl,
@@ -33,7 +34,7 @@ from opd_kernels.gradient import EntryGradient
 from opd_kernels.head import LinearLogits
 from opd_kernels.logprobs import token_logprobs
 from opd_kernels.model_head import head_of
-from opd_kernels.selection import select_topk
+from opd_kernels.selection import score_ids, select_topk
 from opd_kernels.stats import Stats
 from opd_kernels.support import TopK
 from opd_kernels.tokens.masks import (
@@ -64,6 +65,7 @@ __all__ = [
     "TopKReverseKL",
     "compare_tokenizers",
     "debug",
+    "distill_loss",
     "first_occurrences",
     "forward_kl",
     "head_of",
@@ -76,6 +78,7 @@ __all__ = [
     "reverse_kl",
     "sampled_token_advantages",
     "sampled_token_loss",
+    "score_ids",
     "select_topk",
     "skew_forward_kl",
     "skew_reverse_kl",

@@ -106,6 +106,52 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+class Reading(NamedTuple):
+    """What is read of a head's logits in one pass.
+
+    The ``k`` best of the ``allowed`` ids (none: 0), the ``tail``, and the logits at the ids
+    ``listed`` (..., C), where there are any.
+    """
+
+    k: int
+    allowed: Allowed
+    tail: Tail
+    listed: Tensor | None
+
+
+class Question(NamedTuple):
+    """A divergence on a given support: its ids (..., K), the teacher's values there, both tails."""
+
+    ids: Tensor
+    teacher: Tensor
+    objective: Objective
+    tails: Tails
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a head are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+# Fields of which a row has several elements.
+_ENTRIES = ("ids", "weights")
+
+
+def per_piece(value: Any, rows: slice | Tensor) -> Any:
+    """The value for some rows, which count over all leading dimensions."""
+    found = {}
+    for name, field in zip(value._fields, value, strict=True):
+        if isinstance(field, Tensor):
+            flat = field.reshape(-1, field.shape[-1]) if name in _ENTRIES else field.reshape(-1)
+            found[name] = flat[rows]
+        elif isinstance(field, tuple):
+            found[name] = per_piece(field, rows)
+    return value._replace(**found)
+
+
 def flat(values: Iterable[Any]) -> list[Any]:
     """The fields of values that travel whole, in order."""
     fields = []
@@ -146,6 +192,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def exp(x: Tensor) -> Tensor:
     """e^x. MKL, which torch.exp calls on CPUs, wakes its threads even for a few numbers."""
     return torch.exp2(x * math.log2(math.e))
+
+
+def divisor(temperature: Temperature, dtype: torch.dtype) -> float | Tensor:
+    """What divides a row's logits (..., C)."""
+    value, rows = temperature
+    return value if rows is None else rows.to(dtype)[..., None]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 Kept for backward: ids and entry gradients, 8 bytes * N * K (12 in float64). With ``inplace`` also
 the student logits, because the gradient takes their memory. For hidden states and a head,
-``GatherDot`` computes the K logits of a row first.
+``_linear_autograd`` makes the few logits of a row first.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from opd_kernels._library import mapped
 from opd_kernels._signature import cached
 from opd_kernels.backends import AUTO
 
-__all__ = ["BackgroundLoss", "GatherDot", "Request", "TopKReverseKL"]
+__all__ = ["BackgroundLoss", "Request", "TopKReverseKL"]
 
-_TWICE = (
+TWICE = (
     "{} cannot be differentiated twice: its gradient is computed in forward and held constant; "
     "where a second derivative is needed, build the loss from torch.topk, gather and log_softmax"
 )
@@ -66,7 +66,7 @@ class TopKReverseKL(torch.autograd.Function):
         student: Tensor, teacher: Tensor, k: int | None = None, request: Request | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the fused operator, or that of entries on a given support."""
-        _refuse_compiled_transform()
+        refuse_compiled_transform()
         if not isinstance(teacher, Tensor):
             raise TypeError(
                 f"teacher is a {type(teacher).__name__}, expected a tensor of logits; topk_rkl and "
@@ -149,7 +149,7 @@ class BackgroundLoss(torch.autograd.Function):
         token: Token | None,
     ) -> tuple[Tensor, ...]:
         """Runs the operators."""
-        _refuse_compiled_transform()
+        refuse_compiled_transform()
         ids, allowed, objective, _, backend = request
         assert ids is not None
         assert allowed is not None
@@ -339,7 +339,7 @@ class _BackgroundGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(_TWICE.format("topk_divergence or token_logprobs"))
+        raise RuntimeError(TWICE.format("topk_divergence or token_logprobs"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -376,7 +376,7 @@ class _ScatterGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(_TWICE.format("topk_rkl"))
+        raise RuntimeError(TWICE.format("topk_rkl"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -387,119 +387,7 @@ class _ScatterGradient(torch.autograd.Function):
         return _ScatterGradient.apply(*rows, *args[4:]), 0
 
 
-class GatherDot(torch.autograd.Function):
-    """A head's logits at a few ids of each row: z_k = W[id_k] . h + b[id_k].
-
-    ``apply`` returns ``(logits, slots)``, (..., K) each: logits with gradients for ``hidden``,
-    ``weight`` and ``bias``, each computed only if it is needed. Slot k is k, or -1 where id k takes
-    no part; slots are constant. Kept for backward, without a copy: the ids, ``hidden`` if the
-    weight needs a gradient, ``weight`` if the hidden states do.
-    """
-
-    @staticmethod
-    @cached
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        allowed: Allowed,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the operator."""
-        _refuse_compiled_transform()
-        return _ops.gather_dot(hidden, weight, bias, ids, allowed, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps references to inputs."""
-        hidden, weight, bias, ids, _, backend = inputs
-        for_hidden, for_weight, *_ = ctx.needs_input_grad
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(ids, hidden if for_weight else None, weight if for_hidden else None)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.vocab, ctx.backend = weight.shape[0], backend
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Gradients for hidden, weight and bias; None where none is needed."""
-        grads: list[Tensor | None] = [None] * 6
-        if upstream is None:
-            return tuple(grads)
-        ids, hidden, weight = ctx.saved_tensors
-        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        if for_hidden:
-            grads[0] = _HiddenGradient.apply(upstream, ids, weight, ctx.dtypes[0], ctx.backend)
-        if for_weight:
-            grads[1] = _WeightGradient.apply(
-                upstream, ids, hidden, ctx.vocab, ctx.dtypes[1], ctx.backend
-            )
-        if for_bias:  # the bias is the weight of an input that is 1
-            ones = upstream.new_ones((*ids.shape[:-1], 1))
-            bias_grad = _WeightGradient.apply(
-                upstream, ids, ones, ctx.vocab, ctx.dtypes[2], ctx.backend
-            )
-            grads[2] = bias_grad.squeeze(-1)
-        return tuple(grads)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
-        """A mapped dimension is one more leading dimension."""
-        names = ("hidden", "weight", "bias", "ids", "allowed", "backend")
-        return GatherDot.apply(*mapped(info, in_dims, args, names)), (0, 0)
-
-
-class _HiddenGradient(torch.autograd.Function):
-    """dL/dh in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
-
-    @staticmethod
-    @cached
-    def forward(
-        upstream: Tensor, ids: Tensor, weight: Tensor, dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        return _ops.gather_dot_hidden(upstream, ids, weight, dtype, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(_TWICE.format("linear_topk_rkl"))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = mapped(info, in_dims[:2], args[:2], ("upstream", "ids"))
-        return _HiddenGradient.apply(*rows, *args[2:]), 0
-
-
-class _WeightGradient(torch.autograd.Function):
-    """dL/dW in the backward of ``GatherDot``; a Function, so that differentiating it raises."""
-
-    @staticmethod
-    @cached
-    def forward(
-        upstream: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        return _ops.gather_dot_weight(upstream, ids, hidden, vocab, dtype, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(_TWICE.format("linear_topk_rkl"))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = mapped(info, in_dims[:3], args[:3], ("upstream", "ids", "hidden"))
-        examples = zip(*(row.unbind(0) for row in rows), strict=True)
-        return torch.stack([_WeightGradient.apply(*row, *args[3:]) for row in examples]), 0
-
-
-def _refuse_compiled_transform() -> None:
+def refuse_compiled_transform() -> None:
     """Raises where a compiler would drop the gradient: it traces a transform of torch.func.
 
     Inside of a transform Dynamo (torch 2.13) ignores an autograd Function's backward, so that

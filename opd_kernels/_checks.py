@@ -270,6 +270,23 @@ def check_row_weight(weight: Tensor, rows: torch.Size, device: torch.device, nam
     check_same_device(weight, device, name)
 
 
+def check_given_ids(ids: object, rows: torch.Size, device: torch.device) -> Tensor:
+    """Ids (..., K) of every row. Values are not read."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids is a {type(ids).__name__}, expected an int tensor (..., K)")
+    check_local(ids, "ids")
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"ids have dtype {ids.dtype}, allowed are int32 and int64")
+    check_dense(ids, "ids")
+    if ids.ndim == 0 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)}, expected the logits' leading shape {tuple(rows)} "
+            "and 1 or more ids"
+        )
+    check_same_device(ids, device, "ids")
+    return ids
+
+
 def check_token_ids(token_ids: object, rows: torch.Size, device: torch.device) -> None:
     """A token id for each row. Values are not read."""
     if not isinstance(token_ids, Tensor):
@@ -442,15 +459,15 @@ def check_flags(mask: object, name: str, remedy: str) -> Tensor:
     return mask
 
 
-def check_tokens(tokens: object) -> Tensor:
+def check_tokens(tokens: object, name: str = "tokens") -> Tensor:
     """Token ids (..., T)."""
     if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens is a {type(tokens).__name__}, expected an int tensor (..., T)")
-    check_dense(tokens, "tokens")
+        raise TypeError(f"{name} is a {type(tokens).__name__}, expected an int tensor (..., T)")
+    check_dense(tokens, name)
     if tokens.dtype not in ID_DTYPES:
-        raise TypeError(f"tokens has dtype {tokens.dtype}, allowed are int32 and int64")
+        raise TypeError(f"{name} has dtype {tokens.dtype}, allowed are int32 and int64")
     if tokens.ndim == 0:
-        raise ValueError("tokens is a scalar, expected ids (..., T); pass at least one sequence")
+        raise ValueError(f"{name} is a scalar, expected ids (..., T); pass at least one sequence")
     return tokens
 
 
@@ -510,6 +527,15 @@ def check_prompt_length(length: object, tokens: Tensor) -> None:
         raise TypeError(f"prompt_length has dtype {length.dtype}, allowed are int32 and int64")
     check_row_shape(length, tokens.shape[:-1], "prompt_length", "the tokens'")
     check_same_device(length, tokens.device, "prompt_length", "tokens is")
+
+
+def check_student_logsumexp(given: object, rows: torch.Size, device: torch.device) -> None:
+    """The student's log-sum-exp of each row, constant."""
+    name = "student_logsumexp"
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}, expected a tensor with one per row")
+    check_row_weight(given, rows, device, name)
+    check_row_shape(given, rows, name)
 
 
 def check_weight(weight: Tensor, rows: torch.Size, device: torch.device) -> None:

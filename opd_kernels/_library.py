@@ -12,7 +12,18 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from opd_kernels._arguments import Allowed, Background, Head, Objective, Tail, Tails, Temperature
+from opd_kernels._arguments import (
+    Allowed,
+    Background,
+    Head,
+    Objective,
+    Question,
+    Reading,
+    Tail,
+    Tails,
+    Temperature,
+    Wanted,
+)
 from opd_kernels._checks import check_buffer, check_same_device
 from opd_kernels.divergences import Divergence
 
@@ -67,7 +78,19 @@ _TYPES = {
     str: "str",
     torch.dtype: "ScalarType",
 }
-_WHOLE = (Allowed, Background, Divergence, Head, Objective, Tail, Tails, Temperature)
+_WHOLE = (
+    Allowed,
+    Background,
+    Divergence,
+    Head,
+    Objective,
+    Question,
+    Reading,
+    Tail,
+    Tails,
+    Temperature,
+    Wanted,
+)
 
 
 class Operator(NamedTuple):

@@ -24,6 +24,17 @@ def repeats(ids: Tensor) -> Tensor:
     return torch.empty_like(repeat).scatter(-1, order, repeat)
 
 
+def first_places(ids: Tensor) -> Tensor:
+    """For each id of a row the place where it occurs first, int32."""
+    ordered, order = torch.sort(ids, dim=-1, stable=True)
+    places = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    begin = torch.where(begins, places, 0).cummax(-1).values
+    first = order.gather(-1, begin)
+    return torch.empty_like(first).scatter(-1, order, first).to(torch.int32)
+
+
 def ordered(
     ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
 ) -> tuple[Tensor, Tensor]:

@@ -116,8 +116,8 @@ def topk_rkl(
         return_stats: also return ``Stats``, per row and detached: True for all, or names as in
             ``("student_mass", "overlap")``, the others being None then. The teacher's come from the
             pass that selects. The student's mass, entropy and the overlap take one read of its
-            logits together; of a ``LinearLogits`` one product with the whole head, in pieces and
-            without a gradient. On GPUs all of them run in plain PyTorch so far.
+            logits together; of a ``LinearLogits`` one product with the whole head, in pieces,
+            without a gradient and rounded to the head's dtype.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best for the device. One
             that is named is used or raises.
 
@@ -283,11 +283,10 @@ def topk_divergence(
       ``temperature``, without top-p and top-k.
 
     Args:
-        student: logits (..., V) or ``LinearLogits``; what gets the gradient. With ``LinearLogits``
-            only "renormalize" is there.
+        student: logits (..., V) or ``LinearLogits``; what gets the gradient.
         teacher: logits (..., V_t), a ``TopK`` or ``LinearLogits``; constant. Outside of
             "renormalize" a ``TopK`` has to carry ``logsumexp`` or ``tail_logsumexp``, of the same
-            temperature, and ``LinearLogits`` are refused.
+            temperature.
         k: size of the support; 32 for logits, the width of a ``TopK``.
         divergence: a ``Divergence``, or "reverse_kl", "forward_kl", "jsd" (beta 1/2).
         outside: as above.
@@ -296,11 +295,20 @@ def topk_divergence(
         token_ids: int (...), the sampled token of each row. On their own they change nothing. One
             outside of the student's vocabulary makes its row NaN where it is used, unless the row
             is masked.
+        background: "exact", or "sampled" for a student of ``LinearLogits``: backward then takes
+            alpha / T at ``token_ids``, y, alone for alpha p / T, and nothing where y is in S. Its
+            mean over y is the exact gradient if y ~ softmax(z / T) over the ids below
+            ``vocab_size``, at the loss's own temperature. With top-p or a stale policy it is
+            biased. It raises with "sample", ``include_token`` and ``return_token_logprobs``. Where
+            alpha is 0 it changes nothing.
+        student_logsumexp: (...), constant, for a student of ``LinearLogits``: the log-sum-exp of
+            z / T over the ids below ``vocab_size``, of the same weights. Forward then computes the
+            listed logits only, unless the student's entropy or the overlap is asked for. The tail
+            is what they leave of it, at least 2^-24 of it.
         include_token: the sampled token joins the support as one more entry.
         return_token_logprobs: also return log p of ``token_ids``, per row (...) and differentiable,
             as ``token_logprobs`` gives it: of softmax(z / T) at this ``temperature``, over the ids
-            below ``vocab_size``, 0 in masked rows, never weighted or reduced. It needs the
-            student's logits.
+            below ``vocab_size``, 0 in masked rows, never weighted or reduced.
         return_stats: as in ``topk_rkl``. S is the K entries, without a token that joins them. The
             divergence, the token log-probs and these share one read of the student in forward.
 
@@ -317,6 +325,15 @@ def topk_divergence(
     Gradients: as there. Kept for backward: K entries and two numbers a row; outside of
     "renormalize" and with token log-probs the student's logits as well, which backward reads again,
     and for the log-probs one more number an entry and a row.
+
+    A student of ``LinearLogits`` never has logits of shape (N, V); references to its tensors and
+    K + 2 numbers a row are kept for backward, or the gradients. "renormalize" on the teacher's
+    support costs k H multiplications a row, as in ``linear_topk_rkl``. Full softmaxes and token
+    log-probs take one product with the head in forward. A trained head's exact background takes
+    four products in all, or three where the loss is reduced, on the teacher's support, without
+    token log-probs and not float16: forward makes the gradient then, and backward runs once. The
+    sampled background takes k + 1 columns in backward. Memory: the gradients, in float32 while they
+    are added up, and the workspace of ``LinearLogits``.
 
     Errors: as in ``topk_rkl``; ``ValueError`` for unknown names and combinations that do not exist,
     and for ``return_token_logprobs`` without ``token_ids``.
@@ -444,7 +461,7 @@ def linear_topk_rkl(
     rows, NaN and reductions. Masked rows are not read; only a GPU's matrix product of a
     ``LinearLogits`` includes them. ``return_stats`` does compute the student's logits, once for
     ``student_mass``, ``student_entropy`` and ``overlap`` together, a few hundred rows at a time and
-    without a gradient; the k entries have the loss's precision there, all others the product's.
+    without a gradient; all of them, the k entries too, have the product's precision there.
     ``backend`` "cuda" has no kernels for hidden states; None takes "triton" on such GPUs.
 
     Gradients: ``student_hidden``, ``student_weight``, ``student_bias`` and ``weight``, each only if
@@ -514,7 +531,10 @@ def _topk_divergence(
     if names is not None or with_logprobs:
         call = call._replace(stats=names, with_logprobs=with_logprobs)
     losses = row_losses(student, teacher, k, call, depth=2)
-    return call.reduce(losses.loss), losses.logprobs, losses.stats
+    loss = call.reduce(losses.loss)
+    if losses.gradient is not None:
+        loss = loss + losses.gradient
+    return loss, losses.logprobs, losses.stats
 
 
 def _stats_names(return_stats: object) -> tuple[str, ...] | None:

@@ -14,20 +14,23 @@ from torch import Tensor
 
 from opd_kernels import _checks
 from opd_kernels._arguments import Allowed
-from opd_kernels._autograd import BackgroundLoss, GatherDot, Request, TopKReverseKL
+from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
+from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
+from opd_kernels.linear import losses_of_head
 from opd_kernels.options import Call
-from opd_kernels.sides import find_support, stats_of, token_of, vocab_of, watched
-from opd_kernels.stats import Stats
+from opd_kernels.sides import Support, find_support, stats_of, token_of, vocab_of, watched
+from opd_kernels.stats import Side, Stats
 from opd_kernels.support import TopK
 
 
 class RowLosses(NamedTuple):
     """Per-row losses (...); ids and gradient entries (..., K) of the logits they are computed from.
 
-    With ``logprobs`` (...) of the sampled tokens and ``stats``, if they were asked for.
+    With ``logprobs`` (...) of the sampled tokens and ``stats``, if they were asked for. Where there
+    is a ``gradient``, a scalar 0, it belongs to the reduced loss and has its gradient.
     """
 
     loss: Tensor
@@ -35,6 +38,7 @@ class RowLosses(NamedTuple):
     entry_grad: Tensor
     logprobs: Tensor | None = None
     stats: Stats | None = None
+    gradient: Tensor | None = None
 
 
 def row_losses(
@@ -47,7 +51,7 @@ def row_losses(
     """The loss of each row; masked rows have 0. The user's code is ``depth`` frames above."""
     k, limit = _support_size(student, teacher, k, call.support)
     simple = not (call.needs_tails or call.with_token or call.support == "student")
-    if not simple:
+    if not simple or call.background != "exact" or call.student_logsumexp is not None:
         _check_sources(student, teacher, call)
     _warn_about_losses(k, call, depth + 3)
     device, backend, objective = student.device, call.backend, call.objective
@@ -58,37 +62,48 @@ def row_losses(
         loss, ids, entry_grad = TopKReverseKL.apply(student, teacher.detach(), k, request)
         return RowLosses(loss, ids, entry_grad)
     support = find_support(student, teacher, k, allowed, call)
+    gradient: Tensor | None = None
+    if isinstance(student, LinearLogits) and call.needs_tails:
+        found = losses_of_head(student, support, k, allowed, call)
+        support, gradient = support._replace(student=found.side), found.gradient
+        sides = watched(student, teacher, support, allowed, call)
+        losses = RowLosses(found.loss, support.ids, support.values, found.logprobs)
+    else:
+        sides = watched(student, teacher, support, allowed, call)
+        losses = _losses(student, support, sides[0], k, allowed, call)
+    if call.stats is None:
+        return losses._replace(gradient=gradient)
+    given = isinstance(teacher, TopK)
+    ids, values = support.ids[..., :k], support.values[..., :k]
+    stats = stats_of(ids, values, sides, allowed, call.stats, repeated=given)
+    return losses._replace(stats=stats, gradient=gradient)
+
+
+def _losses(
+    student: Tensor | LinearLogits,
+    support: Support,
+    side: Side,
+    k: int,
+    allowed: Allowed,
+    call: Call,
+) -> RowLosses:
+    """The losses of a support; ``side`` is what is known of the student."""
     ids, values = support.entries()
-    sides = watched(student, teacher, support, allowed, call)
+    backend, objective = call.backend, call.objective
     if isinstance(student, LinearLogits):
         logits, slots = _gathered(student, ids, values, allowed, backend)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
         request = Request(slots, among_slots, objective, False, backend)
-    else:
-        logits = student
-        request = Request(ids, allowed, objective, call.inplace, backend)
-    logprobs: Tensor | None = None
-    if call.needs_tails:
-        tails = support.tails(call.range(vocab_of(student))) if call.full else None
-        token = token_of(student, sides[0], allowed, call) if call.with_logprobs else None
-        loss, logprob, found, entry_grad, *_ = BackgroundLoss.apply(
-            logits, values, request, tails, token
-        )
-        logprobs = logprob if call.with_logprobs else None
-    else:
-        loss, found, entry_grad = TopKReverseKL.apply(logits, values, k, request)
-    stats: Stats | None = None
-    if call.stats is not None:
-        given = isinstance(teacher, TopK)
-        stats = stats_of(
-            support.ids[..., :k],
-            support.values[..., :k],
-            sides,
-            allowed,
-            call.stats,
-            repeated=given,
-        )
-    return RowLosses(loss, found, entry_grad, logprobs, stats)
+        return RowLosses(*TopKReverseKL.apply(logits, values, k, request))
+    request = Request(ids, allowed, objective, call.inplace, backend)
+    if not call.needs_tails:
+        return RowLosses(*TopKReverseKL.apply(student, values, k, request))
+    tails = support.tails(call.range(vocab_of(student))) if call.full else None
+    token = token_of(student, side, allowed, call) if call.with_logprobs else None
+    loss, logprob, found, entry_grad, *_ = BackgroundLoss.apply(
+        student, values, request, tails, token
+    )
+    return RowLosses(loss, found, entry_grad, logprob if call.with_logprobs else None)
 
 
 def check_teacher(
@@ -140,6 +155,7 @@ def _check_sources(
 ) -> None:
     """Raises unless both sides have what the loss needs of them."""
     outside = call.objective.outside
+    _check_head_options(student, call)
     if call.support == "student" and isinstance(teacher, TopK):
         raise ValueError(
             "support=\"student\" needs the teacher's values at the student's ids, and teacher is a "
@@ -152,25 +168,39 @@ def _check_sources(
             f"{what} needs the teacher's value at the sampled token, and this TopK has no "
             "token_logits; pass token_ids to select_topk or TopK.from_logprobs"
         )
-    if isinstance(student, LinearLogits) and call.needs_tails:
-        what = f"outside={outside!r}" if call.full else "return_token_logprobs=True"
-        instead = ', or outside="renormalize"' if call.full else ""
-        raise ValueError(
-            f"{what} needs the student's full log-sum-exp, and student is hidden "
-            f"states and a head; pass its logits{instead}"
-        )
     if not call.full:
         return
-    if isinstance(teacher, LinearLogits):
-        selected = ", or select_topk(teacher, k, with_logsumexp=True)"
-        if call.support == "student":
-            selected = ""
-        raise ValueError(
-            f"outside={outside!r} needs the teacher's full log-sum-exp, and teacher is hidden "
-            f"states and a head; pass its logits{selected}"
-        )
     if isinstance(teacher, TopK):
         _check_full_support(teacher, call)
+
+
+def _check_head_options(student: Tensor | LinearLogits, call: Call) -> None:
+    """Raises for a background or a log-sum-exp that does not fit the student and the loss."""
+    if isinstance(student, Tensor):
+        for name, given in (
+            ('background="sampled"', call.background == "sampled"),
+            ("student_logsumexp", call.student_logsumexp is not None),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} saves products with a head, and student is logits; leave it out, or "
+                    "pass a LinearLogits"
+                )
+        return
+    if call.background != "sampled" or not call.needs_tails:
+        return
+    if call.token_ids is None:
+        raise ValueError('background="sampled" needs token_ids, the sampled token of each row')
+    for name, given in (
+        ('outside="sample"', call.objective.outside == "sample"),
+        ("include_token=True", call.include_token),
+        ("return_token_logprobs=True", call.with_logprobs),
+    ):
+        if given:
+            raise ValueError(
+                f'background="sampled" is biased with {name}, where the gradient depends on the '
+                'sampled token; pass background="exact"'
+            )
 
 
 def _check_full_support(teacher: TopK, call: Call) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from opd_kernels import _checks
+from opd_kernels._arguments import Head
 
 __all__ = ["LinearLogits"]
 
@@ -18,7 +19,8 @@ __all__ = ["LinearLogits"]
 class LinearLogits:
     """Logits as hidden states and a head: they are never whole.
 
-    A teacher's are computed a few rows at a time. Of a student's only those of the support are.
+    A teacher's are computed a few rows at a time. Of a student's only those of the support are,
+    unless a loss needs full softmaxes: then a few rows at a time, in backward a few columns.
 
     With hidden states h, weight W, bias b, scale s and softcap c::
 
@@ -93,6 +95,15 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return tensors if wide else tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def head_as_operand(head: LinearLogits) -> Head:
+    """A head as operators take it, without gradients, in autocast's dtype where that is on."""
+    # Checked again: autocast may have allowed mixed dtypes there and be off here.
+    _checks.check_head(head.hidden, head.weight, head.bias, "LinearLogits ")
+    hidden, weight, bias = as_autocast(head.hidden, head.weight, head.bias)
+    bias = None if bias is None else bias.detach()
+    return Head(hidden.detach(), weight.detach(), bias, head.scale, head.softcap)
 
 
 def _flatten(head: LinearLogits) -> tuple[list[Tensor], tuple[float | None, float]]:

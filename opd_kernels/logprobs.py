@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_kernels import _checks, debugging
+from opd_kernels import _checks, _ops, debugging
 from opd_kernels._arguments import Allowed, Tail
 from opd_kernels._autograd import BackgroundLoss, Request, Token
+from opd_kernels.head import LinearLogits
+from opd_kernels.linear import token_logprobs_of_head
 from opd_kernels.options import Call, resolve
-from opd_kernels.selection import tail_of
-from opd_kernels.sides import values_at
+from opd_kernels.sides import values_at, vocab_of
 from opd_kernels.stats import Side
 
 __all__ = ["token_logprobs"]
 
 
 def token_logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     token_ids: Tensor,
     *,
     temperature: float | Tensor = 1.0,
@@ -33,20 +34,21 @@ def token_logprobs(
         log p_y = z_y / T - log sum over [0, W) of exp(z / T)
         d log p_y / dz_v = (1[v = y] - p_v) / T  for v < W, 0 beyond
 
-    Shapes and dtypes: ``logits`` (..., V), float16, bfloat16, float32 or float64, last stride 1;
-    ``token_ids`` int32 or int64 (...); returns (...), float32 (float64 for float64), in nats. The
-    logits are read once, and once more in backward.
+    Shapes and dtypes: ``logits`` (..., V), float16, bfloat16, float32 or float64, last stride 1, or
+    ``LinearLogits``, whose logits exist a few hundred rows at a time in forward and a few thousand
+    columns at a time in backward; ``token_ids`` int32 or int64 (...); returns (...), float32
+    (float64 for float64), in nats. The logits are read once, and once more in backward.
 
     Args:
-        logits: what gets the gradient.
+        logits: what gets the gradient; of ``LinearLogits`` hidden states, weight and bias.
         token_ids: y. One outside of [0, W) makes its row NaN, unless the row is masked; its
             gradient too, even if the log-prob is left out afterwards. So pass the mask here.
         temperature: T; a float or a constant tensor per row.
         mask: bool or integer per row; False or 0: the row is not read and has log-prob 0 and
             gradient 0, whatever it holds.
         vocab_size: W, for padded vocabularies.
-        inplace_grad: as in ``topk_rkl``.
-        backend: as in ``topk_rkl``; "cpu" and "reference" have it.
+        inplace_grad: as in ``topk_rkl``; refused for ``LinearLogits``.
+        backend: as in ``topk_rkl``.
 
     NaN or +inf in a row makes it NaN, and so does a row of only -inf. A logit of -inf at y is -inf.
 
@@ -68,8 +70,14 @@ def token_logprobs(
 
     Source: the log-softmax of the sampled token, as policy gradients use it.
     """
-    logits = _checks.check_logits(logits, "logits")
-    rows, device = logits.shape[:-1], logits.device
+    if isinstance(logits, LinearLogits):
+        _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ")
+        if inplace_grad:
+            raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
+        rows = logits.shape
+    else:
+        rows = _checks.check_logits(logits, "logits").shape[:-1]
+    device = logits.device
     _checks.check_token_ids(token_ids, rows, device)
     call = resolve(
         {
@@ -82,11 +90,13 @@ def token_logprobs(
         rows,
         device,
     )
-    width = call.range(logits.shape[-1])
+    width = call.range(vocab_of(logits))
     if debugging.on_outside_of_operators():
         debugging.check_tokens(token_ids, width, call.mask, "the logits'")
     ids = token_ids[..., None]
     ids = torch.where((ids < 0) | (ids >= width), -1, ids).to(torch.int32)
+    if isinstance(logits, LinearLogits):
+        return token_logprobs_of_head(logits, ids, width, call)
     everything = Allowed(width, None, call.mask)
     request = Request(ids, everything, call.objective, call.inplace, call.backend)
     side = _side(logits, ids, width, call)
@@ -98,6 +108,7 @@ def token_logprobs(
 def _side(logits: Tensor, ids: Tensor, width: int, call: Call) -> Side:
     """The tokens apart from the rest, so that a probability near 1 keeps its digits."""
     temperature = call.objective.temperature
-    tail, _ = tail_of(logits, call.mask, Tail(width, temperature, ids, False), call.backend)
+    reading = Tail(width, temperature, ids, False)
+    tail, _ = _ops.tail_logsumexp(logits.detach(), call.mask, reading, call.backend)
     values = values_at(logits, ids, Allowed(width, None, call.mask), call.backend)
     return Side(temperature, values, tail=tail).with_shares()

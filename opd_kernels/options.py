@@ -14,6 +14,7 @@ from opd_kernels.backends import AUTO
 from opd_kernels.divergences import NAMED, RENORMALIZE, Divergence, reverse_kl
 
 SUPPORTS = ("teacher", "student")
+BACKGROUNDS = ("exact", "sampled")
 
 
 class RowOptions(TypedDict, total=False):
@@ -44,6 +45,8 @@ class DivergenceOptions(Options, total=False):
     support: str
     token_ids: Tensor | None
     include_token: bool
+    background: str
+    student_logsumexp: Tensor | None
 
 
 MEMBER_DEFAULTS: DivergenceOptions = {
@@ -52,6 +55,8 @@ MEMBER_DEFAULTS: DivergenceOptions = {
     "support": "teacher",
     "token_ids": None,
     "include_token": False,
+    "background": "exact",
+    "student_logsumexp": None,
 }
 
 
@@ -83,6 +88,8 @@ class Call(NamedTuple):
     divergence: Divergence = reverse_kl()  # as it was given
     stats: tuple[str, ...] | None = None  # names; None: no statistics
     with_logprobs: bool = False
+    background: str = "exact"
+    student_logsumexp: Tensor | None = None
 
     @property
     def full(self) -> bool:
@@ -116,6 +123,14 @@ class Call(NamedTuple):
         """What may enter the support, of ids in [0, limit)."""
         return allowed(limit, self.vocab_size, self.banned_ids, self.mask, device)
 
+    def factors(self, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The derivative of the reduced loss by that of each row, constant."""
+        ones = torch.ones(rows, dtype=dtype, device=device, requires_grad=True)
+        with torch.enable_grad():
+            total = self.reduce(ones)
+        (factors,) = torch.autograd.grad(total, ones)
+        return factors if self.mask is None else factors.masked_fill(~self.mask, 0)
+
     def reduce(self, loss: Tensor) -> Tensor:
         """Weights and reduces per-row losses."""
         return reduce_rows(loss, self.weight, self.mask, self.reduction, self.normalizer)
@@ -145,14 +160,19 @@ def resolve(options: Options, rows: torch.Size, device: torch.device) -> Call:
         RENORMALIZE,
     )
     divergence, support, token_ids, include_token = reverse_kl(), "teacher", None, False
+    background, student_logsumexp = "exact", None
     if "divergence" in options:
         member = cast(DivergenceOptions, options)
         divergence, outside = named(member["divergence"]), member["outside"]
         support, token_ids = member["support"], member["token_ids"]
         include_token = member["include_token"]
+        background, student_logsumexp = member["background"], member["student_logsumexp"]
+        _checks.check_choice(background, "background", BACKGROUNDS)
         _check_member(divergence, outside, support, token_ids, include_token)
         if token_ids is not None:
             _checks.check_token_ids(token_ids, rows, device)
+        if student_logsumexp is not None:
+            _checks.check_student_logsumexp(student_logsumexp, rows, device)
         numbers, weights = _weights(divergence, rows, device)
         objective = objective._replace(divergence=numbers, weights=weights, outside=outside)
     if debugging.on_outside_of_operators():
@@ -174,6 +194,8 @@ def resolve(options: Options, rows: torch.Size, device: torch.device) -> Call:
         include_token,
         teacher_temperature,
         divergence,
+        background=background,
+        student_logsumexp=student_logsumexp,
     )
 
 

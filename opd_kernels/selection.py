@@ -1,20 +1,21 @@
-"""``select_topk``: the teacher's support as a value of its own, to cache or to send."""
+"""``select_topk`` and ``score_ids``: a support as a value of its own, to cache or to send."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_kernels import _checks, _ops
-from opd_kernels._arguments import Allowed, Head, Tail, Temperature, no_tail
-from opd_kernels.backends import plain
-from opd_kernels.head import LinearLogits, as_autocast
+from opd_kernels._arguments import Allowed, Reading, Tail, Temperature, no_tail
+from opd_kernels._ordering import repeats
+from opd_kernels.head import LinearLogits, head_as_operand
 from opd_kernels.options import allowed, backend_name, bool_mask
 from opd_kernels.support import TopK
 
-__all__ = ["select_topk"]
+__all__ = ["score_ids", "select_topk"]
 
 
 @torch.no_grad()
@@ -74,11 +75,7 @@ def select_topk(
         support = select_topk(teacher_logits, 32, token_ids=tokens, top_p=0.95)
         loss = topk_rkl(student_logits, support)
     """
-    if isinstance(logits, LinearLogits):
-        rows, vocab = logits.shape, logits.vocab
-    else:
-        *_, vocab = _checks.check_logits(logits, "logits").shape
-        rows = logits.shape[:-1]
+    logits, rows, vocab = _source(logits)
     device = logits.device
     _checks.check_k(k, vocab)
     _checks.check_vocab_size(vocab_size)
@@ -94,11 +91,16 @@ def select_topk(
     tail = no_tail()
     if summed:
         tail = Tail(which.limit, Temperature(float(temperature)))
-    ids, values, rest, _ = select(logits, k, which, tail, backend)
-    given = {}
+    tokens: Tensor | None = None
     if token_ids is not None:
-        # A token need not be one that can be selected.
-        given["token_logits"] = _logits_at(logits, token_ids, which._replace(banned=None), backend)
+        outside = (token_ids < 0) | (token_ids >= which.limit)
+        tokens = token_ids.masked_fill(outside, -1)[..., None]
+    ids, values, at_tokens, rest, _ = select(logits, k, which, tail, backend, tokens)
+    given = {}
+    if at_tokens is not None:
+        assert tokens is not None
+        missing = tokens < 0 if mask is None else (tokens < 0) | ~mask[..., None]
+        given["token_logits"] = at_tokens.masked_fill(missing, torch.nan).squeeze(-1)
     if summed:
         scaled = values.to(rest.dtype) / temperature
         given["logsumexp"] = torch.logaddexp(scaled.logsumexp(-1), rest)
@@ -109,6 +111,111 @@ def select_topk(
             ids, values = ids.where(inside, -1), values.where(inside, -torch.inf)
         given["tail_logsumexp"] = rest
     return TopK(ids, values, **given, temperature=temperature)
+
+
+@torch.no_grad()
+def score_ids(
+    logits: Tensor | LinearLogits,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    token_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> TopK:
+    """The logits at given ids of each row, and the log-sum-exps of the whole row and of the rest.
+
+    It is what a teacher does for a support that the student has chosen. With a row's logits t and
+    W = min(V, vocab_size)::
+
+        logsumexp      = log sum over [0, W) of exp(t / temperature)
+        tail_logsumexp = log sum over [0, W) without the ids
+        log q          = t[ids] / temperature - logsumexp
+
+    Shapes and dtypes: ``logits`` (..., V), float16, bfloat16, float32 or float64, last stride 1, or
+    ``LinearLogits``, whose rows are computed a few hundred at a time and not kept; ``ids`` int32 or
+    int64 (..., K), in any order. Returns ids int32 and logits float32 (float64 for float64), both
+    (..., K), in the given order, and the log-sum-exps (...), float64 (float32 on devices without
+    it). An id outside of [0, W) becomes -1 with logit -inf, and so do all of a row whose ``mask``
+    is False, which is not read and has log-sum-exps 0. A repeated id counts once in the rest.
+
+    ``temperature`` is that of the sums and divides no logit that is returned; ``token_ids`` adds
+    ``token_logits``: both as in ``select_topk``, and so is the precision.
+
+    Gradients: none. Memory: the outputs; for ``LinearLogits`` its workspace.
+
+    Errors: ``ValueError`` for shapes and devices that do not fit, a temperature that is not above
+    0, a backend that cannot serve the call; ``TypeError`` for other types and dtypes.
+
+    Example::
+
+        chosen = select_topk(student_logits.detach(), 32)
+        teacher_support = score_ids(teacher_logits, chosen.ids)
+        loss = topk_divergence(student_logits, teacher_support, outside="bucket")
+    """
+    logits, rows, vocab = _source(logits)
+    device = logits.device
+    ids = _checks.check_given_ids(ids, rows, device)
+    _checks.check_vocab_size(vocab_size)
+    _checks.check_factor(temperature, "temperature")
+    if token_ids is not None:
+        _checks.check_token_ids(token_ids, rows, device)
+    mask = bool_mask(mask, rows, device)
+    backend = backend_name(backend)
+    width = vocab if vocab_size is None else min(vocab, vocab_size)
+    k = ids.shape[-1]
+    given = _inside(ids, width, mask)
+    listed = given
+    if token_ids is not None:
+        listed = torch.cat((given, _inside(token_ids[..., None], width, mask)), -1)
+    tail = Tail(width, Temperature(float(temperature)), given, False)
+    values, rest = read_at(logits, listed, Allowed(width, None, mask), tail, backend)
+    fields = {}
+    if token_ids is not None:
+        fields["token_logits"] = values[..., k].masked_fill(listed[..., k] < 0, torch.nan)
+    values = values[..., :k].contiguous()
+    once = values.masked_fill(repeats(given) & (given >= 0), -torch.inf)
+    whole = torch.logaddexp((once.to(rest.dtype) / temperature).logsumexp(-1), rest)
+    if mask is not None:
+        whole = whole.masked_fill(~mask, 0)
+    return TopK(
+        given,
+        values,
+        logsumexp=whole,
+        tail_logsumexp=rest,
+        temperature=temperature,
+        **fields,
+    )
+
+
+def _inside(ids: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """The ids as int32, -1 for those outside of [0, width) and in masked rows."""
+    outside = (ids < 0) | (ids >= width)
+    if mask is not None:
+        outside = outside | ~mask[..., None]
+    return ids.masked_fill(outside, -1).to(torch.int32)
+
+
+def read_at(
+    logits: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, tail: Tail, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(logits at the ids, -inf where an id is none; the tail's log-sum-exp), from one read."""
+    if isinstance(logits, LinearLogits):
+        reading = Reading(0, allowed, tail, ids)
+        _, _, values, rest, _ = _ops.read_linear(head_as_operand(logits), reading, backend)
+        return values, rest
+    values, slots = _ops.gather(logits.detach(), ids, allowed, backend)
+    rest, _ = _ops.tail_logsumexp(logits.detach(), allowed.mask, tail, backend)
+    return values.masked_fill(slots < 0, -torch.inf), rest
+
+
+def _source(logits: object) -> tuple[Tensor | LinearLogits, torch.Size, int]:
+    """(what is read, its rows, its vocabulary), once it fits."""
+    if isinstance(logits, LinearLogits):
+        return logits, logits.shape, logits.vocab
+    checked = _checks.check_logits(logits, "logits")
+    return checked, checked.shape[:-1], checked.shape[-1]
 
 
 def _nucleus(scaled: Tensor, tail: Tensor, top_p: float) -> Tensor:
@@ -134,24 +241,6 @@ def _sums_before(shares: Tensor) -> Tensor:
     return sums
 
 
-def _logits_at(
-    logits: Tensor | LinearLogits, token_ids: Tensor, allowed: Allowed, backend: str
-) -> Tensor:
-    """The logits (...) at one id per row; NaN where it is not allowed."""
-    ids = token_ids[..., None]
-    if isinstance(logits, Tensor):
-        values, slots = _ops.gather(logits.detach(), ids, allowed, backend)
-    else:
-        head = _head(logits)
-        ids = ids.clamp(min=-1)  # labels of -100 are no error in debugging mode
-        values, slots = _ops.gather_dot(head.hidden, head.weight, head.bias, ids, allowed, backend)
-        # The head's own product, which gave the entries, is rounded to its dtype.
-        values = plain.shaped(
-            values.to(head.hidden.dtype).to(values.dtype), head.scale, head.softcap
-        )
-    return torch.where(slots < 0, torch.nan, values).squeeze(-1)
-
-
 def _check_top_p(top_p: object) -> None:
     """A share in (0, 1], or None."""
     if top_p is None:
@@ -166,28 +255,37 @@ def _check_top_p(top_p: object) -> None:
         )
 
 
+class Selected(NamedTuple):
+    """The k best of each row, the logits at the ids that were listed, and the tail's sums."""
+
+    ids: Tensor
+    values: Tensor
+    listed: Tensor | None
+    tail: Tensor
+    entropy: Tensor
+
+
 def select(
-    logits: Tensor | LinearLogits, k: int, allowed: Allowed, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids, values, the tail, its entropy) of the k best; no tail unless it is asked for."""
-    if isinstance(logits, Tensor):
-        return _ops.select(logits.detach(), k, allowed, tail, backend)
-    return _ops.select_linear(_head(logits), k, allowed, tail, backend)
+    logits: Tensor | LinearLogits,
+    k: int,
+    allowed: Allowed,
+    tail: Tail,
+    backend: str,
+    listed: Tensor | None = None,
+) -> Selected:
+    """The k best and what else is asked for; a head's logits are computed once.
 
-
-def tail_of(
-    logits: Tensor | LinearLogits, mask: Tensor | None, tail: Tail, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, entropy) outside of the tail's ids."""
-    if isinstance(logits, Tensor):
-        return _ops.tail_logsumexp(logits.detach(), mask, tail, backend)
-    return _ops.tail_logsumexp_linear(_head(logits), mask, tail, backend)
-
-
-def _head(logits: LinearLogits) -> Head:
-    """A head as operators take it, in autocast's dtype where that is on."""
-    # Checked again: autocast may have allowed mixed dtypes there and be off here.
-    _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ")
-    hidden, weight, bias = as_autocast(logits.hidden, logits.weight, logits.bias)
-    bias = None if bias is None else bias.detach()
-    return Head(hidden.detach(), weight.detach(), bias, logits.scale, logits.softcap)
+    A logit at a listed id is -inf where the id is outside of [0, limit) and [0, tail's width).
+    """
+    if isinstance(logits, LinearLogits):
+        head = head_as_operand(logits)
+        ids, values, found, *sums = _ops.read_linear(
+            head, Reading(k, allowed, tail, listed), backend
+        )
+        return Selected(ids, values, None if listed is None else found, *sums)
+    ids, values, *sums = _ops.select(logits.detach(), k, allowed, tail, backend)
+    if listed is None:
+        return Selected(ids, values, None, *sums)
+    everything = Allowed(max(allowed.limit, tail.width), None, allowed.mask)
+    found, slots = _ops.gather(logits.detach(), listed, everything, backend)
+    return Selected(ids, values, found.masked_fill(slots < 0, -torch.inf), *sums)

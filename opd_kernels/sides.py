@@ -15,6 +15,7 @@ from torch import Tensor
 from opd_kernels import _ops, debugging
 from opd_kernels._arguments import (
     Allowed,
+    Reading,
     Tail,
     Tails,
     Temperature,
@@ -25,9 +26,9 @@ from opd_kernels._arguments import (
 from opd_kernels._autograd import Token
 from opd_kernels._ordering import repeats
 from opd_kernels.backends import plain
-from opd_kernels.head import LinearLogits, as_autocast
+from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
 from opd_kernels.options import Call
-from opd_kernels.selection import select, tail_of
+from opd_kernels.selection import select
 from opd_kernels.stats import Side, Stats, measure
 from opd_kernels.support import TopK
 
@@ -70,7 +71,8 @@ def find_support(
 ) -> Support:
     """The support, selected or given; nothing differentiates through it.
 
-    Each side is read once, unless a token joins the support: that leaves the tails.
+    Each side is read once, unless a token joins the support: that leaves the tails. A student's
+    head whose tail the loss wants is left to the loss, but for a support that it selects.
     """
     width, joins = call.range(vocab_of(student)), call.full and call.include_token
     if debugging.on_outside_of_operators():
@@ -83,24 +85,36 @@ def find_support(
     ):
         student, teacher = student.detach().double(), teacher.double()  # both tails in float64
     mine = yours = Side()
+    at_token: Tensor | None = None
+    token = _existing(call, width) if call.with_token else None
     if isinstance(teacher, TopK):
         ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
         if debugging.on_outside_of_operators():
             _look_at_fields(teacher, allowed, call)
     elif call.support == "student":
         tail = no_tail() if joins else _tail(student, "student", call)
-        ids, _, *sums = select(student, k, allowed, tail, call.backend)
+        ids, z, _, *sums = select(student, k, allowed, tail, call.backend)
         mine = _side(tail, sums)
-        values = values_at(teacher, ids, allowed, call.backend)
+        if isinstance(student, LinearLogits) and tail.width:
+            mine = mine._replace(values=z)
+        if isinstance(teacher, LinearLogits) and _tail(teacher, "teacher", call).width:
+            listed = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
+            inside = listed.shape[-1] if joins else k
+            yours = _read(teacher, "teacher", k, listed, inside, allowed, call)
+            assert yours.values is not None
+            values, at_token = yours.values[..., :k], yours.values[..., k:]
+            values = values.masked_fill(~allowed_ids(ids, allowed), -torch.inf)
+        else:
+            values = values_at(teacher, ids, allowed, call.backend)
     else:
         tail = no_tail() if joins else _tail(teacher, "teacher", call)
-        ids, values, *sums = select(teacher, k, allowed, tail, call.backend)
+        there = token if isinstance(teacher, LinearLogits) else None
+        ids, values, at_token, *sums = select(teacher, k, allowed, tail, call.backend, there)
         yours = _side(tail, sums)
     invalid: Tensor | None = None
     if call.with_token:
-        ids, values, invalid = _with_token(teacher, ids, values, allowed, call, width)
+        ids, values, invalid = _with_token(teacher, ids, values, at_token, allowed, call, width)
     inside = ids.shape[-1] if joins else k
-    listed = ids[..., :inside]
     if isinstance(teacher, TopK):
         if call.full:
             tail_of_given = _given_tail(teacher, call)
@@ -108,10 +122,20 @@ def find_support(
                 tail_of_given = _without_token(tail_of_given, ids, values, teacher.temperature)
             yours = Side(tail=tail_of_given)
     elif yours.tail is None:
-        yours = _read(teacher, "teacher", k, listed, allowed, call)
-    if mine.tail is None and (call.watches("student") or call.support == "teacher"):
-        mine = _read(student, "student", k, listed, allowed, call)
+        yours = _read(teacher, "teacher", k, ids[..., :inside], inside, allowed, call)
+    # Where the loss wants a head's tail, it reads the head itself.
+    apart = isinstance(student, LinearLogits) and call.needs_tails
+    needed = call.watches("student") or call.support == "teacher"
+    if mine.tail is None and needed and not apart:
+        mine = _read(student, "student", k, ids[..., :inside], inside, allowed, call)
     return Support(ids, values, inside, mine, yours, invalid)
+
+
+def _existing(call: Call, width: int) -> Tensor:
+    """The sampled tokens (..., 1), -1 where there is no such id."""
+    assert call.token_ids is not None
+    token = call.token_ids
+    return torch.where((token < 0) | (token >= width), -1, token)[..., None]
 
 
 def _tail(source: Tensor | LinearLogits, side: str, call: Call) -> Tail:
@@ -130,16 +154,34 @@ def _tail(source: Tensor | LinearLogits, side: str, call: Call) -> Tail:
 
 
 def _read(
-    source: Tensor | LinearLogits, side: str, k: int, listed: Tensor, allowed: Allowed, call: Call
+    source: Tensor | LinearLogits,
+    side: str,
+    k: int,
+    listed: Tensor,
+    inside: int,
+    allowed: Allowed,
+    call: Call,
 ) -> Side:
-    """One read of a side, whose support is given: its tail, and its own best ids for overlap."""
-    tail = _tail(source, side, call)._replace(ids=listed)
-    if side != call.support and call.wants("overlap"):
-        best, _, *sums = select(source, k, allowed, tail, call.backend)
-        return _side(tail, sums)._replace(best=best)
-    if not tail.width:
+    """One read of a side, whose support is given: its tail, and its own best ids for overlap.
+
+    The tail is outside of the first ``inside`` ids. Of a head, the logits at all of them as well.
+    """
+    tail = _tail(source, side, call)._replace(ids=listed[..., :inside])
+    best = k if side != call.support and call.wants("overlap") else 0
+    if not (tail.width or best):
         return Side()
-    return _side(tail, tail_of(source, allowed.mask, tail, call.backend))
+    if isinstance(source, LinearLogits):
+        return read_head(source, Reading(best, allowed, tail, listed), call.backend)
+    if best:
+        found, _, _, *sums = select(source, k, allowed, tail, call.backend)
+        return _side(tail, sums)._replace(best=found)
+    return _side(tail, _ops.tail_logsumexp(source.detach(), allowed.mask, tail, call.backend))
+
+
+def read_head(head: LinearLogits, reading: Reading, backend: str) -> Side:
+    """A side whose logits are a head's, from one pass over them."""
+    best, _, values, *sums = _ops.read_linear(head_as_operand(head), reading, backend)
+    return _side(reading.tail, sums)._replace(values=values, best=best if reading.k else None)
 
 
 def _side(tail: Tail, sums: Sequence[Tensor]) -> Side:
@@ -163,12 +205,12 @@ def watched(
     # Only these list an id twice.
     given = isinstance(teacher, TopK) or call.with_token
     if call.watches("student"):
-        everything = Allowed(call.range(vocab_of(student)), None, allowed.mask)
-        mine = mine._replace(
-            temperature=call.objective.temperature,
-            values=values_at(student, ids, everything, call.backend),
-            repeated=repeats(ids) & (ids >= 0) if given else None,
-        )
+        mine = mine._replace(temperature=call.objective.temperature)
+        if mine.values is None:
+            everything = Allowed(call.range(vocab_of(student)), None, allowed.mask)
+            mine = mine._replace(values=values_at(student, ids, everything, call.backend))
+        if mine.repeated is None and given:
+            mine = mine._replace(repeated=repeats(ids) & (ids >= 0))
     if call.watches("teacher"):
         there = torch.where(values == -torch.inf, -1, ids)
         yours = yours._replace(
@@ -215,7 +257,7 @@ def stats_of(
     repeated: bool,
 ) -> Stats:
     """The named statistics of the support, whose ids may be ``repeated``."""
-    present = _allowed_ids(ids, allowed) & (values != -torch.inf)
+    present = allowed_ids(ids, allowed) & (values != -torch.inf)
     if allowed.mask is not None:
         present = present & allowed.mask[..., None]
     unique = present & ~repeats(torch.where(present, ids, -1)) if repeated else present
@@ -241,6 +283,7 @@ def _with_token(
     teacher: Tensor | TopK | LinearLogits,
     ids: Tensor,
     values: Tensor,
+    at_token: Tensor | None,
     allowed: Allowed,
     call: Call,
     width: int,
@@ -257,19 +300,21 @@ def _with_token(
     if isinstance(teacher, TopK):
         assert teacher.token_logits is not None
         value = teacher.token_logits.detach()[..., None].to(values.dtype)
+    elif at_token is not None and at_token.shape[-1]:
+        value = at_token
     else:
         value = values_at(teacher, token, everything, call.backend).to(values.dtype)
     outside = (token < 0) | (token >= width)
     known = (ids == token) & (values != -torch.inf) & ~outside
     if not call.include_token:
-        known &= _allowed_ids(ids, allowed)
+        known &= allowed_ids(ids, allowed)
     known = known.any(-1, keepdim=True)
     absent = known | outside
     values = torch.cat((values, value.masked_fill(absent, -torch.inf)), -1)
     return torch.cat((ids, token.masked_fill(absent, -1).to(ids.dtype)), -1), values, outside
 
 
-def _allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
+def allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
     """Whether an id may be in the support."""
     inside = (ids >= 0) & (ids < allowed.limit)
     if allowed.banned is None:

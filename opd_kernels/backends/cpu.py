@@ -5,9 +5,7 @@ Instruction sets are chosen when the module is loaded; ``OPD_KERNELS_CPU_ISA`` n
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import mmap
 import os
 import warnings
 from typing import Any
@@ -16,10 +14,8 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends import _build
+from opd_kernels.backends._pages import zero_pages
 from opd_kernels.backends.native import NativeFull, NativeLinear
-
-# A gradient of this size or more gets pages of its own from the system; others come from the heap.
-OWN_PAGES_BYTES = 4 << 20
 
 
 class Cpu(NativeFull, NativeLinear):
@@ -50,7 +46,7 @@ class Cpu(NativeFull, NativeLinear):
     def _fresh_zeros(
         self, shape: tuple[int, ...], dtype: torch.dtype, all_written: bool
     ) -> Tensor | None:
-        return _fresh_zero_pages(shape, dtype, huge=all_written)
+        return zero_pages(shape, dtype, huge=all_written)
 
 
 backend = Cpu()
@@ -80,27 +76,3 @@ def _warn_if_single_threaded() -> None:
     reason = single_threaded()
     if reason is not None:
         warnings.warn(f"opd_kernels runs on one thread: {reason}", stacklevel=2)
-
-
-def _fresh_zero_pages(shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> Tensor | None:
-    """A tensor on pages straight from the system, or None where it is not worth it.
-
-    The system hands out zeroed pages, so a memset would write the gradient's zeros a second time.
-    Where all pages will be written, huge ones make the faults cheap. With small pages, those that
-    nothing writes never take memory.
-    """
-    count = 1
-    for size in shape:
-        count *= size
-    nbytes = count * dtype.itemsize
-    if nbytes < OWN_PAGES_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # out of memory: torch's allocator has the better message
-        return None
-    with contextlib.suppress(OSError):  # a system without huge pages still hands out zero pages
-        pages.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    # set_ and not view: the gradient must not be a view, which autograd would not let users change.
-    flat = torch.frombuffer(pages, dtype=dtype, count=count)
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage()).resize_(shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from opd_kernels._arguments import compute_dtype
+from opd_kernels.backends._pages import zero_pages
 
 # Memory for the logits of a few rows. On GPUs the matrix product is compute-bound from about 500
 # rows on; re-reading the weight for each piece is hidden.
@@ -28,6 +29,11 @@ def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float:
+    """The derivative of ``shaped`` at what it returned."""
+    return scale if softcap is None else (1 - (logits / softcap).square()) * scale
 
 
 def pieces(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
@@ -55,13 +61,66 @@ def head_logits(
     for piece in pieces(count, vocab, hidden.dtype, hidden.device):
         rows = piece if kept is None else kept[piece]
         if memory is None:
-            memory = hidden.new_empty(piece.stop, vocab)
+            memory = zeros(hidden, (piece.stop, vocab))
         logits = memory[: piece.stop - piece.start]
         if bias is None:
             torch.mm(hidden[rows], weight.t(), out=logits)
         else:
             torch.addmm(bias, hidden[rows], weight.t(), out=logits)
         yield rows, logits, None if mask is None else mask[rows]
+
+
+def head_columns(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (columns, the logits there) of hidden states (rows, H), in one workspace."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    nbytes = WORKSPACE_BYTES.get(hidden.device.type, GPU_WORKSPACE_BYTES)
+    step = max(nbytes // (max(count, 1) * hidden.dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
+    memory = zeros(hidden, (count * min(step, vocab),))
+    for start in range(0, vocab if count else 0, step):
+        columns = slice(start, min(start + step, vocab))
+        width = columns.stop - start
+        logits = memory[: count * width].view(count, width)
+        if bias is None:
+            torch.mm(hidden, weight[columns].t(), out=logits)
+        else:
+            torch.addmm(bias[columns], hidden, weight[columns].t(), out=logits)
+        yield columns, logits
+
+
+def zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros on the device; on the CPU large ones on huge pages, whose first use costs little."""
+    dtype = like.dtype if dtype is None else dtype
+    found = zero_pages(shape, dtype, huge=True) if type(like) is Tensor and like.is_cpu else None
+    return like.new_zeros(shape, dtype=dtype) if found is None else found
+
+
+def kept_rows(
+    tensor: Tensor, mask: Tensor | None, *, leave_out: bool = True
+) -> tuple[Tensor, slice | Tensor]:
+    """(the rows that count, which these are), of all leading dimensions in one.
+
+    On the CPU masked rows are left out. Elsewhere that would synchronise, so they are 0.
+    """
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    if mask is None:
+        return flat, slice(None)
+    mask = mask.reshape(-1)
+    if leave_out and mask.device.type == "cpu":
+        kept = mask.nonzero().squeeze(-1)
+        return flat[kept], kept
+    return flat.masked_fill(~mask[:, None], 0), slice(None)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b; a product of a narrower dtype is rounded to it once."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+        return
+    step = max(1, _PIECE_ELEMENTS // max(out.shape[1], 1))
+    for start in range(0, out.shape[0], step):
+        out[start : start + step] += a[start : start + step] @ b
 
 
 def logsumexp(

@@ -252,6 +252,58 @@ class TeacherServer:
         topk = TopK.from_logprobs(logprobs, ids, k=self.k, device=device)
         return Scored(topk, (topk.ids >= 0).any(-1))
 
+    def score(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Scored:
+        """The teacher's entries of a padded batch, as ``distill_loss`` asks for them.
+
+        Args:
+            input_ids: (B, T); padding on the left, on the right or on both sides.
+            attention_mask: (B, T), 0 on padding; without one nothing is.
+            mask: (B, T), the tokens whose entries are wanted; without one all.
+
+        Returns ``Scored`` on the device of ``input_ids``: the ``TopK`` (B, T), whose row t is of
+        position t, and the bool mask (B, T) of the *tokens* that have entries. Where a wanted token
+        has none, ``TeacherServerError``, or with ``on_failure="mask"`` False in that mask.
+        """
+        tokens = input_ids.cpu()
+        real = torch.ones_like(tokens) if attention_mask is None else attention_mask.cpu()
+        real = real.bool()
+        wanted = real if mask is None else mask.cpu().bool() & real
+        rows = [row[kept].tolist() for row, kept in zip(tokens, real, strict=True)]
+        starts = [_first(row[kept]) for row, kept in zip(wanted, real, strict=True)]
+        topk, scored = self.topk(rows, starts=starts)
+        ids = torch.full((*tokens.shape, topk.k), -1, dtype=topk.ids.dtype)
+        logprobs = torch.full(ids.shape, -torch.inf)
+        found = torch.zeros_like(real)
+        for b, row in enumerate(rows):
+            first = int(real[b].int().argmax()) if row else 0
+            columns = slice(first, first + len(row))
+            if not real[b, columns].all():
+                raise ValueError(
+                    f"attention_mask has padding between the tokens of sequence {b}, expected it "
+                    "on the left and on the right only"
+                )
+            ids[b, columns], logprobs[b, columns] = (
+                topk.ids[b, : len(row)],
+                topk.logits[b, : len(row)],
+            )
+            found[b, first + 1 : first + len(row)] = scored[b, : max(len(row) - 1, 0)]
+        # The first token of a sequence has nothing before it.
+        missing = wanted & ~found & (real.cumsum(-1) > 1)
+        if missing.any() and self.on_failure == "raise":
+            raise TeacherServerError(
+                f"the server has no {self.k} entries for {int(missing.sum())} of "
+                f"{int(wanted.sum())} tokens; "
+                'TeacherServer(on_failure="mask") leaves such tokens out'
+            )
+        sums = torch.where(found.roll(-1, 1), 0.0, torch.nan)
+        return Scored(TopK(ids, logprobs, sums).to(input_ids.device), found.to(input_ids.device))
+
     def close(self) -> None:
         """Closes the connections."""
         self._session.close()
@@ -354,6 +406,11 @@ class TeacherServer:
             hint = self._api.refused.format(k=self.k) if "logprobs" in text else ""
             raise TeacherServerError(f"answered {status}: {text}{hint}")
         return answer
+
+
+def _first(wanted: Tensor) -> int:
+    """The first token of a sequence that is to be scored; its length if none is."""
+    return max(int(wanted.int().argmax()), 1) if wanted.any() else max(len(wanted), 1)
 
 
 def _tokens(sequence: Any, index: int) -> list[int]:

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE_DTYPES = (*DTYPES, "float64")
+# Of a head whose full softmaxes are wanted. Half precision rounds the product's logits.
+_WHOLE_HEADS = ("float32", "float64")
 # Sizes around those of registers, groups and blocks of groups, where loops take other branches.
 _EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)
 
@@ -131,6 +133,17 @@ def draw_case(
         k = min(k, vocab)
     if member.get("include_token") or member.get("outside") == "sample":
         k = max(1, min(k, k_most - 1))  # and the token
+    full = member.get("outside", "renormalize") != "renormalize"
+    student_dtypes = only.get("student_dtype", dtypes)
+    teacher_dtypes = only.get("teacher_dtype", dtypes)
+    student_contents: tuple[str, ...]
+    student_contents = inputs.HIDDEN_CONTENTS if linear else inputs.STUDENT_CONTENTS
+    teacher_contents: tuple[str, ...] = inputs.CONTENTS
+    if linear and full:
+        student_dtypes = tuple(x for x in student_dtypes if x in _WHOLE_HEADS)
+        teacher_dtypes = tuple(x for x in teacher_dtypes if x in DTYPES)
+        student_contents = tuple(x for x in student_contents if x in inputs.FINITE)
+        teacher_contents = inputs.FINITE
     temperature = one_of("temperature", *inputs.TEMPERATURES)
     teacher_temperature = one_of("teacher_temperature", None, *inputs.TEMPERATURES)
     if teacher.startswith("topk") and member.get("outside", "renormalize") != "renormalize":
@@ -143,14 +156,12 @@ def draw_case(
         student_vocab=vocab,
         teacher_vocab=teacher_vocab,
         k=k,
-        student_dtype=one_of("student_dtype", *dtypes),
-        teacher_dtype=one_of("teacher_dtype", *dtypes),
+        student_dtype=draw(student_dtypes),
+        teacher_dtype=draw(teacher_dtypes),
         student_content=(
-            draw(inputs.HIDDEN_CONTENTS)
-            if linear
-            else one_of("student_content", *inputs.STUDENT_CONTENTS)
+            draw(student_contents) if linear else one_of("student_content", *student_contents)
         ),
-        teacher_content=one_of("teacher_content", *inputs.CONTENTS),
+        teacher_content=one_of("teacher_content", *teacher_contents),
         student_layout=one_of("student_layout", *inputs.LAYOUTS),
         teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
         teacher=teacher,
@@ -182,11 +193,13 @@ def _draw_member(
     def one_of(name: str, *choices: Any) -> Any:
         return draw(only.get(name, choices))
 
-    # Hidden states have no full log-sum-exp, and their logits no exact order.
-    outside = "renormalize" if linear else one_of("outside", *OUTSIDE)
+    outside = one_of("outside", *OUTSIDE)
+    if linear and not set(_WHOLE_HEADS) & set(only.get("student_dtype", _WHOLE_HEADS)):
+        outside = "renormalize"
     members = {"generalize": inputs.WITHOUT_SKEW, "sample": inputs.SAMPLED}
     tokens = inputs.TOKENS[outside == "sample" :]
     # A TopK is a support of its own, and without its logits says nothing of other tokens.
+    # Hidden states' logits have no exact order.
     chosen = linear or teacher.startswith("topk")
     token = one_of("token", *tokens)
     return {

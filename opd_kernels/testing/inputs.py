@@ -37,6 +37,8 @@ TEACHERS = ("logits", "topk_int32", "topk_int64")
 # Where the student is hidden states and a head, its contents are those of the hidden states. All
 # of them keep float32 sums finite, or make them infinite or NaN as float64 does.
 HIDDEN_CONTENTS = ("normal", "equal", "quantised", "zeros", "nan", "half_neg_inf", "offset")
+# Full softmaxes are sums over products with the whole head, of which finite numbers are expected.
+FINITE = ("normal", "equal", "ascending", "descending", "clustered", "quantised", "zeros", "offset")
 HIDDEN_SIZES = (1, 3, 16, 17, 64, 100)
 HEADS = ("plain", "bias", "scale", "softcap", "all")
 MASKS = ("none", "bool", "integer", "all", "nothing")
@@ -208,7 +210,11 @@ def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Hea
     if case.seed % 2:
         weight = weight.contiguous()
     bias = torch.randn(2 * vocab, generator=generator).to(dtype)[::2]
+    full = case.outside != "renormalize"
     for rows in (weight, bias):
+        if full:
+            rows[vocab if case.vocab_size is None else case.vocab_size :] = torch.nan
+            continue
         rows[allowed_below(case) :] = torch.nan
         banned = inputs.options["banned_ids"]
         ids = torch.as_tensor([] if banned is None else banned, dtype=torch.long)

@@ -78,6 +78,7 @@ def oracle(inputs: Inputs) -> Expected:
                 budget = abs(scale) * numbers.background_budget + 8 * unit * abs(grad[row]) + tiny
                 budget = np.where((numbers.background_budget == 0) | (scale == 0), 0.0, budget)
                 grad_budget[row] = np.nan_to_num(budget, nan=np.inf, posinf=np.inf)
+                size[row], repeats[row] = abs(grad[row]), numbers.background != 0
             np.add.at(grad[row], ids, scale * numbers.grad)
             np.add.at(size[row], ids, abs(scale * numbers.grad))
             np.add.at(repeats[row], ids, 1)

@@ -67,12 +67,18 @@ def family_row(
     ids, t = entries.ids, entries.teacher
     token = {} if entries.token is None else {"token": float(z[entries.token])}
     teacher_token = {} if entries.token is None else {"token": entries.token_value}
+    if member.outside != "renormalize" and inputs.head is not None:
+        # A row of logits relative to the largest one, and its tail, is what the loss is made of.
+        top = abs(z[ids] - z[ids].max(initial=NEVER)) if len(ids) else np.zeros(0)
+        z_error = z_error.copy()
+        z_error[ids] += arithmetic.unit * np.where(np.isfinite(top), top, 0.0)
     student = Side(z[ids], z_error[ids], temperatures[0], **token)
     teacher = Side(t, np.zeros(len(t)), temperatures[1], **teacher_token)
     at = ids if entries.token is None else np.append(ids, entries.token)
     full = member.outside != "renormalize"
     if full:
-        tail = _tail(z[: widths[0]], ids, temperatures[0], arithmetic.unit)
+        errors = z_error[: widths[0]]
+        tail = _tail(z[: widths[0]], ids, temperatures[0], arithmetic.unit, errors)
         student = student._replace(tail=tail[0], tail_error=tail[1])
         if isinstance(inputs.teacher, TopK):
             joined = entries.joined if inputs.family["include_token"] else None
@@ -108,10 +114,7 @@ def family_row(
     result = RowResult(listed, found.loss, found.loss_budget, at, found.grad, found.grad_budget)
     if not full:
         return result
-    assert student.tail is not None
-    background, budget = _background(
-        z, widths[0], at, student.tail, temperatures[0], found, arithmetic
-    )
+    background, budget = _background(z, z_error, widths[0], at, student, found, arithmetic)
     return result._replace(background=background, background_budget=budget)
 
 
@@ -220,21 +223,23 @@ def _entries(
     return _Entries(present, kept_values, token, token_value, joined, listed, poisoned)
 
 
-def _tail(row: np.ndarray, ids: np.ndarray, t: float, unit: float) -> tuple[float, float]:
-    """(log-sum-exp of row / t outside of the ids, a bound on its error)."""
+def _tail(
+    row: np.ndarray, ids: np.ndarray, t: float, unit: float, errors: np.ndarray | float = 0.0
+) -> tuple[float, float]:
+    """(log-sum-exp of row / t outside of the ids, a bound on its error, given the row's)."""
     rest = np.ones(len(row), dtype=bool)
     rest[ids] = False
-    x = row[rest]
+    x, off = row[rest], np.broadcast_to(errors, row.shape)[rest]
     if np.isnan(x).any() or (x == np.inf).any():
         return np.nan, np.inf
-    x = x[x > NEVER]
+    x, off = x[x > NEVER], off[x > NEVER]
     if not len(x):
         return NEVER, 0.0
     top = x.max()
     with np.errstate(all="ignore"):
         exp = np.exp((x - top) / t)
         total = exp.sum()
-        each = 8 * unit + unit * (3 * (top - x) + abs(x) + abs(top)) / t
+        each = 8 * unit + unit * (3 * (top - x) + abs(x) + abs(top)) / t + off / t
         error = (exp * each).sum() / total
         depth = min(len(x), _GROUP) + sum_depth(len(x))
         return float(top / t + np.log(total)), float(error + depth * unit)
@@ -303,15 +308,16 @@ def _empty(side: Side) -> bool:
 
 def _background(
     z: np.ndarray,
+    z_error: np.ndarray,
     width: int,
     entries: np.ndarray,
-    tail: float,
-    t: float,
+    student: Side,
     found: Numbers,
     arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(gradient, bound on its error) of every id that is no entry."""
-    unit, tiny, _ = arithmetic
+    (unit, tiny, _), t, tail = arithmetic, student.temperature, student.tail
+    assert tail is not None
     inside = np.arange(len(z)) < width
     inside[entries] = False
     inside &= z > NEVER
@@ -322,6 +328,8 @@ def _background(
         grad = found.scale * p + found.share * of_tail
         largest = abs(np.where(inside, z, 0.0)).max(initial=0.0) / t
         off = 3 * unit * (abs(x) + largest + abs(found.logsumexp)) + 2 * unit
+        if z_error.any():  # relative to the tail, of logits that are computed once more
+            off = off + np.where(inside, z_error, 0.0) / t + student.tail_error
         off = np.expm1(np.minimum(off + found.logsumexp_error, 700))
         budget = abs(found.scale) * np.minimum(p * off, 1.0) + p * found.scale_budget
         budget += of_tail * (abs(found.share) * off + found.share_budget) + 4 * unit * abs(grad)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd_kernels import topk_rkl
+from opd_kernels import topk_divergence
 from opd_kernels.integrations.trl import TopKDistillationConfig, TopKDistillationTrainer
 
 V, K = 64, 6
@@ -117,10 +118,11 @@ def hand_written_loss(
             teacher_logits = teacher(whole).logits
         mask = torch.zeros(1, whole.shape[1], dtype=torch.bool)
         mask[0, len(prompt) - 1 : -1] = torch.tensor(counted(response))
-        total = total + topk_rkl(
+        total = total + topk_divergence(
             student(whole).logits,
             teacher_logits,
             mask=mask,
+            token_ids=F.pad(whole[:, 1:], (0, 1)),
             reduction="sum",
             backend="reference",
             **{"k": K} | options,

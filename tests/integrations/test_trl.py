@@ -155,6 +155,44 @@ def test_options_reach_the_loss(tmp_path: Path, hidden: bool) -> None:
     assert_same_parameters(student, expected)
 
 
+MEMBERS: dict[str, dict[str, str]] = {
+    "truncate": {"outside": "truncate", "divergence": "forward_kl"},
+    "bucket": {"outside": "bucket"},
+    "generalize": {"outside": "generalize"},
+    "sample": {"outside": "sample"},
+    "student": {"support": "student"},
+    "student bucket": {"support": "student", "outside": "bucket", "divergence": "jsd"},
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_of_the_family_are_those_of_topk_divergence(tmp_path: Path, name: str) -> None:
+    member = MEMBERS[name]
+    student, teacher = llama(0), llama(1, vocab_size=V + 8)
+    shared = {"temperature": 0.7, "teacher_temperature": 1.3, "k": 4, "banned_ids": [3, 7, 11]}
+    # What is sampled is any of the student's ids.
+    shared["vocab_size"] = V if name == "sample" else 60
+    expected_loss, expected = hand_written_step(student, teacher, **shared, **member)
+    chosen = {"loss" if key == "outside" else key: value for key, value in member.items()}
+    for hidden, stats_steps in ((True, 0), (True, 1), (False, 1)):
+        args = config(
+            tmp_path,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            shuffle_dataset=False,
+            use_hidden_states=hidden,
+            stats_steps=stats_steps,
+            top_p=1.0,
+            top_k=0,
+            **shared,
+            **chosen,
+        )
+        trained = trainer(copy.deepcopy(student), teacher, args)
+        trained.train()
+        assert logged(trained, "loss") == pytest.approx([expected_loss], rel=1e-4)
+        assert_same_parameters(trained.model, expected)
+
+
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
 @pytest.mark.parametrize(("student_size", "teacher_size"), [(64, 80), (80, 64)])
 def test_vocabularies_may_have_different_sizes(
@@ -199,6 +237,33 @@ def test_what_follows_a_token_that_the_teacher_lacks_takes_no_part(
     assert logged(trained, "loss") == pytest.approx([loss], rel=1e-4)
     assert_same_parameters(student, expected)
     assert logged(trained, "masked_fraction") == pytest.approx([1 - kept / total])
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+@pytest.mark.parametrize("options", [{}, {"vocab_size": 50}], ids=["teacher", "vocab_size"])
+def test_sampled_tokens_that_a_side_lacks_make_no_nan(
+    tmp_path: Path, hidden: bool, options: dict
+) -> None:
+    def counted(response: list[int]) -> list[bool]:
+        known = [token < options.get("vocab_size", V) for token in response]
+        return [a and b for a, b in zip(known, after_unknown(response), strict=True)]
+
+    student, teacher = llama(0), llama(1, vocab_size=FEW)
+    _, expected = hand_written_step(
+        student, reads_few(teacher), counted=counted, outside="sample", **options
+    )
+    args = config(
+        tmp_path,
+        shuffle_dataset=False,
+        use_hidden_states=hidden,
+        loss="sample",
+        top_p=1.0,
+        top_k=0,
+        **options,
+    )
+    with pytest.warns(UserWarning, match="and the teacher has 40 ids"):
+        trainer(student, teacher, args).train()
+    assert_same_parameters(student, expected)
 
 
 def test_a_padding_token_that_the_teacher_lacks_hides_nothing(
@@ -291,8 +356,8 @@ def test_all_that_the_loss_gets_lies_where_the_students_head_does(
         return sum(parameter.sum() for parameter in student.parameters())
 
     own_logits = adapter.own_logits
-    moved = {"linear_topk_rkl": loss, "topk_rkl": loss}
-    moved["own_logits"] = lambda model, sequences: own_logits(model, sequences).to(
+    moved = {"topk_divergence": loss}
+    moved["own_logits"] = lambda model, sequences, keep: own_logits(model, sequences, keep).to(
         "meta" if model is student else "cpu"
     )
     for name, function in moved.items():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from aot import Kernel, compile_call, compile_for_amd, compile_to_text, unordered_accesses
+from triton.runtime.jit import JITFunction
 
 from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails, Temperature
 from opd_kernels.backends import triton as backend
@@ -70,6 +71,7 @@ LINEAR_SLICE = (
 LINEAR = tuple(itertools.product(ALL, DTYPES, (576, 2880, 4096, 7168), (5, 32, 64)))
 SORTED = ["entry_keys_kernel", "sorted_dot_kernel", "add_slices_kernel"]
 GATHERING = ["gather_dot_kernel", "hidden_grad_kernel", "chunk_sums_kernel", "weight_grad_kernel"]
+WALKING = ("select_tail_kernel", "tail_kernel")  # a program takes one row after another
 ROWS = 8192
 # Bytes in flight that cover the latency of HBM at full bandwidth, for each multiprocessor.
 BYTES_IN_FLIGHT = 32 * 1024
@@ -93,9 +95,17 @@ def check_resources(kernel: Kernel) -> None:
     assert kernel.shared <= 99 * 1024, what  # what a block of every architecture can have
 
 
+def streaming_loop(kernel: Kernel) -> list[str]:
+    """Opcodes of the loop over a row; around it there is a loop over rows where programs walk."""
+    loops = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    loop, *outer = sorted(loops, key=len)
+    assert len(outer) == (kernel.name in WALKING), kernel.name
+    return loop
+
+
 def check_streaming(kernel: Kernel, itemsize: int) -> None:
     """The loop over the row loads 16 bytes at a time and nothing else, with enough in flight."""
-    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    loop = streaming_loop(kernel)
     loads = [op for op in loop if op.startswith(("LDG.", "LDGSTS"))]
     assert loads
     assert all(op.endswith(".128") for op in loads), loads
@@ -149,10 +159,39 @@ def check_tail(kernel: Kernel, itemsize: int, entropy: bool) -> None:
     """As other streaming kernels, at a few instructions for each 2 bytes of a row."""
     check_resources(kernel)
     check_streaming(kernel, itemsize)
-    (loop,) = (loop for loop in kernel.loops() if any(op.startswith("LDGSTS") for op in loop))
+    loop = streaming_loop(kernel)
     tile = configs.tile(itemsize, kernel.warps)
     assert loop.count("MUFU.EX2") == tile // (32 * kernel.warps)
     assert len(loop) <= (18 if entropy else 13) * tile * itemsize // (64 * kernel.warps)
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_tails_take_memory_for_programs_and_not_for_rows(
+    monkeypatch: pytest.MonkeyPatch, selected: bool
+) -> None:
+    """At most 16 N K + 64 N at the headline; ids, values and tails are 8 N K + 8 N of it."""
+    asked: list[int] = []
+    empty = backend.common.empty
+
+    def counted(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        asked.append(math.prod(shape) * dtype.itemsize)
+        return empty(shape, dtype, device)
+
+    monkeypatch.setattr(backend.common, "empty", counted)
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
+    vocab, k, beyond = 151936, 64, []
+    for rows in (ROWS, 16 * ROWS):
+        logits, ids = meta(rows, vocab, dtype=torch.bfloat16), meta(rows, k, dtype=torch.int32)
+        asked.clear()
+        tail = Tail(vocab, Temperature(), None if selected else ids)
+        if selected:
+            backend.select_with_tail(logits, k, Allowed(vocab), tail)
+        else:
+            backend.tail_logsumexp(logits, None, tail)
+        results = 8 * rows + 8 * rows * k * selected
+        beyond.append(sum(asked) - results)
+        assert 8 * rows * k + 8 * rows + beyond[-1] <= 16 * rows * k + 64 * rows
+    assert max(beyond) <= 2 * 132 * (6 * configs.keys_stride(vocab, 64) + 12 * k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES if ALL else ("bf16",))
@@ -408,6 +447,8 @@ def test_sorted_entries_are_multiplied_without_spills_or_barriers(
 
 # Vector registers of a lane with which a CU holds 4 programs of 4 waves; no AMD GPU has run them.
 AMD, AMD_REGISTERS = "gfx942", 128
+# A CU holds one program of 8 waves that also selects; two would need 128 registers.
+AMD_SELECTING = 168
 
 
 @pytest.mark.parametrize("k", TIERS if ALL else (64,))
@@ -435,7 +476,8 @@ def test_kernels_compile_for_an_amd_gpu_and_load_by_16_bytes(dtype: str, k: int)
         assert kernel.name == name
         assert kernel.spilled == 0, what
         assert kernel.scratch == 0, what
-        assert kernel.registers <= AMD_REGISTERS, what
+        most = AMD_SELECTING if name == "select_tail_kernel" else AMD_REGISTERS
+        assert kernel.registers <= most, what
         if name == "full_divergence_kernel":  # reads no row
             continue
         loads = ("global_load", "buffer_load")

@@ -168,7 +168,7 @@ def test_operators_refuse_tensors_elsewhere_themselves(name: str, backend: str) 
         )
 
 
-@pytest.mark.parametrize("name", ["scatter", "scatter_add_", "gather_dot", "select_linear"])
+@pytest.mark.parametrize("name", ["scatter", "scatter_add_", "gather_dot", "read_linear"])
 def test_operators_trace_no_call_whose_tensors_are_apart(name: str, backend: str) -> None:
     ids, entries, hidden = torch.zeros(N, K, dtype=torch.int32), torch.zeros(N, K), torch.ones(N, 4)
     meta = torch.ones(N, device="meta")
@@ -176,9 +176,9 @@ def test_operators_trace_no_call_whose_tensors_are_apart(name: str, backend: str
         "scatter": (entries, ids, meta, V, torch.float32, backend),
         "scatter_add_": (torch.zeros(N, V), entries, ids, meta, backend),
         "gather_dot": (hidden, torch.ones(V, 4), meta, ids, V, None, None, backend),
-        "select_linear": (
+        "read_linear": (
             hidden, torch.ones(V, 4), meta, 1.0, None, K, V, None, None, 0, 1.0, None, None, False,
-            backend,
+            None, backend,
         ),
     }  # fmt: skip
     with pytest.raises(ValueError, match="is on meta"):
@@ -212,7 +212,9 @@ def test_a_bias_that_is_not_of_the_weight_is_refused(shape: tuple[int, ...], bac
     with pytest.raises(ValueError, match="bias has shape"):
         ops.gather_dot(*head, torch.zeros(N, K, dtype=torch.int32), V, None, None, backend)
     with pytest.raises(ValueError, match="bias has shape"):
-        ops.select_linear(*head, 1.0, None, K, V, None, None, 0, 1.0, None, None, False, backend)
+        ops.read_linear(
+            *head, 1.0, None, K, V, None, None, 0, 1.0, None, None, False, None, backend
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1269,8 +1269,19 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], list[str]
         ValueError,
         ["token_logits"],
     ),
-    "hidden student": ((HEAD, Y), {"outside": "bucket"}, ValueError, ["logits", "renormalize"]),
-    "hidden teacher": ((X, HEAD), {"outside": "truncate"}, ValueError, ["logits"]),
+    "sampled background of logits": (
+        (X, Y),
+        {"outside": "bucket", "background": "sampled", "token_ids": TOKENS},
+        ValueError,
+        ["background", "LinearLogits"],
+    ),
+    "log-sum-exp of logits": (
+        (X, Y),
+        {"student_logsumexp": torch.zeros(X.shape[0])},
+        ValueError,
+        ["student_logsumexp", "LinearLogits"],
+    ),
+    "background": ((HEAD, Y), {"background": "none"}, ValueError, ["background", "sampled"]),
     "include without a token": ((X, Y), {"include_token": True}, ValueError, ["token_ids"]),
     "include_token": (
         (X, Y),

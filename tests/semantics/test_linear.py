@@ -165,12 +165,9 @@ def test_statistics_round_no_more_than_the_product(dtype: torch.dtype) -> None:
     ids = support.ids.long()
     mass = exact.softmax(-1).gather(-1, ids).sum(-1)
     torch.testing.assert_close(stats.teacher_mass.double(), mass, rtol=1e-5, atol=0)
-    # The student's entries are those of the loss, which are not rounded; the others are.
-    unrounded = 30 * torch.tanh(linear(hidden.double(), weight.double()) * 0.7 / 30)
-    mixed = exact.scatter(-1, ids, unrounded.gather(-1, ids))
-    mass = mixed.softmax(-1).gather(-1, ids).sum(-1)
+    # Those of the student come from one product, entries and the rest alike.
     torch.testing.assert_close(stats.student_mass.double(), mass, rtol=1e-5, atol=0)
-    entropy = -(mixed.softmax(-1) * mixed.log_softmax(-1)).sum(-1)
+    entropy = -(exact.softmax(-1) * exact.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(stats.student_entropy.double(), entropy, rtol=1e-5, atol=0)
 
 
@@ -340,12 +337,19 @@ def op_arguments() -> dict[str, tuple[object, ...]]:
     hidden, weight, bias = normal(2, 3, 16), normal(30, 16, seed=1), normal(30, seed=2)
     ids = torch.randint(30, (2, 3, 5), generator=torch.Generator().manual_seed(3))
     mask, banned = torch.arange(6).view(2, 3) != 1, torch.full((8,), 2, dtype=torch.uint8)
+    distinct, lse = torch.arange(5).expand(2, 3, 5), torch.full((2, 3), 9.0)
     return {
-        "select_linear": (
-            hidden, weight, bias, 0.5, 4.0, 5, 28, banned, mask, 29, 0.7, None, None, True,
+        "read_linear": (
+            hidden, weight, bias, 0.5, 4.0, 5, 28, banned, mask, 29, 0.7, None, None, True, ids,
         ),
-        "tail_logsumexp_linear": (
-            hidden, weight, bias, 0.5, 4.0, mask, 29, 0.7, None, ids.int(), True,
+        "linear_gradient": (
+            hidden, weight, bias, 0.5, 4.0, normal(2, 3, 5), distinct, normal(2, 3), lse, 28, None,
+            0.7, None, mask, True, True, True,
+        ),
+        "linear_divergence": (
+            hidden, weight, bias, 0.5, 4.0, 2, 28, banned, mask, 29, 0.7, None, ids.int(), False,
+            ids, ids, normal(2, 3, 5), 0.7, None, 0.9, None, 1.0, 0.0, 0.0, 0.0, 0.5, False, None,
+            None, None, "bucket", lse.double(), None, 29, normal(2, 3), True, True, True,
         ),
         "gather_dot": (hidden, weight, bias, ids, 28, banned, mask),
         "gather_dot_hidden": (normal(2, 3, 5), ids, weight, torch.bfloat16),

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from opd_kernels import LinearLogits, TopK, linear_topk_rkl, select_topk
 from opd_kernels._arguments import Allowed
-from opd_kernels._autograd import GatherDot
+from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain, triton
 
 PAGE = mmap.PAGESIZE

@@ -14,7 +14,7 @@ from memory import peak_growth
 
 from opd_kernels import TopK, backends, select_topk, topk_rkl
 from opd_kernels._arguments import Allowed
-from opd_kernels.backends import cpu, cuda
+from opd_kernels.backends import _pages, cpu, cuda
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -181,10 +181,10 @@ def test_large_gradients_on_fresh_pages_equal_those_on_the_heap(
 ) -> None:
     student = torch.randn(9, 400_000).to(dtype).requires_grad_()
     teacher = torch.randn(9, 400_000)
-    assert student.numel() * dtype.itemsize >= cpu.OWN_PAGES_BYTES
+    assert student.numel() * dtype.itemsize >= _pages.OWN_PAGES_BYTES
     grads = []
-    for limit in (cpu.OWN_PAGES_BYTES, 1 << 60):
-        monkeypatch.setattr(cpu, "OWN_PAGES_BYTES", limit)
+    for limit in (_pages.OWN_PAGES_BYTES, 1 << 60):
+        monkeypatch.setattr(_pages, "OWN_PAGES_BYTES", limit)
         grads.append(torch.autograd.grad(topk_rkl(student, teacher, 16, backend="cpu"), student)[0])
     assert torch.equal(*grads)
     assert grads[0].count_nonzero() <= 9 * 16

@@ -8,6 +8,7 @@ beyond 262144 ids at k above 512).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _MAX_WARPS = 32
 _CLANS = 512
 # Group numbers are counted in 16 bits.
 _MAX_GROUPS = 32768
+_WALKING_K = 64
 # Elements of a group whose exponentials have a sum of their own, whatever k is. All these sums are
 # added up by TAIL_LANES lanes, so that their order does not depend on the number of warps.
 TAIL_GROUP = 64
@@ -31,6 +33,11 @@ _WARP_BYTES = 2048
 STAGES = 3
 # Warps of a program whose work does not grow with k.
 WARPS = 4
+# Tails: least warps of a program, and warps that are at work on a multiprocessor. A program keeps
+# sums of groups for the row it is at. Two programs of 8 warps of 128 registers fill a
+# multiprocessor, and their sums are 4 MB at 151936 ids on an H100; four of 4 warps would keep 8 MB.
+TAIL_WARPS = 8
+_TAIL_RESIDENT_WARPS = 16
 # The gradient: bytes of a row that one program clears.
 PIECE_BYTES = 65536
 # Hidden states and a head: entries of a row that a program multiplies at once, the least entries of
@@ -130,12 +137,38 @@ def entries(k: int) -> tuple[int, int]:
 
 def tail_warps(k: int) -> int:
     """Warps of a program that leaves k given entries out of a row: up to 4 entries a thread."""
-    return max(WARPS, k_pad(k) // (4 * _THREADS))
+    return max(TAIL_WARPS, k_pad(k) // (4 * _THREADS))
+
+
+def walks(k: int) -> bool:
+    """Whether a program that selects k and sums a tail takes one row after another.
+
+    Above, the loop over rows spills registers: such a program has one row, and memory for it.
+    """
+    return k <= _WALKING_K
+
+
+def tail_selection(k: int, width: int, itemsize: int, aligned: bool) -> Selection:
+    """``selection``, for a program that also sums a tail."""
+    config = selection(k, width, itemsize, aligned)
+    if not walks(k):
+        return config
+    warps = max(config.warps, TAIL_WARPS)
+    return dataclasses.replace(config, warps=warps, tile=tile(itemsize, warps))
+
+
+def tail_programs(rows: int, warps: int, multiprocessors: int) -> int:
+    """Programs that walk rows which nobody has streamed: as few as leave none more rows."""
+    at_once = multiprocessors * max(1, _TAIL_RESIDENT_WARPS // warps)
+    return -(-rows // -(-rows // at_once))
 
 
 def left_out(k: int, warps: int) -> tuple[int, int]:
-    """(entries of a program, groups that it sums at once: 32 elements a thread)."""
-    return k_pad(k), min(2 * k_pad(k), _PER_THREAD * _THREADS * warps // TAIL_GROUP)
+    """(entries of a program, groups that it sums at once: 16 elements a thread).
+
+    Twice as many spill a few registers with the entropy.
+    """
+    return k_pad(k), min(2 * k_pad(k), 16 * _THREADS * warps // TAIL_GROUP)
 
 
 def gathered(k: int) -> tuple[int, int]:

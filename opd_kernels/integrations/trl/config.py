@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 
 try:
@@ -12,7 +13,10 @@ except ImportError as error:
         "and that Python 3.11 or later; pip install 'trl>=1.16' 'transformers>=5.0' requests"
     ) from error
 
+from opd_kernels._checks import check_choice, check_outside
 from opd_kernels._payload import integer
+from opd_kernels.divergences import RENORMALIZE
+from opd_kernels.options import SUPPORTS, named
 
 __all__ = ["TopKDistillationConfig"]
 
@@ -23,11 +27,17 @@ class TopKDistillationConfig(DistillationConfig):
 
     Defaults are the paper's (arXiv 2603.25562): ``k`` 32, ``temperature`` 1 (TRL's default, too)
     and ``top_p`` 0.9, where TRL's is 1. ``temperature`` is that of the rollouts and the loss, as in
-    TRL. ``beta`` has to stay 1: the loss is a reverse KL. The paper's learning rate is 2e-6; TRL's
-    default, 1e-6, is left.
+    TRL. ``beta`` has to stay 1: ``divergence`` takes its place. The paper's learning rate is 2e-6;
+    TRL's default, 1e-6, is left.
 
     Args:
-        k: entries of the teacher's support per token.
+        loss: what becomes of the probability outside of the support, as ``outside`` of
+            ``topk_divergence``: "renormalize" (the paper's), "truncate", "bucket", "generalize" or
+            "sample", which takes the response's tokens for it and warns unless they are sampled
+            from the whole vocabulary.
+        divergence: "reverse_kl", "forward_kl" or "jsd".
+        support: whose k best ids: "teacher", or "student", which a server cannot serve.
+        k: entries of the support per token.
         teacher_temperature: the teacher's temperature in the loss, where it differs.
         masked_tokens: strings whose ids, as the student's tokenizer has them, are left out of the
             loss at their first occurrence per response; the paper's are ``<``, ``think`` and
@@ -43,7 +53,7 @@ class TopKDistillationConfig(DistillationConfig):
         stats_steps: every how many steps masses, overlap and the student's entropy are measured
             (evaluation: always); 0: never. With ``use_hidden_states`` they cost the student's
             logits, a few hundred tokens at a time and without a gradient. Without, they cost a read
-            of the logits, so 1 is cheap on CPUs; on GPUs they run in plain PyTorch so far.
+            of the logits, so 1 is cheap.
         teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
             one that wants a key is passed to the trainer as ``teacher_server``.
         teacher_server_model: the name under which the server serves the teacher.
@@ -60,7 +70,15 @@ class TopKDistillationConfig(DistillationConfig):
     """
 
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
-    k: int = field(default=32, metadata={"help": "Entries of the teacher's support per token."})
+    loss: str = field(
+        default="renormalize",
+        metadata={"help": "renormalize, truncate, bucket, generalize or sample."},
+    )
+    divergence: str = field(
+        default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."}
+    )
+    support: str = field(default="teacher", metadata={"help": "teacher or student."})
+    k: int = field(default=32, metadata={"help": "Entries of the support per token."})
     teacher_temperature: float | None = field(
         default=None, metadata={"help": "The teacher's temperature in the loss, where it differs."}
     )
@@ -104,15 +122,21 @@ class TopKDistillationConfig(DistillationConfig):
         """Checks what would be refused in the first step, and what would be ignored."""
         super().__post_init__()
         if self.beta != 1:
-            raise ValueError(f"beta is {self.beta}, allowed is 1: the loss is a reverse KL")
+            raise ValueError(
+                f"beta is {self.beta}, allowed is 1; choose by divergence: reverse_kl, forward_kl "
+                "or jsd"
+            )
+        self._check_member()
         for name in ("k", "stats_steps", "vocab_size"):
             value = getattr(self, name)
             if value is not None and integer(value) is None:
                 raise ValueError(f"{name} is {value!r}, expected an int")
         if isinstance(self.masked_tokens, str):
             raise ValueError(f"masked_tokens is {self.masked_tokens!r}, expected a list of strings")
-        if self.k < 2:
-            raise ValueError(f"k is {self.k}, allowed is 2 or more; one entry has no gradient")
+        least = 2 if self.loss == RENORMALIZE else 1
+        if self.k < least:
+            why = "; one entry has no gradient" if least == 2 else ""
+            raise ValueError(f"k is {self.k}, allowed is {least} or more{why}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}, allowed is 1 or more")
         for name in ("masked_ids", "banned_ids"):
@@ -136,4 +160,18 @@ class TopKDistillationConfig(DistillationConfig):
         if ignored and self.teacher_server_url is None:
             raise ValueError(
                 f"{', '.join(ignored)} needs teacher_server_url; a TeacherServer has its own"
+            )
+
+    def _check_member(self) -> None:
+        """The loss is one that ``topk_divergence`` has, and its teacher can serve it."""
+        divergence = named(self.divergence)
+        check_outside(divergence, self.loss, with_token=True)
+        check_choice(self.support, "support", SUPPORTS)
+        whole = self.top_p == 1 and not self.top_k and not self.min_p
+        if self.loss == "sample" and not whole:
+            warnings.warn(
+                f'loss="sample" is unbiased for tokens of the whole softmax, and top_p is '
+                f"{self.top_p}, top_k {self.top_k}, min_p {self.min_p}; set top_p=1.0 and top_k=0, "
+                "or the gradient is biased",
+                stacklevel=4,
             )

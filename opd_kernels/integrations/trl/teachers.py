@@ -36,6 +36,13 @@ def check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> Non
                 f"args.{name} is for a teacher that is loaded by name, {names[0]} is given; leave "
                 "it out"
             )
+    by_server = teacher_server is not None or args.teacher_server_url is not None
+    if by_server and (args.loss == "sample" or args.support == "student"):
+        what = 'loss="sample"' if args.loss == "sample" else 'support="student"'
+        raise ValueError(
+            f"{what} needs the teacher's values at the student's tokens, which its server does not "
+            "give; use a teacher_model"
+        )
     if teacher_server is not None and teacher_server.k != args.k:
         raise ValueError(
             f"teacher_server asks for {teacher_server.k} entries, args.k is {args.k}; make them one"

@@ -17,14 +17,17 @@ from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
-from opd_kernels.api import linear_topk_rkl, topk_rkl
+from opd_kernels.api import topk_divergence
+from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.integrations.models import (
     Sequences,
-    checked_logits,
+    check_logits,
     hidden_states,
     model_head,
     own_logits,
+    sampled_known,
+    sequences_of,
     vocab_size_of,
 )
 from opd_kernels.integrations.server import TeacherServerError
@@ -54,23 +57,22 @@ HOOKS = {
     "_generate_and_score_completions": {"inputs"},
     "_get_last_hidden_state": {"unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"},
 }
-# Tokens that both models read when their heads are checked: few, with ids that every model has.
-PROBE = 8
 # A support in hand does not say the teacher's entropy.
 LOGGED = ("student_mass", "teacher_mass", "overlap", "student_entropy", "valid_k")
 
 
 class TopKDistillationTrainer(DistillationTrainer):
-    """TRL's ``DistillationTrainer`` with the renormalised reverse KL on the teacher's top K.
+    """TRL's ``DistillationTrainer`` with the losses of ``topk_divergence``.
 
     Data, generation (with transformers or vLLM), accumulation, checkpoints, evaluation and logging
-    are TRL's. The loss of a step is that of ``topk_rkl``, summed over all response tokens that
-    count and divided by their number over all micro-batches and processes::
+    are TRL's. The loss of a step is by default that of ``topk_rkl``, and ``args.loss``,
+    ``args.divergence`` and ``args.support`` choose another of ``topk_divergence``, summed over all
+    response tokens that count and divided by their number over all micro-batches and processes::
 
         L = 1 / n * sum over tokens of sum over S of p (log p - log q)
 
     with S the teacher's K best ids of the position, p and q renormalised on S. It is computed from
-    hidden states (``linear_topk_rkl``), so that the student's logits never exist.
+    hidden states, so that the student's logits never exist.
 
     The teacher is a model in this process, whose vocabulary may have another size than the
     student's, or a server (``TeacherServer``), which is asked once per generated batch. Both must
@@ -219,71 +221,87 @@ class TopKDistillationTrainer(DistillationTrainer):
         measure: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """(loss, sums over rows of what is measured); runs inside the student's forward."""
-        sequences = Sequences.of(inputs, self._multimodal_names())
+        sequences, keep = sequences_of(inputs, self._multimodal_names())
         mask = inputs["loss_mask"]
-        support = self._support(inputs, sequences, mask, measure)
-        options = {
+        teacher = self._given(inputs, sequences, mask, measure)
+        options: dict[str, Any] = {
             "temperature": self.temperature,
             "teacher_temperature": self.args.teacher_temperature,
             "vocab_size": self._limit,
+            "divergence": self.args.divergence,
+            "outside": self.args.loss,
+            "support": self.args.support,
             "return_stats": LOGGED if measure else False,
         }
+        tokens = inputs["completion_ids"]
+        logits: Tensor | LinearLogits
         if self.args.use_hidden_states:
             head = model_head(student, "student")
-            device = head.weight.device
-            result = linear_topk_rkl(
-                hidden_states(student, sequences).to(device),
-                teacher=support.to(device),
-                banned_ids=self._banned_ids.to(device),
-                mask=mask.to(device),
-                normalizer=normalizer.to(device),
-                **head.as_student,
-                **options,
-            )
+            logits = head(hidden_states(student, sequences, keep).to(head.weight.device))
         else:
             # One row more than there are tokens: the last predicts what follows the sequence.
-            logits = own_logits(student, sequences)
-            device = logits.device
-            result = topk_rkl(
-                logits,
-                _one_more_row(support.to(device)),
-                mask=F.pad(mask.to(device), (0, 1)),
-                banned_ids=self._banned_ids.to(device),
-                normalizer=normalizer.to(device),
-                **options,
-            )
+            logits = own_logits(student, sequences, keep)
+            mask, tokens = F.pad(mask, (0, 1)), F.pad(tokens, (0, 1))
+            if isinstance(teacher, TopK):
+                teacher = teacher.pad(*mask.shape)
+        device = logits.device
+        if self.args.loss == "sample":
+            options["token_ids"] = tokens.to(device)
+        result = topk_divergence(
+            logits,
+            teacher.to(device) if isinstance(teacher, (TopK, Tensor)) else teacher,
+            None if isinstance(teacher, TopK) else self.args.k,
+            mask=mask.to(device),
+            banned_ids=self._banned_ids.to(device),
+            normalizer=normalizer.to(device),
+            **options,
+        )
         if not measure:
             return result, None
         loss, stats = result
         return loss, _sums(stats)
 
     @torch.no_grad()
-    def _support(
+    def _given(
         self, inputs: dict[str, Any], sequences: Sequences, mask: Tensor, measure: bool
-    ) -> TopK:
-        """The teacher's entries (B, C) of the rows that predict the response."""
+    ) -> Tensor | TopK | LinearLogits:
+        """The teacher's entries (B, C) of the rows that predict the response.
+
+        For the student's support its logits instead, as ``own_logits`` or ``head`` give them.
+        """
         if self.teacher_server is not None:
             logits = inputs["teacher_logprobs"]
             return TopK(inputs["teacher_ids"], logits, logits.new_zeros(logits.shape[:-1]))
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        sequences = sequences.known_to(self._teacher_rows)
+        sequences, keep = sequences.known_to(self._teacher_rows), mask.shape[1]
 
-        def select() -> TopK:
+        full = self.args.loss != RENORMALIZE
+        own = self.args.teacher_temperature
+
+        def select() -> Tensor | TopK | LinearLogits:
             logits: Tensor | LinearLogits
             if self.args.use_hidden_states:
                 head = model_head(teacher, "teacher")
-                logits = head(hidden_states(teacher, sequences).to(head.weight.device))
+                logits = head(hidden_states(teacher, sequences, keep).to(head.weight.device))
             else:
-                logits = own_logits(teacher, sequences)[:, :-1]
-            return select_topk(
+                logits = own_logits(teacher, sequences, keep)
+            if self.args.support == "student":
+                return logits
+            if isinstance(logits, Tensor):
+                logits = logits[:, :-1]
+            tokens = inputs["completion_ids"].to(logits.device)
+            topk = select_topk(
                 logits,
                 self.args.k,
                 mask=mask.to(logits.device),
                 banned_ids=self._banned_ids.to(logits.device),
                 vocab_size=self._limit,
-                with_logsumexp=measure,
+                temperature=(self.temperature if own is None else own) if full else 1.0,
+                token_ids=tokens if self.args.loss == "sample" else None,
+                with_logsumexp=measure or full,
             )
+            return sampled_known(topk, tokens, self._teacher_rows)
 
         return self._inside(self.teacher_model, teacher, select)
 
@@ -295,18 +313,13 @@ class TopKDistillationTrainer(DistillationTrainer):
     @torch.no_grad()
     def _check_heads(self, model: nn.Module, student: nn.Module) -> None:
         """Raises unless each model's logits are those of its hidden states and its head."""
-        tokens = torch.arange(PROBE, device=self.accelerator.device)[None]
-        probe = Sequences(tokens, torch.ones_like(tokens), PROBE - 1, {})
-
+        device = self.accelerator.device
         pairs = [(model, student, "student")]
         if self.teacher_model is not None:
             teacher = self.accelerator.unwrap_model(self.teacher_model)
             pairs.append((self.teacher_model, teacher, "teacher"))
         for wrapped, unwrapped, role in pairs:
-            training = unwrapped.training
-            unwrapped.eval()
-            self._inside(wrapped, unwrapped, partial(checked_logits, unwrapped, role, probe))
-            unwrapped.train(training)
+            self._inside(wrapped, unwrapped, partial(check_logits, unwrapped, role, device))
         self._heads_are_checked = True
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -323,6 +336,9 @@ class TopKDistillationTrainer(DistillationTrainer):
             batch["teacher_ids"], batch["teacher_logprobs"] = topk.ids, topk.logits
         else:
             counted = wanted & self._readable(batch)
+        if self.args.loss == "sample":
+            # The loss is of softmaxes below vocab_size, from which such a token is no sample.
+            counted = counted & (batch["completion_ids"] < self._limit)
         counts = torch.stack([mask.sum() for mask in (counted, wanted, generated)])
         kept, asked, total = self.accelerator.gather(counts).view(-1, 3).sum(0)
         if asked and not kept:
@@ -334,7 +350,7 @@ class TopKDistillationTrainer(DistillationTrainer):
 
     def _readable(self, batch: dict[str, Any]) -> Tensor:
         """Whether the teacher knows every token before a token of the response; bool (B, C)."""
-        sequences = Sequences.of(batch, [])
+        sequences, keep = sequences_of(batch, [])
         unknown = sequences.unknown_to(self._teacher_rows)
         readable = unknown.cumsum(-1) == unknown
         if unknown.any():
@@ -344,7 +360,7 @@ class TopKDistillationTrainer(DistillationTrainer):
                 "(masked_fraction)",
                 stacklevel=2,
             )
-        return readable[:, readable.shape[1] - sequences.keep :]
+        return readable[:, readable.shape[1] - keep :]
 
     def _nothing_counts(self, asked: int) -> Exception:
         """The error for a generated batch in which no response token takes part in the loss."""
@@ -424,14 +440,6 @@ class TopKDistillationTrainer(DistillationTrainer):
 
 def _run(call: Callable[[], Any]) -> Any:
     return call()
-
-
-def _one_more_row(support: TopK) -> TopK:
-    """The support (B, C + 1), the last row without entries."""
-    ids = F.pad(support.ids, (0, 0, 0, 1), value=-1)
-    logits = F.pad(support.logits, (0, 0, 0, 1), value=-torch.inf)
-    logsumexp = None if support.logsumexp is None else F.pad(support.logsumexp, (0, 1))
-    return TopK(ids, logits, logsumexp)
 
 
 def _sums(stats: Stats) -> Tensor:

@@ -80,21 +80,21 @@ def select_with_tail(
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
-            config = configs.selection(k, limit, itemsize, common.aligned(part))
+            config = configs.tail_selection(k, limit, itemsize, common.aligned(part))
             # The selection changes the keys of groups with banned ids or ids beyond its limit.
             apart = config.group != configs.TAIL_GROUP or banned is not None or limit != tail.width
-            memory, streamed = _stream_sums(
+            programs, memory, streamed = _stream_sums(
                 part, tail, max(limit, tail.width), part_mask, part_temperatures,
-                config.group, apart,
+                group=config.group, apart=apart, warps=config.warps if configs.walks(k) else None,
             )  # fmt: skip
             left_pad, block = configs.left_out(left_out, config.warps)
-            _tail.select_tail_kernel[(count,)](
+            _tail.select_tail_kernel[(programs,)](
                 part, banned, part_mask, part_temperatures, part_listed, *memory,
-                *_listing(count, left_pad, part.device), *part_results,
-                value, limit, tail.width, k, left_out, *common.row_strides(part),
+                *_listing(programs, left_pad, part.device), *part_results,
+                value, count, limit, tail.width, k, left_out, *common.row_strides(part),
                 streamed, config.group, config.groups_pad, config.clan, config.k_pad, config.tile,
                 configs.STAGES, configs.TAIL_GROUP, left_pad, block, configs.TAIL_LANES,
-                **common.options(config.warps),
+                configs.walks(k), **common.options(config.warps),
             )  # fmt: skip
     return ids, values, *results
 
@@ -114,13 +114,20 @@ def tail_logsumexp(logits: Tensor, mask: Tensor | None, tail: Tail) -> tuple[Ten
             count = part.shape[:-1].numel()
             if count == 0:
                 continue
-            (_, *memory), streamed = _stream_sums(
-                part, tail, tail.width, part_mask, part_temperatures, None, True
+            programs, (_, *memory), streamed = _stream_sums(
+                part,
+                tail,
+                tail.width,
+                part_mask,
+                part_temperatures,
+                group=None,
+                apart=True,
+                warps=warps,
             )
-            _tail.tail_kernel[(count,)](
+            _tail.tail_kernel[(programs,)](
                 part, part_mask, part_temperatures, part_listed, *memory,
-                *_listing(count, left_pad, part.device), *part_results,
-                value, tail.width, left_out, *common.row_strides(part),
+                *_listing(programs, left_pad, part.device), *part_results,
+                value, count, tail.width, left_out, *common.row_strides(part),
                 streamed, configs.tile(part.element_size(), warps), configs.STAGES,
                 configs.TAIL_GROUP, left_pad, block, configs.TAIL_LANES, **common.options(warps),
             )  # fmt: skip
@@ -159,11 +166,11 @@ def _tail_arguments(tail: Tail, logits: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _listing(rows: int, left_pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _listing(programs: int, left_pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for a list of the groups that hold ids which a tail leaves out."""
     return (
-        common.empty((rows, left_pad), torch.int32, device),
-        common.empty((rows, left_pad), torch.int64, device),
+        common.empty((programs, left_pad), torch.int32, device),
+        common.empty((programs, left_pad), torch.int64, device),
     )
 
 
@@ -173,31 +180,37 @@ def _stream_sums(
     width: int,
     mask: Tensor | None,
     temperatures: Tensor | None,
+    *,
     group: int | None,
     apart: bool,
-) -> tuple[tuple[Tensor | None, ...], bool]:
-    """As ``stream``: (memory for keys, maxima, sums and moments, whether they are written).
+    warps: int | None,
+) -> tuple[int, tuple[Tensor | None, ...], bool]:
+    """As ``stream``: (programs, memory for keys, maxima, sums and moments, whether it is written).
 
-    Without a ``group`` nothing is selected, and there are no keys. The maxima have memory
-    ``apart`` where the keys cannot serve as maxima.
+    The memory is a program's, of ``warps`` warps. Rows that are streamed here have a program each,
+    and so have all without ``warps``. Without a ``group`` nothing is selected, and there are no
+    keys. The maxima have memory ``apart`` where the keys cannot serve as maxima.
     """
     rows, itemsize, device = logits.shape[:-1].numel(), logits.element_size(), logits.device
-    groups = (rows, configs.keys_stride(width, configs.TAIL_GROUP))
+    multiprocessors, tile = common.multiprocessors(device), configs.tile(itemsize)
+    pieces = configs.pieces(rows, -(-width // tile), multiprocessors)
+    programs = rows
+    if pieces == 1 and warps is not None:
+        programs = configs.tail_programs(rows, warps, multiprocessors)
+    groups = (programs, configs.keys_stride(width, configs.TAIL_GROUP))
     key = torch.int32 if itemsize == 4 else torch.int16
     memory = (
         None
         if group is None
-        else common.empty((rows, configs.keys_stride(width, group)), key, device),
+        else common.empty((programs, configs.keys_stride(width, group)), key, device),
         common.empty(groups, key, device) if apart else None,
         common.empty(groups, torch.float32, device),
         common.empty(groups, torch.float32, device) if tail.with_entropy else None,
     )
-    tile = configs.tile(itemsize)
-    pieces = configs.pieces(rows, -(-width // tile), common.multiprocessors(device))
     if pieces > 1:
         _tail.group_sums_kernel[(rows, pieces)](
             logits, mask, temperatures, *memory, tail.temperature.value, width,
             *common.row_strides(logits), group or configs.TAIL_GROUP, configs.TAIL_GROUP, tile,
             configs.STAGES, **common.options(configs.WARPS),
         )  # fmt: skip
-    return memory, pieces > 1
+    return programs, memory, pieces > 1

@@ -1,0 +1,358 @@
+"""``distill_loss``: the loss and the gradients of the models' own logits, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from teacher_http import model_logprobs, serving
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("transformers", reason="it runs models of transformers")
+
+import transformers
+
+from opd_kernels import distill, distill_loss, predicting, select_topk, topk_divergence
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+V, K, B, T = 64, 6, 3, 9
+SMALL = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", {}),
+    "Gemma2": ("Gemma2ForCausalLM", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+    "Granite": ("GraniteForCausalLM", {"logits_scaling": 0.25}),
+    "Cohere": ("CohereForCausalLM", {"logit_scale": 4.0}),
+    "Phi": ("PhiForCausalLM", {}),
+    "GPT2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}),
+}
+TOKENS = torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 9])
+ATTENTION = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [1] * 7 + [0] * 2])
+
+
+def model_of(family: str = "Llama", seed: int = 0, **options: Any) -> Any:
+    """In float64, so that two ways to the same loss agree to many digits."""
+    name, special = FAMILIES[family]
+    torch.manual_seed(seed)
+    settings = getattr(transformers, name).config_class(**SMALL | special | options)
+    model = getattr(transformers, name)(settings).eval().double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(loss: Tensor, model: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, trained(model), allow_unused=True, materialize_grads=True)
+
+
+def by_hand(
+    student: Any, teacher: Any, mask: Tensor, attention: Tensor = ATTENTION, **options: Any
+) -> Tensor:
+    """From whole logits, one sequence at a time and without its padding."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in range(B):
+        real = attention[row].bool()
+        tokens, counted = TOKENS[row : row + 1, real], mask[row : row + 1, real]
+        with torch.no_grad():
+            given = teacher(tokens).logits
+        counted = predicting(counted)
+        total = total + topk_divergence(
+            student(tokens).logits, given, K, mask=counted, reduction="sum", **options
+        )
+        count += int(counted.sum())
+    return total / count
+
+
+def assert_same(ours: Any, theirs: Any, unit: float = 1e-16) -> None:
+    # Two ways, each off by some 1e3 roundings of numbers up to 1e3.
+    torch.testing.assert_close(ours, theirs, rtol=1e7 * unit, atol=1e6 * unit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> None:
+    student, teacher = model_of(family), model_of(family, seed=5, vocab_size=V + 8)
+    # Gemma 2's own logits are NaN at padding on the left, and so are gradients through them.
+    attention = torch.ones_like(ATTENTION) if family == "Gemma2" else ATTENTION
+    expected = by_hand(student.eval(), teacher, MASK, attention)
+    student.train()
+    for part in student.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    loss = distill_loss(student, TOKENS, teacher, mask=MASK, attention_mask=attention, k=K)
+    assert student.training
+    assert not teacher.training
+    # These models round inside to float32, to 6e-8.
+    unit = 1e-12 if family in ("Gemma2", "Cohere") else 1e-16
+    assert_same(loss, expected, unit)
+    assert_same(gradients(loss, student), gradients(expected, student), unit)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "forward_kl", "temperature": 1.5},
+        {"weight": torch.rand(B, T, dtype=torch.float64), "divergence": "jsd"},
+        {"reduction": "none", "banned_ids": [3, 7], "vocab_size": V - 4},
+        {"include_token": True},
+        {"outside": "bucket"},
+        {"outside": "sample", "temperature": 0.7},
+        {"outside": "generalize", "support": "student"},
+    ],
+)
+def test_what_has_an_element_a_token_is_aligned_with_the_tokens(options: dict) -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    loss = distill_loss(student, TOKENS, teacher, mask=MASK, k=K, **options)
+    rows = dict(options)
+    if "weight" in rows:
+        rows["weight"] = rows["weight"][:, 1:]
+    with torch.no_grad():
+        given = teacher(TOKENS).logits[:, :-1]
+    expected = topk_divergence(
+        student(TOKENS).logits[:, :-1], given, K, mask=MASK[:, 1:], token_ids=TOKENS[:, 1:], **rows
+    )
+    assert_same(loss[:, 1:] if loss.ndim else loss, expected)
+    if loss.ndim:
+        assert torch.equal(loss[:, 0], torch.zeros(B))
+
+
+def test_log_probs_of_the_tokens_come_with_the_loss_and_share_its_backward() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    options: dict[str, Any] = {"outside": "bucket", "temperature": 0.7}
+    upstream = torch.rand(B, T, dtype=torch.float64)
+    loss, logprobs, stats = distill_loss(
+        student, TOKENS, teacher, mask=MASK, k=K, return_token_logprobs=True,
+        return_stats=["student_mass"], **options,
+    )  # fmt: skip
+    assert stats.student_mass.shape == logprobs.shape
+    kept = MASK[:, 1:] != 0
+    logits = student(TOKENS).logits[:, :-1]
+    own = (logits / 0.7).log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
+    own = torch.where(kept, own, 0.0)
+    with torch.no_grad():
+        given = teacher(TOKENS).logits[:, :-1]
+    expected = topk_divergence(logits, given, K, mask=kept, **options)
+    assert_same(loss, expected)
+    assert_same(logprobs[:, 1:], own)
+    assert torch.equal(logprobs[:, 0], torch.zeros(B))
+    both = (expected + (upstream[:, 1:] * own).sum(), loss + (upstream * logprobs).sum())
+    assert_same(gradients(both[1], student), gradients(both[0], student))
+
+
+def test_the_mean_of_sampled_backgrounds_is_the_gradient_of_whole_logits() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    options: dict[str, Any] = {"outside": "bucket", "temperature": 0.7}
+    logits = student(TOKENS).logits
+    with torch.no_grad():
+        given = teacher(TOKENS).logits
+        probabilities = (logits / 0.7).softmax(-1)
+        at_tokens = torch.cat([torch.zeros(B, 1, V), probabilities[:, :-1]], 1)
+    expected = topk_divergence(logits[:, :-1], given[:, :-1], K, mask=MASK[:, 1:], **options)
+    # Every token in turn, weighted by the probability that the student would have sampled it.
+    losses = [
+        distill_loss(
+            student, TOKENS, teacher, mask=MASK, k=K, background="sampled",
+            token_ids=torch.full_like(TOKENS, token), weight=at_tokens[..., token], **options,
+        )
+        for token in range(V)
+    ]  # fmt: skip
+    total = torch.stack(losses).sum()
+    assert_same(total, expected)
+    # Norms round gradients to float32, to 6e-8 of at most 0.1, in each of the passes.
+    assert_same(gradients(total, student), gradients(expected, student), 1e-13)
+
+
+def test_statistics_are_of_the_tokens_that_count() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    names = ("student_mass", "overlap")
+    _, stats = distill_loss(student, TOKENS, teacher, mask=MASK, k=K, return_stats=names)
+    assert torch.equal(stats.student_mass.isnan(), (MASK == 0) | (torch.arange(T) == 0))
+
+
+def test_a_support_is_by_position_as_logits_are() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    with torch.no_grad():
+        support = select_topk(teacher(TOKENS).logits, K)
+    ours = distill_loss(student, TOKENS, support, mask=MASK)
+    assert_same(ours, distill_loss(student, TOKENS, teacher, mask=MASK, k=K))
+
+
+def test_a_server_is_asked_for_the_tokens_that_count() -> None:
+    pytest.importorskip("requests")
+    from opd_kernels.integrations.server import TeacherServer, TeacherServerError
+
+    student, teacher = model_of(), model_of(seed=5)
+    with serving(model_logprobs(teacher)) as served, TeacherServer(served.url, k=K) as server:
+        ours = distill_loss(student, TOKENS, server, mask=MASK, attention_mask=ATTENTION)
+        assert len(served.requests) == 2  # nothing of the third sequence counts
+        expected = distill_loss(student, TOKENS, teacher, mask=MASK, attention_mask=ATTENTION, k=K)
+        # The server's log-probs are float32.
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        served.change = lambda answer: blank(answer, 7)
+        with pytest.raises(TeacherServerError, match="no 6 entries for 2 of"):
+            distill_loss(student, TOKENS, server, mask=MASK, attention_mask=None)
+        server.on_failure = "mask"
+        ours = distill_loss(student, TOKENS, server, mask=MASK)
+        kept = MASK.clone()
+        kept[:, 7] = 0
+        expected = distill_loss(student, TOKENS, teacher, mask=kept, k=K)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="pixel_values, which a server is not shown"):
+            distill_loss(student, TOKENS, server, mask=MASK, model_inputs={"pixel_values": 0})
+
+
+def blank(answer: dict, position: int) -> dict:
+    answer["choices"][0]["prompt_logprobs"][position] = None
+    return answer
+
+
+def test_adapters_take_part_and_a_head_with_one_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    teacher = model_of(seed=5)
+
+    def adapted(targets: list[str]) -> Any:
+        settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model_of(), settings).eval().double()
+
+    student = adapted(["q_proj"])
+    loss = distill_loss(student, TOKENS, teacher, mask=MASK, attention_mask=ATTENTION, k=K)
+    expected = by_hand(student, teacher, MASK)
+    assert_same(loss, expected)
+    assert_same(gradients(loss, student), gradients(expected, student))
+    with pytest.raises(ValueError, match=r"model: the output head .* has an adapter"):
+        distill_loss(adapted(["lm_head"]), TOKENS, teacher, mask=MASK)
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="prompt and prefix tuning"):
+        distill_loss(peft.get_peft_model(model_of(), prompts), TOKENS, teacher, mask=MASK)
+
+
+def test_what_follows_a_token_that_the_teacher_lacks_does_not_count() -> None:
+    student, teacher = model_of(), model_of(seed=5, vocab_size=40)
+    tokens = TOKENS.clamp(max=39)
+    tokens[0, 4] = 50
+    with pytest.warns(UserWarning, match="token 50, and the teacher has 40 ids"):
+        loss = distill_loss(student, tokens, teacher, mask=MASK, k=K)
+    kept = MASK.clone()
+    kept[0, 5:] = 0
+    known = tokens.clamp(max=39)
+    support = select_topk(teacher(known).logits, K)
+    assert_same(loss, distill_loss(student, tokens, support, mask=kept))
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused_and_checked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    whole, calls = type(student).forward, []
+
+    def doubled(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        output = whole(self, *args, **options)
+        output.logits = output.logits * 2
+        return output
+
+    distill_loss(teacher, TOKENS, teacher, mask=MASK, k=K)
+    monkeypatch.setattr(type(student), "forward", doubled)
+    distill_loss(teacher, TOKENS, teacher, mask=MASK, k=K)
+    assert not calls
+    with pytest.raises(ValueError, match=r"model: .* not those of its last .*take its logits"):
+        distill_loss(student, TOKENS, teacher, mask=MASK, k=K)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sampled_token_that_the_teacher_lacks_adds_nothing(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    student, teacher = model_of(), model_of(seed=5, vocab_size=40)
+    tokens = TOKENS.clamp(max=39)
+    tokens[0, 4] = 50
+    options: dict[str, Any] = {"outside": "sample", "mask": MASK, "k": K}
+    with torch.no_grad():
+        given = teacher(tokens.clamp(max=39)).logits[:, :-1]
+    kept = MASK[:, 1:].clone()
+    kept[0, 4:] = 0
+    expected = topk_divergence(
+        student(tokens).logits[:, :-1], given, token_ids=tokens[:, 1:], **options | {"mask": kept}
+    )
+    if sharded:
+        monkeypatch.setattr(distill, "is_wrapped", lambda model: model is teacher)
+    with pytest.warns(UserWarning, match="token 50"):
+        loss = distill_loss(student, tokens, teacher, **options)
+    assert_same(loss, expected)
+    assert_same(gradients(loss, student), gradients(expected, student))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_loss_runs_inside_of_a_wrappers_forward(kind: str, one_process: Any) -> None:
+    student, teacher = model_of(tie_word_embeddings=True), model_of(seed=5)
+    expected = distill_loss(student, TOKENS, teacher, mask=MASK, k=K)
+    expected_gradients = gradients(expected, student)
+    ours = copy.deepcopy(student)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(ours)
+    else:
+        wrapped = ours
+        for each in (ours, teacher):
+            fully_shard(each.model.layers[0], mesh=one_process)
+            fully_shard(each, mesh=one_process)
+    for _ in range(2):
+        ours.zero_grad()
+        loss = distill_loss(wrapped, TOKENS, teacher, mask=MASK, k=K)
+        assert_same(loss, expected)
+        loss.backward()
+        found = [p.grad.full_tensor() if kind == "fsdp2" else p.grad for p in ours.parameters()]
+        assert_same(tuple(found), expected_gradients)
+    assert "forward" not in vars(ours)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no mask": ({"mask": None}, TypeError, "needs mask, which tokens"),
+    "float mask": ({"mask": torch.ones(B, T)}, TypeError, "mask has dtype torch.float32"),
+    "shifted mask": ({"mask": MASK[:, 1:]}, ValueError, r"mask has shape \(3, 8\), input_ids"),
+    "one sequence": ({"input_ids": TOKENS[0], "mask": MASK[0]}, ValueError, r"add \[None\]"),
+    "list": ({"input_ids": TOKENS.tolist()}, TypeError, "input_ids is a list"),
+    "name": ({"teacher": "Qwen/Qwen3-8B"}, TypeError, "teacher is a str, expected a model"),
+    "logits": ({"teacher": torch.randn(B, T, V)}, TypeError, "make a TopK of logits"),
+    "attention": ({"attention_mask": ATTENTION[:, :4]}, ValueError, "attention_mask has shape"),
+    "unknown": ({"labels": TOKENS}, TypeError, "unexpected keyword argument 'labels'"),
+    "inputs": ({"model_inputs": [1]}, TypeError, "model_inputs is a list"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_told(name: str) -> None:
+    changes, error, message = REFUSED[name]
+    student = model_of()
+    given = {"input_ids": TOKENS, "teacher": student, "mask": MASK, "k": K} | changes
+    with pytest.raises(error, match=message):
+        distill_loss(student, **given)
+
+
+def test_what_is_no_causal_model_is_refused() -> None:
+    teacher = model_of()
+    with pytest.raises(TypeError, match="model: Linear has no get_output_embeddings"):
+        distill_loss(torch.nn.Linear(2, 2), TOKENS, teacher, mask=MASK)
+    with pytest.raises(ValueError, match="teacher: LlamaModel has no output head"):
+        distill_loss(teacher, TOKENS, teacher.model, mask=MASK)
