@@ -258,7 +258,7 @@ class _Gradients:
         shapes = (self.hidden.shape, weight.shape, weight.shape[:1])
         dtypes = (wide, weight.dtype if by_columns else wide, wide)
         self.of_hidden, self.of_weight, self.of_bias = (
-            plain.zeros(hidden, shape if needed else (0,), dtype)
+            hidden.new_zeros(shape if needed else (0,), dtype=dtype)
             for shape, dtype, needed in zip(shapes, dtypes, wanted, strict=True)
         )
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from opd_kernels._arguments import compute_dtype
-from opd_kernels.backends._pages import zero_pages
 
 # Memory for the logits of a few rows. On GPUs the matrix product is compute-bound from about 500
 # rows on; re-reading the weight for each piece is hidden.
@@ -61,7 +60,7 @@ def head_logits(
     for piece in pieces(count, vocab, hidden.dtype, hidden.device):
         rows = piece if kept is None else kept[piece]
         if memory is None:
-            memory = zeros(hidden, (piece.stop, vocab))
+            memory = hidden.new_empty(piece.stop, vocab)
         logits = memory[: piece.stop - piece.start]
         if bias is None:
             torch.mm(hidden[rows], weight.t(), out=logits)
@@ -77,7 +76,7 @@ def head_columns(
     count, vocab = hidden.shape[0], weight.shape[0]
     nbytes = WORKSPACE_BYTES.get(hidden.device.type, GPU_WORKSPACE_BYTES)
     step = max(nbytes // (max(count, 1) * hidden.dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
-    memory = zeros(hidden, (count * min(step, vocab),))
+    memory = hidden.new_empty(count * min(step, vocab))
     for start in range(0, vocab if count else 0, step):
         columns = slice(start, min(start + step, vocab))
         width = columns.stop - start
@@ -87,13 +86,6 @@ def head_columns(
         else:
             torch.addmm(bias[columns], hidden, weight[columns].t(), out=logits)
         yield columns, logits
-
-
-def zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros on the device; on the CPU large ones on huge pages, whose first use costs little."""
-    dtype = like.dtype if dtype is None else dtype
-    found = zero_pages(shape, dtype, huge=True) if type(like) is Tensor and like.is_cpu else None
-    return like.new_zeros(shape, dtype=dtype) if found is None else found
 
 
 def kept_rows(
