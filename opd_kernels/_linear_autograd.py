@@ -127,7 +127,7 @@ def _exact_gradient(
 def _sampled_gradient(
     head: Head, rows: Rows, upstream: Tensor, tail_upstream: Tensor, wanted: Wanted, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through the logits at the ids, of which the last stands for all others and for itself.
+    """Through the logits at the ids. The last one, y, stands for all others and for itself.
 
     With g the derivatives at y and at all others together, p their probabilities: sum of g / sum
     of p at y.

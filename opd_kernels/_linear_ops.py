@@ -223,7 +223,7 @@ class _Found:
         found: Sequence[Tensor | None] = ()
         # Scale and softcap keep the order, so selection does without them.
         if k and tail.width and logits is raw:
-            # Of the logits while they are in the cache.
+            # In one call, while the logits are in the cache.
             ids[rows], picked, *found = self.module.select_with_tail(logits, k, allowed, tail)
         elif k:
             ids[rows], picked = self.module.select(raw, k, allowed)

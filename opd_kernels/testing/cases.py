@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE_DTYPES = (*DTYPES, "float64")
-# Of a head whose full softmaxes are wanted. Half precision rounds the product's logits.
+# Dtypes of a head whose full softmaxes are wanted: half precision rounds the logits.
 _WHOLE_HEADS = ("float32", "float64")
 # Sizes around those of registers, groups and blocks of groups, where loops take other branches.
 _EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)

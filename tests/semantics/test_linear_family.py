@@ -503,7 +503,7 @@ def test_memory_is_the_gradients_and_a_workspace(reduction: str) -> None:
             return hidden
     """)
     gradient = vocab * hidden * 4
-    # Of the workspace at least 128 rows.
+    # The workspace holds at least 128 rows.
     workspace = max(64 << 20, 128 * vocab * 4)
     assert growth < gradient + workspace + (24 << 20)
     assert workspace < rows * vocab * 4 / 2
