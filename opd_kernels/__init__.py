@@ -21,6 +21,7 @@ from opd_kernels._autograd import TopKReverseKL
 from opd_kernels.api import linear_topk_rkl, topk_divergence, topk_rkl
 from opd_kernels.debugging import debug
 from opd_kernels.distill import distill_loss
+from opd_kernels.distributed import VocabShard
 from opd_kernels.divergences import (
     Divergence,
     forward_kl,
@@ -63,6 +64,7 @@ __all__ = [
     "TokenizerComparison",
     "TopK",
     "TopKReverseKL",
+    "VocabShard",
     "compare_tokenizers",
     "debug",
     "distill_loss",

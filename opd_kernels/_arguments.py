@@ -184,6 +184,15 @@ def unpack_bitmap(bitmap: Tensor, limit: int) -> Tensor:
     return ((bitmap[:, None] >> bits) & 1).flatten()[:limit].bool()
 
 
+def allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
+    """Whether an id may be in the support."""
+    inside = (ids >= 0) & (ids < allowed.limit)
+    if allowed.banned is None:
+        return inside
+    banned = unpack_bitmap(allowed.banned, allowed.limit)
+    return inside & ~banned[torch.where(inside, ids, 0).long()]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 where an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

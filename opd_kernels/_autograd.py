@@ -91,7 +91,7 @@ class TopKReverseKL(torch.autograd.Function):
             check_inplace(student)
         ctx.mark_non_differentiable(ids, entry_grad)
         ctx.set_materialize_grads(False)
-        anchor = _anchor(student)
+        anchor = anchor_of(student)
         ctx.save_for_backward(ids, entry_grad, anchor, student if inplace else None)
         ctx.width, ctx.dtype, ctx.backend = student.shape[-1], student.dtype, backend
 
@@ -405,7 +405,7 @@ def refuse_compiled_transform() -> None:
         )
 
 
-def _anchor(student: Tensor) -> Tensor | None:
+def anchor_of(student: Tensor) -> Tensor | None:
     """An empty tensor that depends on the student in the graph but does not share its memory.
 
     A second differentiation has to reach ``_ScatterGradient`` through the student. The logits

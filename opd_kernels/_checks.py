@@ -45,8 +45,11 @@ DTENSOR_PARAMETER = (
 )
 
 
-def check_logits(logits: object, name: str, content: str = "logits") -> Tensor:
-    """A tensor of logits, or gradients of logits, (..., V) that kernels use without a copy."""
+def check_logits(logits: object, name: str, content: str = "logits", least: int = 1) -> Tensor:
+    """A tensor of logits, or gradients of logits, (..., V) that kernels use without a copy.
+
+    ``least`` is the smallest V.
+    """
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{name} is a {type(logits).__name__}, expected a tensor of {content} (..., V)"
@@ -62,7 +65,7 @@ def check_logits(logits: object, name: str, content: str = "logits") -> Tensor:
     if not shape:
         raise ValueError(f"{name} is a scalar, expected {content} (..., V)")
     vocab = shape[-1]
-    if vocab == 0:
+    if vocab < least:
         raise ValueError(f"{name} has shape {tuple(shape)}, expected a vocabulary of 1 or more")
     check_vocab(vocab, name)
     if vocab > 1 and logits.stride(-1) != 1:
@@ -432,13 +435,13 @@ def check_k_matches(k: int | None, width: int) -> None:
         )
 
 
-def check_vocab_size(vocab_size: int | None) -> None:
+def check_vocab_size(vocab_size: int | None, name: str = "vocab_size") -> None:
     """vocab_size is a positive int or None."""
     if vocab_size is None:
         return
-    check_int(vocab_size, "vocab_size")
+    check_int(vocab_size, name)
     if not 1 <= vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocab_size is {vocab_size}, allowed is 1 or more, to {MAX_VOCAB}")
+        raise ValueError(f"{name} is {vocab_size}, allowed is 1 or more, to {MAX_VOCAB}")
 
 
 def check_mask(mask: Tensor, rows: torch.Size, device: torch.device) -> None:

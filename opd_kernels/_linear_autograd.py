@@ -41,8 +41,8 @@ class Rows(NamedTuple):
 
     ids: Tensor
     values: Tensor
-    tail: Tensor
-    temperature: Temperature
+    tail: Tensor | None
+    temperature: Temperature | None
     width: int
     mask: Tensor | None
     sampled: bool
@@ -70,6 +70,7 @@ class HeadRows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The values as they are."""
         refuse_compiled_transform()
+        assert rows.tail is not None
         return rows.values.clone(), rows.tail.clone()
 
     @staticmethod
@@ -114,6 +115,9 @@ def _exact_gradient(
     head: Head, rows: Rows, upstream: Tensor, tail_upstream: Tensor, wanted: Wanted, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through all of the head's logits."""
+    if not rows.width:  # a shard of padding alone
+        return tuple(head.hidden.new_empty(0) if x is None else torch.zeros_like(x) for x in head[:3])
+    assert rows.temperature is not None
     dtype = compute_dtype(rows.values)
     factors = tail_upstream[..., None] / divisor(rows.temperature, tail_upstream.dtype)
     factors = torch.where(tail_upstream == 0, 0, factors[..., 0]).to(dtype)
@@ -139,8 +143,8 @@ def _sampled_gradient(
     log_p = scaled - scaled.logsumexp(-1, keepdim=True)
     outside = exp(log_p[..., -2:]).sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature
-    there = torch.where(rows.ids[..., -1:] < 0, 0, given / outside[..., None])
-    grad = torch.cat((upstream[..., :-1].to(wide), there), -1)
+    grad = torch.cat((upstream[..., :-1].to(wide), given / outside[..., None]), -1)
+    grad = grad.masked_fill(rows.ids < 0, 0)  # another rank's columns
     grad = torch.where(grad == 0, 0, grad * plain.slope(rows.values.to(wide), scale, softcap))
     grad = grad.to(compute_dtype(rows.values))
     hidden_grad, weight_grad, bias_grad = (hidden.new_empty(0) for _ in wanted)

@@ -73,6 +73,19 @@ def ordered(
     return resized(((entries << 32) >> 32).int(), values, k)
 
 
+def in_order(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries (..., C) in order (value descending, id ascending), absent ones last.
+
+    Every id is there once; absent entries have id -1 and value -inf. NaN comes first.
+    """
+    # Adding 0 turns -0 into 0; the sign of a NaN does not order it.
+    values = (values + 0.0).masked_fill(values.isnan(), torch.nan)
+    order = torch.where(ids < 0, MAX_ID, ids).sort(dim=-1, stable=True).indices
+    ids, values = ids.gather(-1, order), values.gather(-1, order)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order), values
+
+
 def _ordered_on_host(
     ids: Tensor, values: Tensor, valid: Tensor | None, sentinel: float, k: int
 ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from opd_kernels import _checks
+from opd_kernels.distributed import Source, VocabShard, as_shards
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
 from opd_kernels.options import (
@@ -74,6 +75,8 @@ def topk_rkl(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     inplace_grad: bool = False,
+    vocab_shard: VocabShard | None = None,
+    teacher_vocab_shard: VocabShard | Literal["whole"] | None = None,
     return_stats: bool | Sequence[str] = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -158,9 +161,11 @@ def topk_rkl(
         "reduction": reduction,
         "normalizer": normalizer,
         "inplace_grad": inplace_grad,
+        "vocab_shard": vocab_shard,
+        "teacher_vocab_shard": teacher_vocab_shard,
         "backend": backend,
     }
-    loss, _, stats = _topk_divergence(_checked(student), teacher, k, return_stats, options)
+    loss, _, stats = _topk_divergence(_checked(student, options), teacher, k, return_stats, options)
     return loss if stats is None else (loss, stats)
 
 
@@ -361,7 +366,7 @@ def topk_divergence(
         )
     complete: DivergenceOptions = {**MEMBER_DEFAULTS, **options}
     loss, logprobs, stats = _topk_divergence(
-        _checked(student), teacher, k, return_stats, complete, return_token_logprobs
+        _checked(student, complete), teacher, k, return_stats, complete, return_token_logprobs
     )
     if logprobs is None:
         return loss if stats is None else (loss, stats)
@@ -497,17 +502,18 @@ def linear_topk_rkl(
     return loss if stats is None else (loss, stats)
 
 
-def _checked(student: object) -> Tensor | LinearLogits:
+def _checked(student: object, options: Options) -> Tensor | LinearLogits:
     """The student, once its parts fit."""
     if not isinstance(student, LinearLogits):
-        return _checks.check_logits(student, "student")
+        least = 1 if options.get("vocab_shard") is None else 0  # a rank may hold no column
+        return _checks.check_logits(student, "student", least=least)
     # Checked again: autocast may have allowed mixed dtypes where it was made and be off here.
     _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ")
     return student
 
 
 def _topk_divergence(
-    student: Tensor | LinearLogits,
+    student: Source,
     teacher: object,
     k: int | None,
     return_stats: bool | Sequence[str],
@@ -521,9 +527,13 @@ def _topk_divergence(
     names = _stats_names(return_stats)
     device = student.device
     rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
+    of_head = isinstance(student, LinearLogits)
+    student, teacher = as_shards(
+        student, teacher, options.get("vocab_shard"), options.get("teacher_vocab_shard")
+    )
     teacher = check_teacher(teacher, k, rows, device)
     call = resolve(options, rows, device)
-    if options.get("inplace_grad") and isinstance(student, LinearLogits):
+    if options.get("inplace_grad") and of_head:
         raise ValueError(
             "inplace_grad=True reuses the memory of logits, and student is hidden states and a "
             "head, which has none; leave it out"

@@ -17,6 +17,7 @@ from opd_kernels._arguments import Allowed
 from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
 from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain
+from opd_kernels.distributed import Sharded, Source, agree, gathered
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import losses_of_head
@@ -42,8 +43,8 @@ class RowLosses(NamedTuple):
 
 
 def row_losses(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | TopK | LinearLogits,
+    student: Source,
+    teacher: Source | TopK,
     k: int | None,
     call: Call,
     depth: int,
@@ -54,6 +55,7 @@ def row_losses(
     if not simple or call.background != "exact" or call.student_logsumexp is not None:
         _check_sources(student, teacher, call)
     _warn_about_losses(k, call, depth + 3)
+    agree([("student", student), ("teacher", teacher)], described(k, call))
     device, backend, objective = student.device, call.backend, call.objective
     allowed = call.allowed(limit, device)
     simple = simple and call.stats is None
@@ -63,7 +65,7 @@ def row_losses(
         return RowLosses(loss, ids, entry_grad)
     support = find_support(student, teacher, k, allowed, call)
     gradient: Tensor | None = None
-    if isinstance(student, LinearLogits) and call.needs_tails:
+    if not isinstance(student, Tensor) and call.needs_tails:
         found = losses_of_head(student, support, k, allowed, call)
         support, gradient = support._replace(student=found.side), found.gradient
         sides = watched(student, teacher, support, allowed, call)
@@ -80,7 +82,7 @@ def row_losses(
 
 
 def _losses(
-    student: Tensor | LinearLogits,
+    student: Source,
     support: Support,
     side: Side,
     k: int,
@@ -90,8 +92,8 @@ def _losses(
     """The losses of a support; ``side`` is what is known of the student."""
     ids, values = support.entries()
     backend, objective = call.backend, call.objective
-    if isinstance(student, LinearLogits):
-        logits, slots = _gathered(student, ids, values, allowed, backend)
+    if not isinstance(student, Tensor):
+        logits, slots = _gathered(student, ids, values, allowed, call)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
         request = Request(slots, among_slots, objective, False, backend)
         return RowLosses(*TopKReverseKL.apply(logits, values, k, request))
@@ -106,13 +108,31 @@ def _losses(
     return RowLosses(loss, found, entry_grad, logprob if call.with_logprobs else None)
 
 
+def described(k: int, call: Call) -> dict[str, object]:
+    """What the ranks of a VocabShard have to agree on."""
+    return {
+        "k": k,
+        "outside": call.objective.outside,
+        "support": call.support,
+        "include_token": call.include_token,
+        "return_token_logprobs": call.with_logprobs,
+        "return_stats": call.stats,
+        "background": call.background,
+        "vocab_size": call.vocab_size,
+        "student_logsumexp": call.student_logsumexp is not None,
+        "mask": call.mask is not None,
+    }
+
+
 def check_teacher(
     teacher: object, k: int | None, rows: torch.Size, device: torch.device
-) -> Tensor | TopK | LinearLogits:
+) -> Source | TopK:
     """The teacher, once it fits the student's rows and k."""
     if isinstance(teacher, TopK):
         teacher.check()
         shape, tensor = teacher.shape, teacher.ids
+    elif isinstance(teacher, Sharded):
+        shape, tensor = teacher.shape, teacher.tensor
     elif isinstance(teacher, LinearLogits):
         shape, tensor = teacher.shape, teacher.hidden
     elif isinstance(teacher, Tensor):
@@ -133,8 +153,8 @@ def check_teacher(
 
 
 def _support_size(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | TopK | LinearLogits,
+    student: Source,
+    teacher: Source | TopK,
     k: int | None,
     support: str,
 ) -> tuple[int, int]:
@@ -151,7 +171,7 @@ def _support_size(
 
 
 def _check_sources(
-    student: Tensor | LinearLogits, teacher: Tensor | TopK | LinearLogits, call: Call
+    student: Source, teacher: Source | TopK, call: Call
 ) -> None:
     """Raises unless both sides have what the loss needs of them."""
     outside = call.objective.outside
@@ -174,7 +194,7 @@ def _check_sources(
         _check_full_support(teacher, call)
 
 
-def _check_head_options(student: Tensor | LinearLogits, call: Call) -> None:
+def _check_head_options(student: Source, call: Call) -> None:
     """Raises for a background or a log-sum-exp that does not fit the student and the loss."""
     if isinstance(student, Tensor):
         for name, given in (
@@ -223,14 +243,16 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
 
 
 def _gathered(
-    student: LinearLogits, ids: Tensor, values: Tensor, allowed: Allowed, backend: str
+    student: LinearLogits | Sharded, ids: Tensor, values: Tensor, allowed: Allowed, call: Call
 ) -> tuple[Tensor, Tensor]:
     """(the student's logits at the ids, their slots)."""
     # An entry of value -inf is absent: its row of the head is not read, and a softcap's slope
     # cannot make its gradient NaN.
     ids = torch.where(values == -torch.inf, -1, ids)
+    if isinstance(student, Sharded):
+        return gathered(student, ids, allowed, call.inplace, call.backend)
     logits, slots = GatherDot.apply(
-        student.hidden, student.weight, student.bias, ids, allowed, backend
+        student.hidden, student.weight, student.bias, ids, allowed, call.backend
     )
     return plain.shaped(logits, student.scale, student.softcap), slots
 

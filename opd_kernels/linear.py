@@ -23,17 +23,19 @@ from opd_kernels._arguments import (
     Tails,
     Temperature,
     Wanted,
+    allowed_ids,
     compute_dtype,
     divisor,
     no_tail,
     wide_dtype,
 )
 from opd_kernels._autograd import BackgroundLoss, Request, Token
-from opd_kernels._linear_autograd import HeadLoss, HeadRows, Rows
+from opd_kernels._linear_autograd import HeadLoss, Rows
 from opd_kernels._ordering import first_places, repeats
+from opd_kernels.distributed import Sharded, attached
 from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
 from opd_kernels.options import Call
-from opd_kernels.sides import Support, allowed_ids, read_head, values_at
+from opd_kernels.sides import Support, read_side, values_at
 from opd_kernels.stats import Side
 
 
@@ -50,13 +52,13 @@ class Found(NamedTuple):
 
 
 def losses_of_head(
-    student: LinearLogits, support: Support, k: int, allowed: Allowed, call: Call
+    student: LinearLogits | Sharded, support: Support, k: int, allowed: Allowed, call: Call
 ) -> Found:
     """The losses of a support whose student is a head."""
     width = call.range(student.vocab)
     ids, values = support.entries()
     listed = _listed(support, width, call)
-    if _computes_gradient(student, call):
+    if isinstance(student, LinearLogits) and _computes_gradient(student, call):
         return _in_one_pass(student, support, listed, k, allowed, call)
     side = _read(student, support, listed, k, allowed, call)
     unique = torch.where(repeats(listed) | (listed >= width), -1, listed).to(torch.int32)
@@ -79,34 +81,34 @@ def losses_of_head(
         tails = Tails(support.teacher.tail, None, row.shape[-1])
     token: Token | None = None
     if call.with_logprobs:
-        token = _token(side, places, middle, count, row.shape[-1], call)
+        place = places[..., -1].masked_fill(listed[..., -1] < 0, -1)  # which makes its row NaN
+        token = _token(side, place, middle, count, row.shape[-1], call)
     loss, logprobs, *_ = BackgroundLoss.apply(row, values, request, tails, token)
     return Found(loss, logprobs if call.with_logprobs else None, side)
 
 
-def token_logprobs_of_head(head: LinearLogits, ids: Tensor, width: int, call: Call) -> Tensor:
+def token_logprobs_of_head(head: LinearLogits | Sharded, ids: Tensor, width: int, call: Call) -> Tensor:
     """Log-probs (...) of one id of each row, (..., 1), NaN where it is -1; 0 in masked rows."""
     temperature = call.objective.temperature
     everything = Allowed(width, None, call.mask)
     reading = Reading(0, everything, Tail(width, temperature, ids, False), ids)
-    side = read_head(head, reading, call.backend)
+    side = read_side(head, reading, call.backend)
     row, middle = _row(head, ids, side, width, call)
     slots = torch.where(ids < 0, -1, 0).to(torch.int32)
     request = Request(slots, Allowed(2, None, call.mask), call.objective, False, call.backend)
-    token = _token(side, slots, middle, 1, 2, call)
+    token = _token(side, slots[..., 0], middle, 1, 2, call)
     return BackgroundLoss.apply(row, None, request, None, token)[1]
 
 
 def _row(
-    head: LinearLogits, ids: Tensor, side: Side, width: int, call: Call
+    head: LinearLogits | Sharded, ids: Tensor, side: Side, width: int, call: Call
 ) -> tuple[Tensor, Tensor]:
     """``compressed`` of what was read at the ids, each once or -1, with the head's gradients."""
     assert side.values is not None
     assert side.tail is not None
     temperature, sampled = call.objective.temperature, call.background == "sampled"
     rows = Rows(ids, side.values, side.tail, temperature, width, call.mask, sampled)
-    hidden, weight, bias = as_autocast(head.hidden, head.weight, head.bias)
-    z, tail = HeadRows.apply(hidden, weight, bias, rows, head.scale, head.softcap, call.backend)
+    z, tail = attached(head, rows, call.inplace, call.backend)
     return compressed(z, tail, ids, temperature)
 
 
@@ -143,7 +145,7 @@ def _listed(support: Support, width: int, call: Call) -> Tensor:
 
 
 def _read(
-    student: LinearLogits, support: Support, listed: Tensor, k: int, allowed: Allowed, call: Call
+    student: LinearLogits | Sharded, support: Support, listed: Tensor, k: int, allowed: Allowed, call: Call
 ) -> Side:
     """The student's logits at the listed ids and its tail, from as few reads as there can be."""
     width, known = call.range(student.vocab), support.student
@@ -154,7 +156,7 @@ def _read(
     if call.student_logsumexp is not None and not watched:
         return _from_logsumexp(student, listed, repeated, width, call)
     reading = _reading(listed, k, width, allowed, call)
-    return read_head(student, reading, call.backend)._replace(repeated=repeated)
+    return read_side(student, reading, call.backend)._replace(repeated=repeated)
 
 
 def _reading(listed: Tensor, k: int, width: int, allowed: Allowed, call: Call) -> Reading:
@@ -165,7 +167,7 @@ def _reading(listed: Tensor, k: int, width: int, allowed: Allowed, call: Call) -
 
 
 def _from_logsumexp(
-    student: LinearLogits, listed: Tensor, repeated: Tensor, width: int, call: Call
+    student: LinearLogits | Sharded, listed: Tensor, repeated: Tensor, width: int, call: Call
 ) -> Side:
     """The tail as what the listed ids leave of a log-sum-exp that is given, 2^-24 of it or more."""
     assert call.student_logsumexp is not None
@@ -180,13 +182,13 @@ def _from_logsumexp(
     return Side(values=values, tail=tail, repeated=repeated)
 
 
-def _token(side: Side, places: Tensor, middle: Tensor, count: int, width: int, call: Call) -> Token:
-    """The sampled token of rows whose logits are relative to ``middle`` (..., 1)."""
+def _token(side: Side, place: Tensor, middle: Tensor, count: int, width: int, call: Call) -> Token:
+    """The sampled token, at a place of rows whose logits are relative to ``middle`` (..., 1)."""
     shares = side._replace(temperature=call.objective.temperature).with_shares().shares
     assert shares is not None
     log_probs, total = shares
     shift = middle.to(total.dtype) / divisor(call.objective.temperature, total.dtype)
-    return Token(places[..., -1], log_probs[..., :count], total - shift[..., 0], width)
+    return Token(place, log_probs[..., :count], total - shift[..., 0], width)
 
 
 def _computes_gradient(student: LinearLogits, call: Call) -> bool:

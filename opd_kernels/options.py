@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from opd_kernels import _checks, debugging
 from opd_kernels._arguments import Allowed, Objective, Temperature, pack_bitmap, wide_dtype
 from opd_kernels.backends import AUTO
 from opd_kernels.divergences import NAMED, RENORMALIZE, Divergence, reverse_kl
+
+if TYPE_CHECKING:
+    from opd_kernels.distributed import VocabShard
 
 SUPPORTS = ("teacher", "student")
 BACKGROUNDS = ("exact", "sampled")
@@ -35,6 +38,8 @@ class Options(RowOptions, total=False):
     reduction: str
     normalizer: float | Tensor | None
     inplace_grad: bool
+    vocab_shard: VocabShard | None
+    teacher_vocab_shard: VocabShard | Literal["whole"] | None
 
 
 class DivergenceOptions(Options, total=False):

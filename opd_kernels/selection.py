@@ -11,6 +11,8 @@ from torch import Tensor
 from opd_kernels import _checks, _ops
 from opd_kernels._arguments import Allowed, Reading, Tail, Temperature, no_tail
 from opd_kernels._ordering import repeats
+from opd_kernels.distributed import Source, Sharded
+from opd_kernels.distributed import read as read_shards
 from opd_kernels.head import LinearLogits, head_as_operand
 from opd_kernels.options import allowed, backend_name, bool_mask
 from opd_kernels.support import TopK
@@ -197,13 +199,21 @@ def _inside(ids: Tensor, width: int, mask: Tensor | None) -> Tensor:
     return ids.masked_fill(outside, -1).to(torch.int32)
 
 
+def read(
+    source: LinearLogits | Sharded, reading: Reading, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``_ops.read_linear`` returns: everything that is asked for, from one pass."""
+    if isinstance(source, Sharded):
+        return read_shards(source, reading, backend)
+    return _ops.read_linear(head_as_operand(source), reading, backend)
+
+
 def read_at(
-    logits: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, tail: Tail, backend: str
+    logits: Source, ids: Tensor, allowed: Allowed, tail: Tail, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(logits at the ids, -inf where an id is none; the tail's log-sum-exp), from one read."""
-    if isinstance(logits, LinearLogits):
-        reading = Reading(0, allowed, tail, ids)
-        _, _, values, rest, _ = _ops.read_linear(head_as_operand(logits), reading, backend)
+    if not isinstance(logits, Tensor):
+        _, _, values, rest, _ = read(logits, Reading(0, allowed, tail, ids), backend)
         return values, rest
     values, slots = _ops.gather(logits.detach(), ids, allowed, backend)
     rest, _ = _ops.tail_logsumexp(logits.detach(), allowed.mask, tail, backend)
@@ -266,7 +276,7 @@ class Selected(NamedTuple):
 
 
 def select(
-    logits: Tensor | LinearLogits,
+    logits: Source,
     k: int,
     allowed: Allowed,
     tail: Tail,
@@ -277,11 +287,8 @@ def select(
 
     A logit at a listed id is -inf where the id is outside of [0, limit) and [0, tail's width).
     """
-    if isinstance(logits, LinearLogits):
-        head = head_as_operand(logits)
-        ids, values, found, *sums = _ops.read_linear(
-            head, Reading(k, allowed, tail, listed), backend
-        )
+    if not isinstance(logits, Tensor):
+        ids, values, found, *sums = read(logits, Reading(k, allowed, tail, listed), backend)
         return Selected(ids, values, None if listed is None else found, *sums)
     ids, values, *sums = _ops.select(logits.detach(), k, allowed, tail, backend)
     if listed is None:

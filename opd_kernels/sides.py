@@ -19,16 +19,17 @@ from opd_kernels._arguments import (
     Tail,
     Tails,
     Temperature,
+    allowed_ids,
     compute_dtype,
     no_tail,
-    unpack_bitmap,
 )
 from opd_kernels._autograd import Token
 from opd_kernels._ordering import repeats
 from opd_kernels.backends import plain
-from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
+from opd_kernels.distributed import Sharded, Source
+from opd_kernels.head import LinearLogits, as_autocast
 from opd_kernels.options import Call
-from opd_kernels.selection import select
+from opd_kernels.selection import read, select
 from opd_kernels.stats import Side, Stats, measure
 from opd_kernels.support import TopK
 
@@ -63,8 +64,8 @@ class Support(NamedTuple):
 
 
 def find_support(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | TopK | LinearLogits,
+    student: Source,
+    teacher: Source | TopK,
     k: int,
     allowed: Allowed,
     call: Call,
@@ -95,9 +96,9 @@ def find_support(
         tail = no_tail() if joins else _tail(student, "student", call)
         ids, z, _, *sums = select(student, k, allowed, tail, call.backend)
         mine = _side(tail, sums)
-        if isinstance(student, LinearLogits) and tail.width:
+        if not isinstance(student, Tensor) and tail.width:
             mine = mine._replace(values=z)
-        if isinstance(teacher, LinearLogits) and _tail(teacher, "teacher", call).width:
+        if not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width:
             listed = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
             inside = listed.shape[-1] if joins else k
             yours = _read(teacher, "teacher", k, listed, inside, allowed, call)
@@ -108,7 +109,7 @@ def find_support(
             values = values_at(teacher, ids, allowed, call.backend)
     else:
         tail = no_tail() if joins else _tail(teacher, "teacher", call)
-        there = token if isinstance(teacher, LinearLogits) else None
+        there = None if isinstance(teacher, Tensor) else token
         ids, values, at_token, *sums = select(teacher, k, allowed, tail, call.backend, there)
         yours = _side(tail, sums)
     invalid: Tensor | None = None
@@ -124,7 +125,7 @@ def find_support(
     elif yours.tail is None:
         yours = _read(teacher, "teacher", k, ids[..., :inside], inside, allowed, call)
     # Where the loss wants a head's tail, it reads the head itself.
-    apart = isinstance(student, LinearLogits) and call.needs_tails
+    apart = not isinstance(student, Tensor) and call.needs_tails
     needed = call.watches("student") or call.support == "teacher"
     if mine.tail is None and needed and not apart:
         mine = _read(student, "student", k, ids[..., :inside], inside, allowed, call)
@@ -138,7 +139,7 @@ def _existing(call: Call, width: int) -> Tensor:
     return torch.where((token < 0) | (token >= width), -1, token)[..., None]
 
 
-def _tail(source: Tensor | LinearLogits, side: str, call: Call) -> Tail:
+def _tail(source: Source, side: str, call: Call) -> Tail:
     """What is summed of a side beyond its support, in the pass that selects it or on its own.
 
     The divergence reads the student's row by itself where nothing else does.
@@ -154,7 +155,7 @@ def _tail(source: Tensor | LinearLogits, side: str, call: Call) -> Tail:
 
 
 def _read(
-    source: Tensor | LinearLogits,
+    source: Source,
     side: str,
     k: int,
     listed: Tensor,
@@ -170,17 +171,17 @@ def _read(
     best = k if side != call.support and call.wants("overlap") else 0
     if not (tail.width or best):
         return Side()
-    if isinstance(source, LinearLogits):
-        return read_head(source, Reading(best, allowed, tail, listed), call.backend)
+    if not isinstance(source, Tensor):
+        return read_side(source, Reading(best, allowed, tail, listed), call.backend)
     if best:
         found, _, _, *sums = select(source, k, allowed, tail, call.backend)
         return _side(tail, sums)._replace(best=found)
     return _side(tail, _ops.tail_logsumexp(source.detach(), allowed.mask, tail, call.backend))
 
 
-def read_head(head: LinearLogits, reading: Reading, backend: str) -> Side:
-    """A side whose logits are a head's, from one pass over them."""
-    best, _, values, *sums = _ops.read_linear(head_as_operand(head), reading, backend)
+def read_side(source: LinearLogits | Sharded, reading: Reading, backend: str) -> Side:
+    """A side whose logits are a head's or lie on several ranks, from one pass over them."""
+    best, _, values, *sums = read(source, reading, backend)
     return _side(reading.tail, sums)._replace(values=values, best=best if reading.k else None)
 
 
@@ -193,8 +194,8 @@ def _side(tail: Tail, sums: Sequence[Tensor]) -> Side:
 
 
 def watched(
-    student: Tensor | LinearLogits,
-    teacher: Tensor | TopK | LinearLogits,
+    student: Source,
+    teacher: Source | TopK,
     support: Support,
     allowed: Allowed,
     call: Call,
@@ -237,7 +238,7 @@ def watched(
     return mine, yours
 
 
-def token_of(student: Tensor | LinearLogits, side: Side, allowed: Allowed, call: Call) -> Token:
+def token_of(student: Source, side: Side, allowed: Allowed, call: Call) -> Token:
     """What the log-prob of the sampled token is made of."""
     assert call.token_ids is not None
     width = call.range(vocab_of(student))
@@ -264,9 +265,12 @@ def stats_of(
     return measure(names, ids, present, unique, sides, allowed.mask)
 
 
-def values_at(source: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, backend: str) -> Tensor:
+def values_at(source: Source, ids: Tensor, allowed: Allowed, backend: str) -> Tensor:
     """The logits at the ids, -inf where an id takes no part."""
     allowed = allowed._replace(limit=min(allowed.limit, vocab_of(source)))
+    if isinstance(source, Sharded):
+        _, _, values, *_ = read(source, Reading(0, allowed, no_tail(), ids), backend)
+        return values.masked_fill(~allowed_ids(ids, allowed), -torch.inf)
     if isinstance(source, Tensor):
         values, slots = _ops.gather(source.detach(), ids, allowed, backend)
     else:
@@ -280,7 +284,7 @@ def values_at(source: Tensor | LinearLogits, ids: Tensor, allowed: Allowed, back
 
 
 def _with_token(
-    teacher: Tensor | TopK | LinearLogits,
+    teacher: Source | TopK,
     ids: Tensor,
     values: Tensor,
     at_token: Tensor | None,
@@ -314,21 +318,14 @@ def _with_token(
     return torch.cat((ids, token.masked_fill(absent, -1).to(ids.dtype)), -1), values, outside
 
 
-def allowed_ids(ids: Tensor, allowed: Allowed) -> Tensor:
-    """Whether an id may be in the support."""
-    inside = (ids >= 0) & (ids < allowed.limit)
-    if allowed.banned is None:
-        return inside
-    banned = unpack_bitmap(allowed.banned, allowed.limit)
-    return inside & ~banned[torch.where(inside, ids, 0).long()]
-
-
 def _look_at_student(
-    student: Tensor | LinearLogits, allowed: Allowed, call: Call, width: int
+    student: Source, allowed: Allowed, call: Call, width: int
 ) -> None:
     """Debugging: the student's logits that are read, by its name."""
     whole = call.full or call.watches("student")
     used = Allowed(width, None, allowed.mask) if whole else allowed
+    if isinstance(student, Sharded):
+        student, used = student.part, student.allowed(used)
     if isinstance(student, Tensor):
         debugging.check_student(student, used)
     elif whole or call.wants("overlap") or call.support == "student":
@@ -363,11 +360,11 @@ def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float
     return tail + torch.log1p(-share.clamp(max=1 - 2.0**-24))
 
 
-def vocab_of(side: Tensor | TopK | LinearLogits) -> int:
+def vocab_of(side: Source | TopK) -> int:
     """The width of logits; that of a support."""
     if isinstance(side, TopK):
         return side.k
-    return side.vocab if isinstance(side, LinearLogits) else side.shape[-1]
+    return side.shape[-1] if isinstance(side, Tensor) else side.vocab
 
 
 def _adjacent(entries: Tensor) -> Tensor:

@@ -1,0 +1,488 @@
+"""Vocabulary-parallel rows: ``VocabShard``, and every collective that there is.
+
+Each rank of a group holds some columns of the same rows. A rank reads its own columns with the
+kernels, the ranks exchange a few numbers of each row, and from there on all of them compute the
+same. So a loss is replicated, and a rank's gradient is that of its own columns: backward exchanges
+nothing but the gradient of hidden states.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_kernels import _checks, _ops
+from opd_kernels._arguments import (
+    Allowed,
+    Reading,
+    Tail,
+    allowed_ids,
+    compute_dtype,
+    divisor,
+    no_tail,
+    pack_bitmap,
+    unpack_bitmap,
+    wide_dtype,
+)
+from opd_kernels._linear_autograd import GatherDot, HeadRows, Rows
+from opd_kernels._ordering import in_order
+from opd_kernels._shard_autograd import LogitRows, Merged, ReducedGradient
+from opd_kernels.backends import plain
+from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
+from opd_kernels.support import TopK
+
+__all__ = ["Sharded", "VocabShard"]
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the vocabulary this rank holds, and with whom it shares the rest.
+
+    The columns are [``start``, ``start`` + the tensor's width): of logits (..., width), of a head
+    weight (width, H). The ranks of ``group`` (None: the default group) hold the same rows, and
+    together each id in [0, ``vocab_size``) once. Columns from ``vocab_size`` on are padding and
+    take no part. A rank may hold none.
+
+    ``reduce_hidden_grad``: the gradient of hidden states is summed over the group, as a
+    column-parallel linear layer does. False leaves each rank its own part, for who sums it later
+    (sequence parallelism, say).
+
+    Example::
+
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        shard = VocabShard(rank * logits.shape[-1], vocab_size, group)
+        loss = topk_rkl(logits, teacher_logits, 32, vocab_shard=shard)
+    """
+
+    start: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+    reduce_hidden_grad: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the numbers; the group is looked at when it is used."""
+        _checks.check_int(self.start, "VocabShard start")
+        _checks.check_vocab_size(self.vocab_size, "VocabShard vocab_size")
+        _checks.check_flag(self.reduce_hidden_grad, "VocabShard reduce_hidden_grad")
+        if self.start < 0:
+            raise ValueError(f"VocabShard start is {self.start}, allowed is 0 or more")
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the vocabulary."""
+        return dist.get_world_size(self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Sharded:
+    """Logits of which this rank holds some columns: ``part`` (..., width), and which they are."""
+
+    part: Tensor | LinearLogits
+    shard: VocabShard
+
+    @property
+    def shape(self) -> torch.Size:
+        """Leading shape: one element per row."""
+        part = self.part
+        return part.shape if isinstance(part, LinearLogits) else part.shape[:-1]
+
+    @property
+    def vocab(self) -> int:
+        """The whole vocabulary."""
+        return self.shard.vocab_size
+
+    @property
+    def columns(self) -> int:
+        """How many columns of the vocabulary are here, without padding."""
+        return self.below(self.vocab)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The logits or the hidden states."""
+        return self.part.hidden if isinstance(self.part, LinearLogits) else self.part
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.part.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return compute_dtype(self.tensor)
+
+    @property
+    def width(self) -> int:
+        """How many columns are here."""
+        return self.part.vocab if isinstance(self.part, LinearLogits) else self.part.shape[-1]
+
+    def below(self, limit: int) -> int:
+        """How many of the columns are of ids below ``limit``."""
+        return max(min(min(limit, self.vocab) - self.shard.start, self.width), 0)
+
+    def local(self, ids: Tensor) -> Tensor:
+        """The ids as columns of this rank, int32, -1 for those of other ranks."""
+        columns = ids - self.shard.start
+        outside = (columns < 0) | (columns >= self.columns) | (ids < 0)
+        return columns.masked_fill(outside, -1).to(torch.int32)
+
+    def allowed(self, allowed: Allowed) -> Allowed:
+        """What may enter a support, of this rank's columns."""
+        limit, start = self.below(allowed.limit), self.shard.start
+        if allowed.banned is None:
+            return allowed._replace(limit=limit)
+        banned = unpack_bitmap(allowed.banned, allowed.limit)[start : start + limit]
+        ids = torch.arange(limit, device=banned.device).masked_fill(~banned, -1)
+        return allowed._replace(limit=limit, banned=pack_bitmap(ids, limit))
+
+
+# What a side's rows are read from.
+Source = Tensor | LinearLogits | Sharded
+
+
+def as_shards(
+    student: Source, teacher: Any, shard: object, teacher_shard: object
+) -> tuple[Source, Any]:
+    """Both sides with the columns that are here, once they fit."""
+    if shard is None and teacher_shard is None:
+        return student, teacher
+    student = sharded(student, shard, "vocab_shard")
+    if isinstance(teacher, TopK):
+        if teacher_shard is not None:
+            raise ValueError(
+                "teacher is a TopK, whose ids and logits are whole on every rank; leave "
+                "teacher_vocab_shard out"
+            )
+        return student, teacher
+    if teacher_shard == "whole":
+        if not isinstance(student, Sharded):
+            raise ValueError('teacher_vocab_shard="whole" goes with a vocab_shard; leave it out')
+        return student, _columns_of(teacher, student.shard)
+    if teacher_shard is not None:
+        return student, sharded(teacher, teacher_shard, "teacher_vocab_shard")
+    assert isinstance(student, Sharded)
+    teacher = sharded(teacher, shard, "vocab_shard")
+    if teacher.width != student.width:
+        raise ValueError(
+            f"teacher has {teacher.width} columns on this rank and the student {student.width}; "
+            'vocab_shard says that both are split alike. Pass teacher_vocab_shard="whole" for a '
+            "teacher that is whole on every rank, or the VocabShard of its own columns"
+        )
+    return student, teacher
+
+
+def sharded(source: Any, shard: object, name: str) -> Any:
+    """Logits or a head of which ``shard`` says which columns are here; None: all."""
+    if shard is None:
+        return source
+    if not isinstance(shard, VocabShard):
+        expected = "a VocabShard or None"
+        raise TypeError(f"{name} is a {type(shard).__name__}, expected {expected}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{name} needs a process group; call torch.distributed.init_process_group first"
+        )
+    if not isinstance(source, LinearLogits):
+        source = _checks.check_logits(source, "logits", least=0)
+    return Sharded(source, shard)
+
+
+def _columns_of(whole: Any, shard: VocabShard) -> Sharded:
+    """This rank's share of what is whole on every rank, so that each reads a part."""
+    vocab = whole.vocab if isinstance(whole, LinearLogits) else whole.shape[-1]
+    step = -(-vocab // shard.ranks)
+    start = min(dist.get_rank(shard.group) * step, vocab)
+    mine = slice(start, min(start + step, vocab))
+    part = whole
+    if isinstance(whole, LinearLogits):
+        bias = None if whole.bias is None else whole.bias[mine]
+        part = LinearLogits._unchecked(
+            whole.hidden, whole.weight[mine], bias, whole.softcap, whole.scale
+        )
+    else:
+        part = whole[..., mine]
+    return Sharded(part, VocabShard(start, vocab, shard.group))
+
+
+_AGREED: set[tuple[object, ...]] = set()
+
+
+def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> None:
+    """Raises on every rank unless the ranks' columns and calls fit; once for each kind of call.
+
+    It is what keeps a mistake on one rank from blocking the others in a collective. Its own is
+    small, and has the same size for every call.
+    """
+    shards = [(name, side) for name, side in sides if isinstance(side, Sharded)]
+    if not shards or torch.compiler.is_compiling():
+        return
+    shard = shards[0][1].shard
+    facts: dict[str, object] = {name: value for name, value in call.items()}
+    for name, side in sides:
+        facts[f"{name} kind"] = type(side.part if isinstance(side, Sharded) else side).__name__
+        facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
+        facts[f"{name} dtype"] = side.dtype if isinstance(side, Sharded) else None
+    columns = tuple((side.shard.start, side.columns) for _, side in shards)
+    key = (shard.group, shard.ranks, columns, tuple(map(repr, facts.values())))
+    if key in _AGREED:
+        return
+    mine = (columns, {**facts, "rows": tuple(shards[0][1].shape)})
+    everyone: list[Any] = [None] * shard.ranks
+    _run(shard, lambda: dist.all_gather_object(everyone, mine, group=shard.group))
+    _check_agreement(everyone, [name for name, _ in shards], [side.vocab for _, side in shards])
+    _AGREED.add(key)
+
+
+def _check_agreement(
+    everyone: Sequence[tuple[tuple[tuple[int, int], ...], dict[str, object]]],
+    names: Sequence[str],
+    vocabs: Sequence[int],
+) -> None:
+    """Every rank has the same call, and each column is on one rank."""
+    first = everyone[0][1]
+    for rank, (_, facts) in enumerate(everyone):
+        for name, value in facts.items():
+            if value != first.get(name):
+                raise ValueError(
+                    f"{name} is {first.get(name)} on rank 0 and {value} on rank {rank} of the "
+                    "VocabShard's group; pass the same on all of them"
+                )
+    for place, (name, vocab) in enumerate(zip(names, vocabs, strict=True)):
+        end = 0
+        for start, count, rank in sorted(
+            (*columns[place], rank) for rank, (columns, _) in enumerate(everyone)
+        ):
+            if count and start != end:
+                what = "overlap" if start < end else "leave a gap"
+                raise ValueError(
+                    f"the {name}'s columns {what}: rank {rank} begins at {start}, those before it "
+                    f"end at {end}; check VocabShard start and the width of the tensors"
+                )
+            end += count
+        if end != vocab:
+            raise ValueError(
+                f"the {name}'s columns end at {end}, and VocabShard vocab_size is {vocab}; each id "
+                "below it has to be on one rank"
+            )
+
+
+def read(
+    source: Sharded, reading: Reading, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``_ops.read_linear`` returns, of rows whose columns lie on several ranks.
+
+    One collective: each rank's K best, its values at the listed ids, and the log-sum-exp and
+    entropy of its other columns.
+    """
+    found = _read_part(source, reading, backend)
+    mask = reading.allowed.mask
+    listed, tail = reading.listed, reading.tail
+    *parts, at_listed = _exchanged(source.shard, found[:2] + found[3:], found[2])
+    ids, values, tails, entropies = parts
+    ids, values = in_order(*(x.movedim(0, -2).flatten(-2) for x in (ids, values)))
+    if listed is not None:
+        outside = (listed < 0) | (listed >= min(_reach(reading), source.vocab))
+        if mask is not None:
+            outside = outside | ~mask[..., None]
+        at_listed = at_listed.masked_fill(outside, -torch.inf)
+    k = reading.k
+    if not tail.width:
+        return ids[..., :k], values[..., :k], at_listed, tails[0], entropies[0]
+    tails, entropies = tails.movedim(0, -1), entropies.movedim(0, -1)
+    if tail.ids is None:  # what a rank has selected in vain is outside as well
+        lost = values[..., k:].to(tails.dtype) / divisor(tail.temperature, tails.dtype)
+        tails = torch.cat((tails, lost), -1)
+        if tail.with_entropy:
+            entropies = torch.nn.functional.pad(entropies, (0, lost.shape[-1]))
+    rest, entropy = _joined(tails, entropies if tail.with_entropy else None)
+    if mask is not None:
+        rest, entropy = (x.masked_fill(~mask, 0) if x.numel() else x for x in (rest, entropy))
+    return ids[..., :k].contiguous(), values[..., :k].contiguous(), at_listed, rest, entropy
+
+
+def _joined(tails: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy of a row from those of its parts (..., C)."""
+    whole = tails.logsumexp(-1)
+    if entropies is None:
+        return whole, tails.new_empty(0)
+    log_shares = (tails - whole[..., None]).masked_fill(tails == -torch.inf, 0)
+    shares = log_shares.exp().masked_fill(tails == -torch.inf, 0)
+    return whole, (shares * (entropies - log_shares)).sum(-1)
+
+
+def _read_part(source: Sharded, reading: Reading, backend: str) -> tuple[Tensor, ...]:
+    """This rank's share of what is read: ids of the whole vocabulary, 0 at listed ids elsewhere."""
+    shard, rows, device = source.shard, source.shape, source.device
+    k, allowed, tail, listed = reading
+    kept = min(k, source.columns)
+    here = None if listed is None else source.local(listed)
+    width = source.below(tail.width)
+    of_tail = Tail(
+        width,
+        tail.temperature,
+        None if tail.ids is None else source.local(tail.ids),
+        tail.with_entropy,
+    )
+    wide = wide_dtype(device)
+    ids = torch.full((*rows, kept), -1, dtype=torch.int32, device=device)
+    values = torch.full((*rows, kept), -torch.inf, dtype=source.dtype, device=device)
+    at_listed = values.new_zeros((*rows, 0 if listed is None else listed.shape[-1]))
+    rest = torch.full(rows, -torch.inf, dtype=wide, device=device)
+    entropy = rest.new_zeros(rows if tail.with_entropy else (0,))
+    if not tail.width:
+        rest, entropy = rest.new_empty(0), rest.new_empty(0)
+    if source.below(_reach(reading)):
+        asked = Reading(kept, source.allowed(allowed), of_tail if width else no_tail(), here)
+        ids, values, found, *sums = _local(source.part, asked, backend)
+        if here is not None:
+            at_listed = found.masked_fill(here < 0, 0)
+        if width:
+            rest, entropy = sums
+    ids = torch.where(ids < 0, -1, ids + shard.start)
+    missing = (0, k - kept)
+    ids = torch.nn.functional.pad(ids, missing, value=-1)
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    return ids, values, at_listed, rest, entropy
+
+
+def _reach(reading: Reading) -> int:
+    """Below which ids anything is read."""
+    return max(reading.allowed.limit, reading.tail.width)
+
+
+def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple[Tensor, ...]:
+    """What ``_ops.read_linear`` returns, of this rank's columns alone."""
+    if isinstance(part, LinearLogits):
+        return _ops.read_linear(head_as_operand(part), reading, backend)
+    k, allowed, tail, listed = reading
+    logits, nothing = part.detach(), part.new_empty(0)
+    at_listed = sums = entropy = nothing
+    rows = part.shape[:-1]
+    ids = torch.empty((*rows, 0), dtype=torch.int32, device=part.device)
+    values = ids.to(compute_dtype(part))
+    if k:
+        with_tail = tail.width and tail.ids is None
+        ids, values, sums, entropy = _ops.select(
+            logits, k, allowed, tail if with_tail else no_tail(), backend
+        )
+    if listed is not None:
+        everything = Allowed(_reach(reading), None, allowed.mask)
+        at_listed, slots = _ops.gather(logits, listed, everything, backend)
+        at_listed = at_listed.masked_fill(slots < 0, -torch.inf)
+    if tail.width and tail.ids is not None:
+        sums, entropy = _ops.tail_logsumexp(logits, allowed.mask, tail, backend)
+    return ids, values, at_listed, sums, entropy
+
+
+def gathered(
+    source: Sharded, ids: Tensor, allowed: Allowed, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(logits at the ids with their gradients, slots): of a row's support, K numbers a row.
+
+    Slot k is k, or -1 where id k takes no part. One collective.
+    """
+    here, part = source.local(ids), source.part
+    mine = Allowed(source.columns, None, allowed.mask)
+    if isinstance(part, LinearLogits):
+        hidden = _reduced(source, part.hidden)
+        z, slots = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
+        own = z.detach().masked_fill(slots < 0, 0)
+        merged = Merged.apply(z, *_exchanged(source.shard, (), own), here)
+        return plain.shaped(merged, part.scale, part.softcap), _slots(source, ids, allowed)
+    if source.columns:
+        z, slots = _ops.gather(part.detach(), here, mine, backend)
+        z = z.masked_fill(slots < 0, 0)
+    else:
+        z = torch.zeros(ids.shape, dtype=source.dtype, device=source.device)
+    (merged,) = _exchanged(source.shard, (), z)
+    rows = Rows(here, merged, None, None, 0, allowed.mask, False)
+    values, _ = LogitRows.apply(part, rows, inplace, backend)
+    return values, _slots(source, ids, allowed)
+
+
+def _slots(source: Sharded, ids: Tensor, allowed: Allowed) -> Tensor:
+    """k at id k, -1 where it takes no part."""
+    inside = allowed_ids(ids, allowed)
+    places = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
+    return torch.where(inside, places, -1).to(torch.int32)
+
+
+def attached(
+    source: Sharded | LinearLogits, rows: Rows, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What a read has found, (values, tail), with the gradients of what was read."""
+    if isinstance(source, LinearLogits):
+        hidden, weight, bias = as_autocast(source.hidden, source.weight, source.bias)
+        return HeadRows.apply(hidden, weight, bias, rows, source.scale, source.softcap, backend)
+    part = source.part
+    rows = rows._replace(ids=source.local(rows.ids), width=source.below(rows.width))
+    if isinstance(part, LinearLogits):
+        hidden = _reduced(source, part.hidden)
+        head = LinearLogits._unchecked(
+            hidden, part.weight, part.bias, part.softcap, part.scale
+        )
+        return attached(head, rows, inplace, backend)
+    return LogitRows.apply(part, rows, inplace, backend)
+
+
+def _reduced(source: Sharded, hidden: Tensor) -> Tensor:
+    """The hidden states, whose gradient is summed over the group."""
+    shard = source.shard
+    if not shard.reduce_hidden_grad or shard.ranks == 1 or not hidden.requires_grad:
+        return hidden
+    return ReducedGradient.apply(hidden, functools.partial(_sum, shard))
+
+
+def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[Tensor]:
+    """Each part of every rank, (ranks, ...), and what the ranks own, at most one of them each.
+
+    An element of ``own`` is 0 on all ranks but one, so the sum of its bits is that rank's, whatever
+    it is. Without parts that is an all-reduce, else it rides along.
+    """
+    if shard.ranks == 1:
+        return [*(part[None] for part in parts), own]
+    if not parts:
+        return [_sum(shard, own.reshape(-1).view(torch.int32)).view(own.dtype).reshape(own.shape)]
+    tensors = (*parts, own)
+    words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
+    everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)
+    found = [
+        some.flatten().clone().view(tensor.dtype).reshape(shard.ranks, *tensor.shape)
+        for some, tensor in zip(everywhere[:-1], parts, strict=True)
+    ]
+    owned = everywhere[-1].sum(0, dtype=torch.int32)
+    return [*found, owned.view(own.dtype).reshape(own.shape)]
+
+
+def _gather(shard: VocabShard, words: Tensor) -> Tensor:
+    """(ranks, words): those of all ranks."""
+    everywhere = words.new_empty(shard.ranks * len(words))
+    _run(shard, lambda: dist.all_gather_into_tensor(everywhere, words, group=shard.group))
+    return everywhere.view(shard.ranks, -1)
+
+
+def _sum(shard: VocabShard, values: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    values = values.clone(memory_format=torch.contiguous_format)
+    _run(shard, lambda: dist.all_reduce(values, group=shard.group))
+    return values
+
+
+def _run(shard: VocabShard, collective: Callable[[], object]) -> None:
+    """Runs a collective; says what may be wrong where it fails."""
+    if torch.compiler.is_compiling():
+        collective()
+        return
+    try:
+        collective()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a collective over the {shard.ranks} ranks of a VocabShard failed on rank "
+            f"{dist.get_rank(shard.group)}: another rank has raised or left, or passed other rows, "
+            "k or options; look at the first error of any rank"
+        ) from error
