@@ -38,6 +38,9 @@ from opd_kernels.support import TopK
 
 __all__ = ["Sharded", "VocabShard"]
 
+# Its name from torch 2.13 on, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -462,7 +465,7 @@ def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[
 def _gather(shard: VocabShard, words: Tensor) -> Tensor:
     """(ranks, words): those of all ranks."""
     everywhere = words.new_empty(shard.ranks * len(words))
-    _run(shard, lambda: dist.all_gather_into_tensor(everywhere, words, group=shard.group))
+    _run(shard, lambda: _all_gather(everywhere, words, group=shard.group))
     return everywhere.view(shard.ranks, -1)
 
 
