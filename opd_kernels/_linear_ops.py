@@ -228,7 +228,9 @@ class _Found:
         elif k:
             ids[rows], picked = self.module.select(raw, k, allowed)
         if k:
-            values[rows] = plain.shaped(picked, self.head.scale, self.head.softcap)
+            picked = plain.shaped(picked, self.head.scale, self.head.softcap)
+            # A softcap makes a number of an absent entry's -inf.
+            values[rows] = picked.masked_fill(ids[rows] < 0, -torch.inf)
         if tail.width and not found:
             tail = tail if tail.ids is not None else tail._replace(ids=ids[rows])
             found = self.module.tail_logsumexp(logits, mask, tail)

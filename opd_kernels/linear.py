@@ -79,7 +79,8 @@ def losses_of_head(
         tails = Tails(support.teacher.tail, None, row.shape[-1])
     token: Token | None = None
     if call.with_logprobs:
-        token = _token(side, places, middle, count, row.shape[-1], call)
+        place = places[..., -1].masked_fill(listed[..., -1] < 0, -1)  # which makes its row NaN
+        token = _token(side, place, middle, count, row.shape[-1], call)
     loss, logprobs, *_ = BackgroundLoss.apply(row, values, request, tails, token)
     return Found(loss, logprobs if call.with_logprobs else None, side)
 
@@ -93,7 +94,7 @@ def token_logprobs_of_head(head: LinearLogits, ids: Tensor, width: int, call: Ca
     row, middle = _row(head, ids, side, width, call)
     slots = torch.where(ids < 0, -1, 0).to(torch.int32)
     request = Request(slots, Allowed(2, None, call.mask), call.objective, False, call.backend)
-    token = _token(side, slots, middle, 1, 2, call)
+    token = _token(side, slots[..., 0], middle, 1, 2, call)
     return BackgroundLoss.apply(row, None, request, None, token)[1]
 
 
@@ -180,13 +181,13 @@ def _from_logsumexp(
     return Side(values=values, tail=tail, repeated=repeated)
 
 
-def _token(side: Side, places: Tensor, middle: Tensor, count: int, width: int, call: Call) -> Token:
-    """The sampled token of rows whose logits are relative to ``middle`` (..., 1)."""
+def _token(side: Side, place: Tensor, middle: Tensor, count: int, width: int, call: Call) -> Token:
+    """The sampled token, at a place of rows whose logits are relative to ``middle`` (..., 1)."""
     shares = side._replace(temperature=call.objective.temperature).with_shares().shares
     assert shares is not None
     log_probs, total = shares
     shift = middle.to(total.dtype) / divisor(call.objective.temperature, total.dtype)
-    return Token(places[..., -1], log_probs[..., :count], total - shift[..., 0], width)
+    return Token(place, log_probs[..., :count], total - shift[..., 0], width)
 
 
 def _computes_gradient(student: LinearLogits, call: Call) -> bool:
