@@ -417,6 +417,31 @@ def test_a_sampled_token_that_does_not_exist_makes_its_row_nan(linear_backend: s
     assert loss.isnan().nonzero().flatten().tolist() == [2]
 
 
+@pytest.mark.parametrize("outside", ["renormalize", "bucket"])
+def test_the_log_prob_of_a_token_that_does_not_exist_is_nan(
+    outside: str, linear_backend: str
+) -> None:
+    hidden, weight = normal(3, 6).requires_grad_(), normal(40, 6)
+    tokens = torch.tensor([35, 2, -100])  # beyond vocab_size, fine, none
+    mask = torch.tensor([True, True, False])
+    _, logprobs = topk_divergence(
+        LinearLogits(hidden, weight),
+        normal(3, 40),
+        8,
+        outside=outside,
+        vocab_size=30,
+        token_ids=tokens,
+        mask=mask,
+        return_token_logprobs=True,
+        backend=linear_backend,
+    )
+    assert logprobs.isnan().tolist() == [True, False, False]
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().any(-1).tolist() == [True, False, False]
+    assert not hidden.grad[2].any()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

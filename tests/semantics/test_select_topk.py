@@ -299,6 +299,17 @@ def test_of_a_head_the_sums_are_those_of_its_logits(softcap: float | None) -> No
 # Rows that are not read, transforms
 
 
+def test_of_a_head_with_a_softcap_an_absent_entry_is_minus_infinity() -> None:
+    hidden, weight = draw(3, 4), draw(6, 4, seed=1)
+    head = LinearLogits(hidden, weight, softcap=2.0)
+    found = select_topk(head, 5, banned_ids=[0, 3, 5], with_logsumexp=True)
+    assert (found.ids[:, 3:] == -1).all()
+    assert (found.logits[:, 3:] == -torch.inf).all()
+    assert found.logsumexp is not None
+    expected = (2 * torch.tanh(hidden @ weight.T / 2)).double().logsumexp(-1)
+    torch.testing.assert_close(found.logsumexp, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_masked_rows_are_not_read(name: str) -> None:
     mask = torch.tensor([True, False, True, False])
