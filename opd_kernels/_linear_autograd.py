@@ -116,7 +116,8 @@ def _exact_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through all of the head's logits."""
     if not rows.width:  # a shard of padding alone
-        return tuple(head.hidden.new_empty(0) if x is None else torch.zeros_like(x) for x in head[:3])
+        bias = head.hidden if head.bias is None else head.bias
+        return torch.zeros_like(head.hidden), torch.zeros_like(head.weight), torch.zeros_like(bias)
     assert rows.temperature is not None
     dtype = compute_dtype(rows.values)
     factors = tail_upstream[..., None] / divisor(rows.temperature, tail_upstream.dtype)
@@ -137,6 +138,8 @@ def _sampled_gradient(
     of p at y.
     """
     hidden, weight, bias, scale, softcap = head
+    assert rows.temperature is not None
+    assert rows.tail is not None
     wide = wide_dtype(rows.values.device)
     temperature = divisor(rows.temperature, wide)
     scaled = torch.cat((rows.values.to(wide) / temperature, rows.tail.to(wide)[..., None]), -1)

@@ -29,9 +29,7 @@ class LogitRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        logits: Tensor, rows: Rows, inplace: bool, backend: str
-    ) -> tuple[Tensor, Tensor]:
+    def forward(logits: Tensor, rows: Rows, inplace: bool, backend: str) -> tuple[Tensor, Tensor]:
         """The values as they are."""
         refuse_compiled_transform()
         tail = rows.values.new_empty(0) if rows.tail is None else rows.tail.clone()
@@ -111,7 +109,7 @@ class _LogitGradient(torch.autograd.Function):
 
 
 class Merged(torch.autograd.Function):
-    """``apply(own, merged, ids)`` returns ``merged``, of which ``own`` is where ``ids`` are not -1."""
+    """``apply(own, merged, ids)`` returns ``merged``: ``own`` where an id is not -1."""
 
     @staticmethod
     def forward(own: Tensor, merged: Tensor, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -144,8 +145,9 @@ class Sharded:
         return allowed._replace(limit=limit, banned=pack_bitmap(ids, limit))
 
 
-# What a side's rows are read from.
-Source = Tensor | LinearLogits | Sharded
+# What a side's rows are read from. Without logits (..., V) one pass finds all that is wanted.
+Parted = LinearLogits | Sharded
+Source = Tensor | Parted
 
 
 def as_shards(
@@ -225,7 +227,7 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
     if not shards or torch.compiler.is_compiling():
         return
     shard = shards[0][1].shard
-    facts: dict[str, object] = {name: value for name, value in call.items()}
+    facts: dict[str, object] = dict(call)
     for name, side in sides:
         facts[f"{name} kind"] = type(side.part if isinstance(side, Sharded) else side).__name__
         facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
@@ -426,9 +428,7 @@ def attached(
     rows = rows._replace(ids=source.local(rows.ids), width=source.below(rows.width))
     if isinstance(part, LinearLogits):
         hidden = _reduced(source, part.hidden)
-        head = LinearLogits._unchecked(
-            hidden, part.weight, part.bias, part.softcap, part.scale
-        )
+        head = LinearLogits._unchecked(hidden, part.weight, part.bias, part.softcap, part.scale)
         return attached(head, rows, inplace, backend)
     return LogitRows.apply(part, rows, inplace, backend)
 

@@ -17,12 +17,13 @@ from opd_kernels._arguments import Allowed
 from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
 from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Sharded, Source, agree, gathered
+from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import losses_of_head
 from opd_kernels.options import Call
-from opd_kernels.sides import Support, find_support, stats_of, token_of, vocab_of, watched
+from opd_kernels.selection import vocab_of
+from opd_kernels.sides import Support, find_support, stats_of, token_of, watched
 from opd_kernels.stats import Side, Stats
 from opd_kernels.support import TopK
 
@@ -170,9 +171,7 @@ def _support_size(
     return k, min(vocab, vocab_of(teacher))
 
 
-def _check_sources(
-    student: Source, teacher: Source | TopK, call: Call
-) -> None:
+def _check_sources(student: Source, teacher: Source | TopK, call: Call) -> None:
     """Raises unless both sides have what the loss needs of them."""
     outside = call.objective.outside
     _check_head_options(student, call)
@@ -243,7 +242,7 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
 
 
 def _gathered(
-    student: LinearLogits | Sharded, ids: Tensor, values: Tensor, allowed: Allowed, call: Call
+    student: Parted, ids: Tensor, values: Tensor, allowed: Allowed, call: Call
 ) -> tuple[Tensor, Tensor]:
     """(the student's logits at the ids, their slots)."""
     # An entry of value -inf is absent: its row of the head is not read, and a softcap's slope

@@ -75,9 +75,9 @@ class EntryGradient:
         student = _checks.check_logits(student, "student")
         check_names(options, "EntryGradient.of", RowOptions)
         rows, device = student.shape[:-1], student.device
-        teacher = check_teacher(teacher, k, rows, device)
+        checked = check_teacher(teacher, k, rows, device)
         call = resolve(cast(Options, options), rows, device)
-        losses = row_losses(student.detach(), teacher, k, call, depth=1)
+        losses = row_losses(student.detach(), checked, k, call, depth=1)
         return losses.loss, EntryGradient(losses.ids, losses.entry_grad)
 
     def add_to_(

@@ -32,7 +32,7 @@ from opd_kernels._arguments import (
 from opd_kernels._autograd import BackgroundLoss, Request, Token
 from opd_kernels._linear_autograd import HeadLoss, Rows
 from opd_kernels._ordering import first_places, repeats
-from opd_kernels.distributed import Sharded, attached
+from opd_kernels.distributed import Parted, attached
 from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
 from opd_kernels.options import Call
 from opd_kernels.sides import Support, read_side, values_at
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 def losses_of_head(
-    student: LinearLogits | Sharded, support: Support, k: int, allowed: Allowed, call: Call
+    student: Parted, support: Support, k: int, allowed: Allowed, call: Call
 ) -> Found:
     """The losses of a support whose student is a head."""
     width = call.range(student.vocab)
@@ -87,7 +87,7 @@ def losses_of_head(
     return Found(loss, logprobs if call.with_logprobs else None, side)
 
 
-def token_logprobs_of_head(head: LinearLogits | Sharded, ids: Tensor, width: int, call: Call) -> Tensor:
+def token_logprobs_of_head(head: Parted, ids: Tensor, width: int, call: Call) -> Tensor:
     """Log-probs (...) of one id of each row, (..., 1), NaN where it is -1; 0 in masked rows."""
     temperature = call.objective.temperature
     everything = Allowed(width, None, call.mask)
@@ -100,9 +100,7 @@ def token_logprobs_of_head(head: LinearLogits | Sharded, ids: Tensor, width: int
     return BackgroundLoss.apply(row, None, request, None, token)[1]
 
 
-def _row(
-    head: LinearLogits | Sharded, ids: Tensor, side: Side, width: int, call: Call
-) -> tuple[Tensor, Tensor]:
+def _row(head: Parted, ids: Tensor, side: Side, width: int, call: Call) -> tuple[Tensor, Tensor]:
     """``compressed`` of what was read at the ids, each once or -1, with the head's gradients."""
     assert side.values is not None
     assert side.tail is not None
@@ -145,7 +143,12 @@ def _listed(support: Support, width: int, call: Call) -> Tensor:
 
 
 def _read(
-    student: LinearLogits | Sharded, support: Support, listed: Tensor, k: int, allowed: Allowed, call: Call
+    student: Parted,
+    support: Support,
+    listed: Tensor,
+    k: int,
+    allowed: Allowed,
+    call: Call,
 ) -> Side:
     """The student's logits at the listed ids and its tail, from as few reads as there can be."""
     width, known = call.range(student.vocab), support.student
@@ -167,7 +170,7 @@ def _reading(listed: Tensor, k: int, width: int, allowed: Allowed, call: Call) -
 
 
 def _from_logsumexp(
-    student: LinearLogits | Sharded, listed: Tensor, repeated: Tensor, width: int, call: Call
+    student: Parted, listed: Tensor, repeated: Tensor, width: int, call: Call
 ) -> Side:
     """The tail as what the listed ids leave of a log-sum-exp that is given, 2^-24 of it or more."""
     assert call.student_logsumexp is not None

@@ -8,10 +8,12 @@ from torch import Tensor
 from opd_kernels import _checks, _ops, debugging
 from opd_kernels._arguments import Allowed, Tail
 from opd_kernels._autograd import BackgroundLoss, Request, Token
+from opd_kernels.distributed import VocabShard, agree, sharded
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import token_logprobs_of_head
 from opd_kernels.options import Call, resolve
-from opd_kernels.sides import values_at, vocab_of
+from opd_kernels.selection import vocab_of
+from opd_kernels.sides import values_at
 from opd_kernels.stats import Side
 
 __all__ = ["token_logprobs"]
@@ -25,6 +27,7 @@ def token_logprobs(
     mask: Tensor | None = None,
     vocab_size: int | None = None,
     inplace_grad: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The log-prob of one token per row, as ``log_softmax`` and ``gather`` give it.
@@ -48,6 +51,7 @@ def token_logprobs(
             gradient 0, whatever it holds.
         vocab_size: W, for padded vocabularies.
         inplace_grad: as in ``topk_rkl``; refused for ``LinearLogits``.
+        vocab_shard: as in ``topk_rkl``.
         backend: as in ``topk_rkl``.
 
     NaN or +inf in a row makes it NaN, and so does a row of only -inf. A logit of -inf at y is -inf.
@@ -76,7 +80,8 @@ def token_logprobs(
             raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
         rows = logits.shape
     else:
-        rows = _checks.check_logits(logits, "logits").shape[:-1]
+        least = 1 if vocab_shard is None else 0
+        rows = _checks.check_logits(logits, "logits", least=least).shape[:-1]
     device = logits.device
     _checks.check_token_ids(token_ids, rows, device)
     call = resolve(
@@ -90,19 +95,21 @@ def token_logprobs(
         rows,
         device,
     )
-    width = call.range(vocab_of(logits))
+    source = sharded(logits, vocab_shard, "vocab_shard")
+    agree([("logits", source)], {"vocab_size": vocab_size})
+    width = call.range(vocab_of(source))
     if debugging.on_outside_of_operators():
         debugging.check_tokens(token_ids, width, call.mask, "the logits'")
     ids = token_ids[..., None]
     ids = torch.where((ids < 0) | (ids >= width), -1, ids).to(torch.int32)
-    if isinstance(logits, LinearLogits):
-        return token_logprobs_of_head(logits, ids, width, call)
+    if not isinstance(source, Tensor):
+        return token_logprobs_of_head(source, ids, width, call)
     everything = Allowed(width, None, call.mask)
     request = Request(ids, everything, call.objective, call.inplace, call.backend)
-    side = _side(logits, ids, width, call)
+    side = _side(source, ids, width, call)
     assert side.shares is not None
     token = Token(token_ids, *side.shares, width)
-    return BackgroundLoss.apply(logits, None, request, None, token)[1]
+    return BackgroundLoss.apply(source, None, request, None, token)[1]
 
 
 def _side(logits: Tensor, ids: Tensor, width: int, call: Call) -> Side:

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_kernels import _checks, _ops
 from opd_kernels._arguments import Allowed, Reading, Tail, Temperature, no_tail
 from opd_kernels._ordering import repeats
-from opd_kernels.distributed import Source, Sharded
+from opd_kernels.distributed import Parted, Sharded, Source, VocabShard, agree, sharded
 from opd_kernels.distributed import read as read_shards
 from opd_kernels.head import LinearLogits, head_as_operand
 from opd_kernels.options import allowed, backend_name, bool_mask
@@ -32,6 +32,7 @@ def select_topk(
     token_ids: Tensor | None = None,
     top_p: float | None = None,
     with_logsumexp: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: str | None = None,
 ) -> TopK:
     """The k best ids of each row and their logits, exactly.
@@ -65,6 +66,9 @@ def select_topk(
 
     A row with NaN or +inf has no nucleus: with ``top_p`` its best entry alone stays.
 
+    ``vocab_shard``: ``logits``, or the head, are this rank's columns of the vocabulary; all ranks
+    get the same result, that of the whole rows. V is the shard's ``vocab_size``. One collective.
+
     Gradients: none. Memory: the outputs (with log-sum-exps: at most a copy of a few rows in their
     dtype; ``LinearLogits``: its workspace).
 
@@ -77,8 +81,8 @@ def select_topk(
         support = select_topk(teacher_logits, 32, token_ids=tokens, top_p=0.95)
         loss = topk_rkl(student_logits, support)
     """
-    logits, rows, vocab = _source(logits)
-    device = logits.device
+    source, rows, vocab = _source(logits, vocab_shard)
+    device = source.device
     _checks.check_k(k, vocab)
     _checks.check_vocab_size(vocab_size)
     _checks.check_flag(with_logsumexp, "with_logsumexp")
@@ -90,6 +94,10 @@ def select_topk(
     mask = bool_mask(mask, rows, device)
     which = allowed(vocab, vocab_size, banned_ids, mask, device)
     summed = with_logsumexp or top_p is not None
+    agree(
+        [("logits", source)],
+        {"k": k, "sums": summed, "token_ids": token_ids is not None, "vocab_size": vocab_size},
+    )
     tail = no_tail()
     if summed:
         tail = Tail(which.limit, Temperature(float(temperature)))
@@ -97,7 +105,7 @@ def select_topk(
     if token_ids is not None:
         outside = (token_ids < 0) | (token_ids >= which.limit)
         tokens = token_ids.masked_fill(outside, -1)[..., None]
-    ids, values, at_tokens, rest, _ = select(logits, k, which, tail, backend, tokens)
+    ids, values, at_tokens, rest, _ = select(source, k, which, tail, backend, tokens)
     given = {}
     if at_tokens is not None:
         assert tokens is not None
@@ -124,6 +132,7 @@ def score_ids(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     token_ids: Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
     backend: str | None = None,
 ) -> TopK:
     """The logits at given ids of each row, and the log-sum-exps of the whole row and of the rest.
@@ -143,7 +152,7 @@ def score_ids(
     is False, which is not read and has log-sum-exps 0. A repeated id counts once in the rest.
 
     ``temperature`` is that of the sums and divides no logit that is returned; ``token_ids`` adds
-    ``token_logits``: both as in ``select_topk``, and so is the precision.
+    ``token_logits``: both as in ``select_topk``, and so are the precision and ``vocab_shard``.
 
     Gradients: none. Memory: the outputs; for ``LinearLogits`` its workspace.
 
@@ -156,8 +165,8 @@ def score_ids(
         teacher_support = score_ids(teacher_logits, chosen.ids)
         loss = topk_divergence(student_logits, teacher_support, outside="bucket")
     """
-    logits, rows, vocab = _source(logits)
-    device = logits.device
+    source, rows, vocab = _source(logits, vocab_shard)
+    device = source.device
     ids = _checks.check_given_ids(ids, rows, device)
     _checks.check_vocab_size(vocab_size)
     _checks.check_factor(temperature, "temperature")
@@ -167,12 +176,16 @@ def score_ids(
     backend = backend_name(backend)
     width = vocab if vocab_size is None else min(vocab, vocab_size)
     k = ids.shape[-1]
+    agree(
+        [("logits", source)],
+        {"ids": k, "token_ids": token_ids is not None, "vocab_size": vocab_size},
+    )
     given = _inside(ids, width, mask)
     listed = given
     if token_ids is not None:
         listed = torch.cat((given, _inside(token_ids[..., None], width, mask)), -1)
     tail = Tail(width, Temperature(float(temperature)), given, False)
-    values, rest = read_at(logits, listed, Allowed(width, None, mask), tail, backend)
+    values, rest = read_at(source, listed, Allowed(width, None, mask), tail, backend)
     fields = {}
     if token_ids is not None:
         fields["token_logits"] = values[..., k].masked_fill(listed[..., k] < 0, torch.nan)
@@ -200,7 +213,7 @@ def _inside(ids: Tensor, width: int, mask: Tensor | None) -> Tensor:
 
 
 def read(
-    source: LinearLogits | Sharded, reading: Reading, backend: str
+    source: Parted, reading: Reading, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_ops.read_linear`` returns: everything that is asked for, from one pass."""
     if isinstance(source, Sharded):
@@ -220,12 +233,20 @@ def read_at(
     return values.masked_fill(slots < 0, -torch.inf), rest
 
 
-def _source(logits: object) -> tuple[Tensor | LinearLogits, torch.Size, int]:
+def _source(logits: object, shard: VocabShard | None) -> tuple[Source, torch.Size, int]:
     """(what is read, its rows, its vocabulary), once it fits."""
-    if isinstance(logits, LinearLogits):
-        return logits, logits.shape, logits.vocab
-    checked = _checks.check_logits(logits, "logits")
-    return checked, checked.shape[:-1], checked.shape[-1]
+    if not isinstance(logits, LinearLogits):
+        logits = _checks.check_logits(logits, "logits", least=1 if shard is None else 0)
+    source = sharded(logits, shard, "vocab_shard")
+    rows = source.shape[:-1] if isinstance(source, Tensor) else source.shape
+    return source, rows, vocab_of(source)
+
+
+def vocab_of(side: Source | TopK) -> int:
+    """The width of logits; that of a support."""
+    if isinstance(side, TopK):
+        return side.k
+    return side.shape[-1] if isinstance(side, Tensor) else side.vocab
 
 
 def _nucleus(scaled: Tensor, tail: Tensor, top_p: float) -> Tensor:

@@ -26,10 +26,10 @@ from opd_kernels._arguments import (
 from opd_kernels._autograd import Token
 from opd_kernels._ordering import repeats
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Sharded, Source
-from opd_kernels.head import LinearLogits, as_autocast
+from opd_kernels.distributed import Parted, Sharded, Source
+from opd_kernels.head import as_autocast
 from opd_kernels.options import Call
-from opd_kernels.selection import read, select
+from opd_kernels.selection import read, select, vocab_of
 from opd_kernels.stats import Side, Stats, measure
 from opd_kernels.support import TopK
 
@@ -179,7 +179,7 @@ def _read(
     return _side(tail, _ops.tail_logsumexp(source.detach(), allowed.mask, tail, call.backend))
 
 
-def read_side(source: LinearLogits | Sharded, reading: Reading, backend: str) -> Side:
+def read_side(source: Parted, reading: Reading, backend: str) -> Side:
     """A side whose logits are a head's or lie on several ranks, from one pass over them."""
     best, _, values, *sums = read(source, reading, backend)
     return _side(reading.tail, sums)._replace(values=values, best=best if reading.k else None)
@@ -318,14 +318,12 @@ def _with_token(
     return torch.cat((ids, token.masked_fill(absent, -1).to(ids.dtype)), -1), values, outside
 
 
-def _look_at_student(
-    student: Source, allowed: Allowed, call: Call, width: int
-) -> None:
+def _look_at_student(student: Source, allowed: Allowed, call: Call, width: int) -> None:
     """Debugging: the student's logits that are read, by its name."""
     whole = call.full or call.watches("student")
     used = Allowed(width, None, allowed.mask) if whole else allowed
     if isinstance(student, Sharded):
-        student, used = student.part, student.allowed(used)
+        used, student = student.allowed(used), student.part
     if isinstance(student, Tensor):
         debugging.check_student(student, used)
     elif whole or call.wants("overlap") or call.support == "student":
@@ -358,13 +356,6 @@ def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float
     share = (values[..., -1].to(tail.dtype) / temperature - tail).exp()
     share = share.masked_fill(ids[..., -1] < 0, 0)
     return tail + torch.log1p(-share.clamp(max=1 - 2.0**-24))
-
-
-def vocab_of(side: Source | TopK) -> int:
-    """The width of logits; that of a support."""
-    if isinstance(side, TopK):
-        return side.k
-    return side.shape[-1] if isinstance(side, Tensor) else side.vocab
 
 
 def _adjacent(entries: Tensor) -> Tensor:
