@@ -334,8 +334,11 @@ def check_local(tensor: object, name: str, remedy: str = DTENSOR_ROWS) -> None:
         raise ValueError(f"{name} is a DTensor, {remedy}")
 
 
-def check_head(hidden: object, weight: object, bias: object, prefix: str) -> None:
-    """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them."""
+def check_head(hidden: object, weight: object, bias: object, prefix: str, least: int = 1) -> None:
+    """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them.
+
+    ``least`` is the smallest V.
+    """
     check_local(hidden, f"{prefix}hidden")
     hidden = _check_part(hidden, f"{prefix}hidden", "hidden states (..., H)")
     weight = _check_part(weight, f"{prefix}weight", "a head's weight (V, H)")
@@ -344,7 +347,7 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str) -> Non
             f"{prefix}hidden has shape {tuple(hidden.shape)} and {prefix}weight "
             f"{tuple(weight.shape)}; expected (..., H) and (V, H)"
         )
-    if weight.numel() == 0:
+    if weight.shape[1] == 0 or weight.shape[0] < least:
         raise ValueError(
             f"{prefix}weight has shape {tuple(weight.shape)}, expected V, H of 1 or more"
         )

@@ -115,9 +115,6 @@ def _exact_gradient(
     head: Head, rows: Rows, upstream: Tensor, tail_upstream: Tensor, wanted: Wanted, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through all of the head's logits."""
-    if not rows.width:  # a shard of padding alone
-        bias = head.hidden if head.bias is None else head.bias
-        return torch.zeros_like(head.hidden), torch.zeros_like(head.weight), torch.zeros_like(bias)
     assert rows.temperature is not None
     dtype = compute_dtype(rows.values)
     factors = tail_upstream[..., None] / divisor(rows.temperature, tail_upstream.dtype)
@@ -186,6 +183,9 @@ class _HeadGradient(torch.autograd.Function):
         rest: tuple[float, float | None, Wanted, str],
     ) -> tuple[Tensor, Tensor, Tensor]:
         scale, softcap, wanted, backend = rest
+        if not rows.width:  # a shard without columns
+            made = (hidden, weight, hidden if bias is None else bias)
+            return tuple(map(torch.zeros_like, made))  # type: ignore[return-value]
         head = Head(hidden, weight, bias, scale, softcap)
         compute = _sampled_gradient if rows.sampled else _exact_gradient
         return compute(head, rows, upstream, tail_upstream, wanted, backend)

@@ -116,6 +116,13 @@ def topk_rkl(
             afterwards gets PyTorch's error about in-place modification. Refused for leaves, views
             of leaves and rows that overlap. A compiled function plans memory itself: no effect
             there.
+        vocab_shard: which columns of the vocabulary this rank holds of ``student`` (of a
+            ``LinearLogits`` the rows of its weight), and of a teacher that is split alike. Ids are
+            those of the whole vocabulary; a ``TopK`` is whole. All ranks get the loss of the whole
+            rows, and each the gradient of its own columns: it is counted once, so do not divide
+            or sum it over the group. Takes two exchanges of a few numbers a row.
+        teacher_vocab_shard: the teacher's own columns where they are others, or "whole" where every
+            rank has the whole teacher, of which it then reads a part.
         return_stats: also return ``Stats``, per row and detached: True for all, or names as in
             ``("student_mass", "overlap")``, the others being None then. The teacher's come from the
             pass that selects. The student's mass, entropy and the overlap take one read of its
@@ -490,7 +497,8 @@ def linear_topk_rkl(
 
     Source: arXiv 2603.25562, teacher top-K local support matching; what its loss needs of a head.
     """
-    _checks.check_head(student_hidden, student_weight, student_bias, "student_")
+    least = 1 if options.get("vocab_shard") is None else 0
+    _checks.check_head(student_hidden, student_weight, student_bias, "student_", least)
     _checks.check_factor(logit_scale, "logit_scale")
     if logit_softcap is not None:
         _checks.check_factor(logit_softcap, "logit_softcap")
@@ -504,11 +512,11 @@ def linear_topk_rkl(
 
 def _checked(student: object, options: Options) -> Tensor | LinearLogits:
     """The student, once its parts fit."""
+    least = 1 if options.get("vocab_shard") is None else 0  # a rank may hold no column
     if not isinstance(student, LinearLogits):
-        least = 1 if options.get("vocab_shard") is None else 0  # a rank may hold no column
         return _checks.check_logits(student, "student", least=least)
     # Checked again: autocast may have allowed mixed dtypes where it was made and be off here.
-    _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ")
+    _checks.check_head(student.hidden, student.weight, student.bias, "LinearLogits ", least)
     return student
 
 

@@ -395,8 +395,12 @@ def gathered(
     mine = Allowed(source.columns, None, allowed.mask)
     if isinstance(part, LinearLogits):
         hidden = _reduced(source, part.hidden)
-        z, slots = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
-        own = z.detach().masked_fill(slots < 0, 0)
+        if source.columns:
+            z, slots = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
+            own = z.detach().masked_fill(slots < 0, 0)
+        else:
+            z = _nothing(source, hidden).expand(ids.shape)
+            own = z.detach()
         merged = Merged.apply(z, *_exchanged(source.shard, (), own), here)
         return plain.shaped(merged, part.scale, part.softcap), _slots(source, ids, allowed)
     if source.columns:
@@ -408,6 +412,16 @@ def gathered(
     rows = Rows(here, merged, None, None, 0, allowed.mask, False)
     values, _ = LogitRows.apply(part, rows, inplace, backend)
     return values, _slots(source, ids, allowed)
+
+
+def _nothing(source: Sharded, hidden: Tensor) -> Tensor:
+    """Zeros (..., 1) that depend on a head without columns, whose rank adds up gradients as all."""
+    assert isinstance(source.part, LinearLogits)
+    zeros = hidden[..., :0].sum(-1, keepdim=True, dtype=source.dtype)
+    for empty in (source.part.weight, source.part.bias):
+        if empty is not None:
+            zeros = zeros + empty.sum(dtype=source.dtype)
+    return zeros
 
 
 def _slots(source: Sharded, ids: Tensor, allowed: Allowed) -> Tensor:

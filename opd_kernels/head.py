@@ -58,7 +58,8 @@ class LinearLogits:
 
     def __post_init__(self) -> None:
         """Checks shapes, dtypes and devices; values are not read."""
-        _checks.check_head(self.hidden, self.weight, self.bias, "LinearLogits ")
+        # A rank may hold no row of a sharded head.
+        _checks.check_head(self.hidden, self.weight, self.bias, "LinearLogits ", least=0)
         _checks.check_factor(self.scale, "LinearLogits scale")
         if self.softcap is not None:
             _checks.check_factor(self.softcap, "LinearLogits softcap")

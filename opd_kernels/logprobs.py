@@ -74,13 +74,13 @@ def token_logprobs(
 
     Source: the log-softmax of the sampled token, as policy gradients use it.
     """
+    least = 1 if vocab_shard is None else 0
     if isinstance(logits, LinearLogits):
-        _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ")
+        _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ", least)
         if inplace_grad:
             raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
         rows = logits.shape
     else:
-        least = 1 if vocab_shard is None else 0
         rows = _checks.check_logits(logits, "logits", least=least).shape[:-1]
     device = logits.device
     _checks.check_token_ids(token_ids, rows, device)

@@ -33,20 +33,28 @@ ALLOWED = {
     "_linear_autograd": {
         "_autograd", "_library", "_ops", "_signature", "backends", *VALUES,
     },
-    "options": {"_checks", "backends", "debugging", *VALUES},
-    "selection": {"_checks", "_ops", "_ordering", "head", "options", "support", *VALUES},
+    "_shard_autograd": {"_autograd", "_checks", "_linear_autograd", "_ops", *VALUES},
+    "distributed": {
+        "_checks", "_linear_autograd", "_ops", "_ordering", "_shard_autograd", "backends", "head",
+        "support", *VALUES,
+    },
+    # Of distributed a type only.
+    "options": {"_checks", "backends", "debugging", "distributed", *VALUES},
+    "selection": {
+        "_checks", "_ops", "_ordering", "distributed", "head", "options", "support", *VALUES,
+    },
     "stats": {"_ordering", *VALUES},
     "sides": {
-        "_autograd", "_ops", "_ordering", "backends", "debugging", "head", "options", "selection",
-        "stats", "support", *VALUES,
+        "_autograd", "_ops", "_ordering", "backends", "debugging", "distributed", "head", "options",
+        "selection", "stats", "support", *VALUES,
     },
     "linear": {
-        "_autograd", "_linear_autograd", "_ops", "_ordering", "head", "options", "sides", "stats",
-        *VALUES,
+        "_autograd", "_linear_autograd", "_ops", "_ordering", "distributed", "head", "options",
+        "sides", "stats", *VALUES,
     },
     "entries": {
-        "_autograd", "_checks", "_linear_autograd", "backends", "head", "linear", "options",
-        "sides", "stats", "support", *VALUES,
+        "_autograd", "_checks", "_linear_autograd", "backends", "distributed", "head", "linear",
+        "options", "selection", "sides", "stats", "support", *VALUES,
     },
     "backends": VALUES,
 }  # fmt: skip
