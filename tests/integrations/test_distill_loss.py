@@ -297,6 +297,28 @@ def test_a_sampled_token_that_the_teacher_lacks_adds_nothing(
     assert_same(gradients(loss, student), gradients(expected, student))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"outside": "bucket", "banned_ids": [3, 70]},
+        {"outside": "bucket", "vocab_size": V + 4},
+        {"outside": "truncate", "vocab_size": V - 4, "banned_ids": torch.tensor([3])},
+    ],
+)
+def test_ids_that_the_student_lacks_take_no_place_in_a_sharded_teachers_support(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    student, teacher = model_of(), model_of(seed=5, vocab_size=2 * V)
+    expected = distill_loss(student, TOKENS, teacher, mask=MASK, k=K, **options)
+    monkeypatch.setattr(distill, "is_wrapped", lambda model: model is teacher)
+    loss, stats = distill_loss(
+        student, TOKENS, teacher, mask=MASK, k=K, return_stats=["valid_k"], **options
+    )
+    assert (stats.valid_k[stats.mask] == K).all()
+    assert_same(loss, expected)
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
