@@ -167,7 +167,7 @@ def distill_loss(
     Args:
         model: the student, a causal model of transformers, or one with images or of PEFT. In DDP,
             FSDP or after ``fully_shard`` pass it as it is wrapped: the loss runs inside of its
-            forward.
+            forward. To compile, compile its body: ``model.base_model.compile()``.
         input_ids: (B, T), prompts and responses.
         teacher: one of
 
