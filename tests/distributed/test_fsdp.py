@@ -7,14 +7,8 @@ of ``MEASUREMENTS``, and the tests judge the numbers.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -22,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pages import DOCS, ROOT, snippets
-from ranks import leave
+from ranks import as_rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -44,7 +38,6 @@ from opd_kernels import (
 )
 
 WORLD, STEPS = 2, 4
-TIMEOUT = 120  # seconds: five are usual
 EPSILON = torch.finfo(torch.float32).eps
 # Roundings that anything may be off by, of its tensor's largest entry: sums over 14 rows are made
 # in another order, once per layer, and each step starts where the one before ended. 16 are usual.
@@ -417,40 +410,16 @@ MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
 }
 
 
-def main(rank: int, folder: Path) -> None:
-    """Measures on one of the ranks and writes down what it found."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
+def measured(rank: int) -> dict[str, Any]:
+    """What one of the ranks finds."""
     view = Rank(init_device_mesh("cpu", (WORLD,)))
-    found = {name: measure(view) for name, measure in MEASUREMENTS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    leave()
+    return {name: measure(view) for name, measure in MEASUREMENTS.items()}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """Measurements by name, of each rank."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as file:
-                command = [sys.executable, __file__, str(rank), str(folder)]
-                processes.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-                )
-        codes = [process.wait(TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("fsdp"), WORLD)
 
 
 @pytest.mark.parametrize(
@@ -513,10 +482,4 @@ def test_what_the_message_about_dtensors_says_to_pass_is_right(
 
 
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), Path(sys.argv[2]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # the other rank waits for this one
-    os._exit(0)  # an interpreter that is torn down under gloo's threads may abort
+    as_rank(measured, WORLD)
