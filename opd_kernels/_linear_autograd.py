@@ -135,7 +135,8 @@ def _sampled_gradient(
     hidden, weight, bias, scale, softcap = head
     wide = wide_dtype(rows.values.device)
     temperature = divisor(rows.temperature, wide)
-    scaled = torch.cat((rows.values.to(wide) / temperature, rows.tail.to(wide)[..., None]), -1)
+    values = rows.values.to(wide).masked_fill(rows.ids < 0, -torch.inf)  # listed twice, or no id
+    scaled = torch.cat((values / temperature, rows.tail.to(wide)[..., None]), -1)
     log_p = scaled - scaled.logsumexp(-1, keepdim=True)
     outside = exp(log_p[..., -2:]).sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature

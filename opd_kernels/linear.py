@@ -62,7 +62,7 @@ def losses_of_head(
     unique = torch.where(repeats(listed) | (listed >= width), -1, listed).to(torch.int32)
     row, middle = _row(student, unique, side, width, call)
     if call.background == "sampled":  # a token that does not exist makes its row NaN
-        row = row.masked_fill(_invalid(listed, call.mask), torch.nan)
+        row = row + torch.where(_invalid(listed, call.mask), torch.nan, 0.0).to(row.dtype)
     count = ids.shape[-1]
     places = first_places(listed)
     taken = allowed_ids(ids, allowed)
@@ -79,7 +79,9 @@ def losses_of_head(
         tails = Tails(support.teacher.tail, None, row.shape[-1])
     token: Token | None = None
     if call.with_logprobs:
-        token = _token(side, places, middle, count, row.shape[-1], call)
+        # A token that does not exist has no place, and NaN.
+        at_token = torch.where(listed < 0, -1, places)
+        token = _token(side, at_token, middle, count, row.shape[-1], call)
     loss, logprobs, *_ = BackgroundLoss.apply(row, values, request, tails, token)
     return Found(loss, logprobs if call.with_logprobs else None, side)
 
@@ -173,8 +175,9 @@ def _from_logsumexp(
     wide = wide_dtype(values.device)
     whole = call.student_logsumexp.detach().to(wide)
     scaled = values.to(wide) / divisor(call.objective.temperature, wide)
-    mass = (scaled - whole[..., None]).exp().masked_fill(repeated, 0).sum(-1)
-    tail = whole + torch.log1p(-mass.clamp(max=1 - 2.0**-24))
+    # -inf has no mass, in a row of only -inf either.
+    mass = (scaled - whole[..., None]).exp().masked_fill(repeated | (scaled == -torch.inf), 0)
+    tail = whole + torch.log1p(-mass.sum(-1).clamp(max=1 - 2.0**-24))
     if call.mask is not None:
         tail = tail.masked_fill(~call.mask, 0)
     return Side(values=values, tail=tail, repeated=repeated)
