@@ -132,7 +132,9 @@ def draw_case(
     k = min(k, k_most, k_most if teacher.startswith("topk") else teacher_vocab)
     if member.get("support") == "student":
         k = min(k, vocab)
+    watched = "watched" in only and draw(only["watched"])
     beside = member.get("include_token") or member.get("background") == "sampled"
+    beside = beside or (linear and watched)
     if beside or member.get("outside") == "sample":
         k = max(1, min(k, k_most - 1))  # and the token
     full = member.get("outside", "renormalize") != "renormalize"
@@ -180,7 +182,7 @@ def draw_case(
         poison=draw(_POISONS) if linear else "none",
         frozen=linear and draw((False, True)),
         **member,
-        watched="watched" in only and draw(only["watched"]),
+        watched=watched,
         seed=source.randint(0, 2**31),
     )
 
