@@ -133,10 +133,10 @@ def draw_case(
     if member.get("support") == "student":
         k = min(k, vocab)
     watched = "watched" in only and draw(only["watched"])
-    beside = member.get("include_token") or member.get("background") == "sampled"
-    beside = beside or (linear and watched)
-    if beside or member.get("outside") == "sample":
-        k = max(1, min(k, k_most - 1))  # and the token
+    joins = member.get("include_token") or member.get("outside") == "sample"
+    stands = member.get("background") == "sampled"
+    # Room for the token, and for that of a head's log-probs.
+    k = max(1, min(k, k_most - bool(joins or stands) - (linear and watched)))
     full = member.get("outside", "renormalize") != "renormalize"
     student_dtypes = only.get("student_dtype", dtypes)
     teacher_dtypes = only.get("teacher_dtype", dtypes)
