@@ -612,9 +612,15 @@ def test_gradients_add_up_and_repeat_their_bits(linear_backend: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(
-    "options", [{}, {"background": "sampled"}, {"return_token_logprobs": True}], ids=str
+    ("options", "compiler"),
+    [
+        ({}, "inductor"),
+        ({"background": "sampled"}, "aot_eager"),
+        ({"return_token_logprobs": True}, "aot_eager"),
+    ],
+    ids=str,
 )
-def test_compiled_as_eager(options: dict[str, Any]) -> None:
+def test_compiled_as_eager(options: dict[str, Any], compiler: str) -> None:
     case = plain_calls(outside="bucket", **options)
 
     def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -622,7 +628,7 @@ def test_compiled_as_eager(options: dict[str, Any]) -> None:
         return found[0] + found[1].mean() if isinstance(found, tuple) else found
 
     found = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend=compiler)):
         leaves = case.leaves()
         loss = function(*leaves)
         found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
