@@ -13,7 +13,8 @@ beside the sampled-token loss and `outside="sample"`:
 
 Both are exact sums over the vocabulary. Logits and hidden states: token by token. Head: the tokens
 of a batch of 16 prompts, whose gradients add up. Ratios are of means over tokens or batches, with
-95 % intervals by bootstrap over prompts. On the teacher's support, temperature 1, sums over tokens.
+95 % intervals by bootstrap over prompts. The noise of the head's gradient is also found from the
+package's own gradients for tokens drawn from p. The support is the teacher's, the temperature 1.
 
 The exit code is 2 if a package or a file is missing or an option is wrong.
 
@@ -27,13 +28,13 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from background.estimators import sampled_background, sampled_outside, sampled_token, support
-from background.moments import Make, Measurement, table_rows
+from background.moments import Measurement, resampled, table_rows
 from background.pair import Pair, random_pair, smollm2_pair
 
 RESULTS = Path(__file__).parent / "results" / "sampled_background"
@@ -47,6 +48,7 @@ COLUMNS = {
     "of_sampled_token": "noise / sampled token's",
     "bias_top_p": "bias, top-p",
     "bias_stale": "bias, stale",
+    "resampled": "noise drawn / summed",
 }
 Row = dict[str, str]
 
@@ -70,6 +72,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--new-tokens", type=int, default=40, help="longest response")
     parser.add_argument("--top-p", type=float, default=0.9, help="of the rollouts that are biased")
+    parser.add_argument("--draws", type=int, default=16, help="of tokens, that check the noise")
     parser.add_argument("--pair", type=Path, help="file that keeps the pair, and gives it if there")
     parser.add_argument("--smoke", action="store_true", help="a random pair, seconds")
     parser.add_argument("--report", action="store_true", help="only the table, from the CSV file")
@@ -77,7 +80,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 2 <= options.prompts <= 33:
         parser.error("--prompts must be 2 to 33")
-    kept = ("k", "prompts", "warm_steps", "demonstrations", "batch_size", "new_tokens", "top_p")
+    kept = (
+        "k",
+        "prompts",
+        "warm_steps",
+        "demonstrations",
+        "batch_size",
+        "new_tokens",
+        "top_p",
+        "draws",
+    )
     whole = all(getattr(options, name) == parser.get_default(name) for name in kept)
     if options.output is None:
         options.output = RESULTS if whole and not options.smoke else OTHER
@@ -98,14 +110,6 @@ def load_pair(options: argparse.Namespace) -> Pair:
     return pair
 
 
-def estimators(k: int) -> Iterator[tuple[str, Make]]:
-    """Those of a support, by name."""
-    for divergence, outside in MEMBERS:
-        make = partial(sampled_background, k=k, divergence=divergence, outside=outside)
-        yield f"{divergence}, {outside}", make
-    yield 'outside="sample"', partial(sampled_outside, k=k)
-
-
 def measure(options: argparse.Namespace) -> list[dict[str, str | float]]:
     """All figures, and of each k what lies outside of the support."""
     pair = load_pair(options)
@@ -119,11 +123,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, str | float]]:
         inside = support(measurement.log_q, k)
         masses = [(1 - (x * inside).sum(-1).mean()).item() for x in (p, measurement.log_q.exp())]
         found = {"k": k, **shared, "student_tail": masses[0], "teacher_tail": masses[1]}
-        for name, make in estimators(k):
-            moments = measurement.moments(make)
+        for divergence, outside in MEMBERS:
+            member = {"k": k, "divergence": divergence, "outside": outside}
+            moments = measurement.moments(partial(sampled_background, **member))
+            some = table_rows(moments, token)
+            some[-1] |= resampled(measurement, moments, options.draws, **member)
+            rows += [{"estimator": f"{divergence}, {outside}", **found, **row} for row in some]
+            print(f"K {k}: {divergence}, {outside}", flush=True)
+        others = {
+            'outside="sample"': measurement.moments(partial(sampled_outside, k=k)),
+            "sampled token": token,
+        }
+        for name, moments in others.items():
             rows += [{"estimator": name, **found, **row} for row in table_rows(moments, token)]
-            print(f"K {k}: {name}", flush=True)
-        rows += [{"estimator": "sampled token", **found, **row} for row in table_rows(token, token)]
     return rows
 
 
@@ -139,23 +151,26 @@ def report(rows: Sequence[Row]) -> str:
     for k, space in dict.fromkeys((row["k"], row["space"]) for row in rows):
         some = [row for row in rows if (row["k"], row["space"]) == (k, space)]
         first = some[0]
+        shown = [name for name in COLUMNS if any(row[name] for row in some)]
         lines += [
             f"**{space}, K = {k}**, {first['rows']} tokens of {first['prompts']} prompts; outside "
             f"of the support: student {float(first['student_tail']):.3f}, teacher "
             f"{float(first['teacher_tail']):.3f}; student and stale student differ by "
             f"{float(first['moved']):.3f} (total variation)",
             "",
-            "| estimator | " + " | ".join(COLUMNS.values()) + " |",
-            "|---|" + "---|" * len(COLUMNS),
+            "| estimator | " + " | ".join(COLUMNS[name] for name in shown) + " |",
+            "|---|" + "---|" * len(shown),
         ]
         for row in some:
-            cells = " | ".join(_cell(row, name) for name in COLUMNS)
+            cells = " | ".join(_cell(row, name) for name in shown)
             lines.append(f"| {row['estimator']} | {cells} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _cell(row: Row, name: str) -> str:
+    if not row[name]:
+        return ""
     value, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
     return f"{value:.3g} ({low:.3g} to {high:.3g})"
 

@@ -10,6 +10,8 @@ from background.estimators import Estimator, nucleus
 from background.pair import Pair
 from torch import Tensor
 
+from opd_kernels import LinearLogits, select_topk, topk_divergence
+
 Make = Callable[..., Estimator]  # from log-probs of student and teacher
 BATCH = 16  # prompts of a step, as in the demo
 DRAWS = ("top_p", "stale")
@@ -108,6 +110,45 @@ class Measurement:
                 for draw, rows in zip(DRAWS, (top_p, stale), strict=True)
             },
         )
+
+
+def resampled(
+    measurement: Measurement, moments: Moments, draws: int, *, k: int, divergence: str, outside: str
+) -> dict[str, float]:
+    """Noise of the head's gradient as the package gives it for tokens that are drawn, over the sum.
+
+    With two standard errors over the draws to each side. Float32.
+    """
+    pair, p = measurement.pair, measurement.log_p.exp()
+    head = pair.head.clone().requires_grad_()
+    teacher = select_topk(LinearLogits(pair.teacher, pair.head), k, with_logsumexp=True)
+    logsumexp = (pair.student @ pair.head.T).logsumexp(-1)
+    generator = torch.Generator().manual_seed(0)
+
+    def gradient(**options: object) -> Tensor:
+        loss = topk_divergence(
+            LinearLogits(pair.student, head),
+            teacher,
+            divergence=divergence,
+            outside=outside,
+            reduction="sum",
+            **options,
+        )
+        return torch.autograd.grad(loss, head)[0]
+
+    exact = gradient()
+    found = []
+    for _ in range(draws):
+        tokens = p.multinomial(1, generator=generator)[:, 0]
+        sampled = gradient(background="sampled", token_ids=tokens, student_logsumexp=logsumexp)
+        found.append((sampled - exact).square().sum().double())
+    ratios = torch.stack(found) / moments.noise["head"].sum()
+    mean, error = ratios.mean().item(), 2 * (ratios.var() / draws).sqrt().item()
+    return {
+        "resampled": mean,
+        "resampled_low": mean - error,
+        "resampled_high": mean + error,
+    }
 
 
 def table_rows(moments: Moments, token: Moments) -> list[dict[str, str | float]]:
