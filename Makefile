@@ -43,8 +43,8 @@ suite: $(VENV)/.test ## the suite alone
 	$(BIN)/pytest
 
 fuzz-briefly: $(VENV)/.test
-	$(BIN)/python -m opd_kernels.fuzz --backend cpu --minutes 0.5
-	$(BIN)/python -m opd_kernels.fuzz --backend reference --minutes 0.25
+	$(BIN)/python -m opd_kernels.fuzz --backend cpu --minutes 0.25
+	$(BIN)/python -m opd_kernels.fuzz --backend reference --minutes 0.1
 
 # The suite on the Triton kernels, in the interpreter; part of it, and some kernels compiled, on the
 # oldest Triton as well.

@@ -44,9 +44,11 @@ def eager_bucket(logits: Tensor, teacher: TopK) -> Tensor:
     return ((a.exp() * (a - b)).sum(-1) + a_tail.exp() * (a_tail - b_tail)).mean()
 
 
-def chunked_products(hidden: Tensor, weight: Tensor, kinds: str) -> None:
+def chunked_products(
+    hidden: Tensor, weight: Tensor, kinds: str, workspace: int = WORKSPACE
+) -> None:
     """Products with the head in pieces of rows; of "fhw" the logits, and both gradients'."""
-    rows = max(WORKSPACE // (weight.shape[0] * weight.element_size()), 128)
+    rows = max(workspace // (weight.shape[0] * weight.element_size()), 128)
     logits = hidden.new_zeros(min(rows, len(hidden)), len(weight))
     of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
     for start in range(0, len(hidden), rows):

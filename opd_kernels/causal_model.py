@@ -49,9 +49,14 @@ class Sequences(NamedTuple):
         if self.attention is not None:
             fields["attention_mask"] = self.attention
             text_only = model.config.get_text_config() is model.config
-            if text_only and "position_ids" in inspect.signature(base.forward).parameters:
+            if text_only and "position_ids" in _forwards_parameters(base):
                 fields["position_ids"] = (self.attention.cumsum(-1) - 1).clamp(min=0)
         return fields | dict(self.besides)
+
+
+def _forwards_parameters(module: Any) -> Mapping[str, inspect.Parameter]:
+    """Those of the module inside of ``torch.compile``, too, whose own forward takes anything."""
+    return inspect.signature(getattr(module, "_orig_mod", module).forward).parameters
 
 
 def vocab_size_of(model: Any) -> int:
@@ -95,7 +100,7 @@ def hidden_states(model: Any, sequences: Sequences) -> Tensor:
 def own_logits(model: Any, sequences: Sequences, rows: int) -> Tensor:
     """The model's own logits of the last ``rows`` positions, (B, rows, V)."""
     base = without_adapters(model)
-    few = "logits_to_keep" in inspect.signature(base.forward).parameters
+    few = "logits_to_keep" in _forwards_parameters(base)
     # Not model(...): this runs inside its forward, and its hooks have run already.
     output = model.forward(
         **sequences.fields(model, base), **({"logits_to_keep": rows} if few else {})

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ def distill_loss(
     Args:
         model: the student, a causal model of transformers, or one with images or of PEFT. In DDP,
             FSDP or after ``fully_shard`` pass it as it is wrapped: the loss runs inside of its
-            forward.
+            forward. To compile, compile its body: ``model.base_model.compile()``.
         input_ids: (B, T), prompts and responses.
         teacher: one of
 
@@ -211,7 +211,8 @@ def distill_loss(
     sequences, counted = _checked(input_ids, attention_mask, mask, model_inputs)
     # A head that cannot be read is told before the teacher runs.
     _check_model(model, "model")
-    given, counted = _teacher(teacher, sequences, counted, k, options, return_stats is not False)
+    asked = _Asked(vocab_size_of(unwrapped(model)), k, options, return_stats is not False)
+    given, counted = _teacher(teacher, sequences, counted, asked)
 
     def loss() -> (
         Tensor | tuple[Tensor, Stats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Stats]
@@ -231,6 +232,15 @@ def distill_loss(
         )
 
     return inside(model, loss)
+
+
+class _Asked(NamedTuple):
+    """What a teacher is asked for by a student of ``vocab`` ids; ``measured``: for statistics."""
+
+    vocab: int
+    k: int | None
+    options: DivergenceOptions
+    measured: bool
 
 
 def _checked(
@@ -282,7 +292,8 @@ def _at_predicted(by_position: Tensor) -> Tensor:
 def _check_model(model: Any, name: str) -> None:
     """Raises for what is no model with a head, without a look at weights that may be sharded."""
     inner = unwrapped(model)
-    if not is_wrapped(model) or not hasattr(inner, "get_output_embeddings"):
+    parts = ("get_output_embeddings", "config")
+    if not is_wrapped(model) or not all(hasattr(inner, part) for part in parts):
         with _named(name):
             head_of(inner)
 
@@ -323,9 +334,7 @@ def _teacher(
     teacher: object,
     sequences: Sequences,
     counted: Tensor,
-    k: int | None,
-    options: DivergenceOptions,
-    measured: bool,
+    asked: _Asked,
 ) -> tuple[LinearLogits | TopK, Tensor]:
     """(the teacher's rows at the tokens that they predict, the tokens that count)."""
     if isinstance(teacher, TopK):
@@ -334,12 +343,12 @@ def _teacher(
     if isinstance(teacher, nn.Module):
         _check_model(teacher, "teacher")
         rows = vocab_size_of(unwrapped(teacher))
-        sampled = options.get("token_ids")
+        sampled = asked.options.get("token_ids")
         sampled = sequences.tokens if sampled is None else sampled
         sequences, counted = _readable(sequences, counted, rows)
         with torch.no_grad():
             if is_wrapped(teacher):
-                topk = _selected(teacher, sequences, counted, sampled, k, options, measured)
+                topk = _selected(teacher, sequences, counted, sampled, asked)
                 return sampled_known(topk, sampled, rows), counted
             return _logits(teacher, sequences, "teacher"), counted
     if isinstance(teacher, Scorer) and not isinstance(teacher, Tensor):
@@ -383,11 +392,10 @@ def _selected(
     sequences: Sequences,
     counted: Tensor,
     sampled: Tensor,
-    k: int | None,
-    options: DivergenceOptions,
-    measured: bool,
+    asked: _Asked,
 ) -> TopK:
     """The support of a teacher whose head is whole only inside of its forward."""
+    options = asked.options
     if options.get("support", "teacher") != "teacher":
         raise ValueError(
             "support=\"student\" needs the teacher's head at the student's ids, and this teacher "
@@ -396,15 +404,15 @@ def _selected(
     temperature = options.get("teacher_temperature")
     if temperature is None:
         temperature = options.get("temperature", 1.0)
-    full = measured or options.get("outside", RENORMALIZE) != RENORMALIZE
+    full = asked.measured or options.get("outside", RENORMALIZE) != RENORMALIZE
 
     def select() -> TopK:
         logits = _logits(teacher, sequences, "teacher")
         return select_topk(
             logits,
-            min(_checks.DEFAULT_K, logits.vocab) if k is None else k,
+            min(_checks.DEFAULT_K, logits.vocab) if asked.k is None else asked.k,
             mask=counted.to(logits.device),
-            banned_ids=options.get("banned_ids"),
+            banned_ids=_unselected(options.get("banned_ids"), asked.vocab, logits),
             vocab_size=options.get("vocab_size"),
             temperature=1.0 if isinstance(temperature, Tensor) else temperature,
             token_ids=sampled.to(logits.device),
@@ -413,6 +421,21 @@ def _selected(
         )
 
     return inside(teacher, select)
+
+
+def _unselected(
+    banned_ids: Sequence[int] | Tensor | None, vocab: int, logits: LinearLogits
+) -> Sequence[int] | Tensor | None:
+    """Banned ids and those that the student lacks.
+
+    Not by ``vocab_size``, which would leave these out of the teacher's softmax as well.
+    """
+    if vocab >= logits.vocab:
+        return banned_ids
+    unknown = torch.arange(vocab, logits.vocab, device=logits.device)
+    if banned_ids is None:
+        return unknown
+    return torch.cat([_checks.as_banned_ids(banned_ids, logits.device), unknown])
 
 
 def _with_mask(signature: inspect.Signature) -> inspect.Signature:

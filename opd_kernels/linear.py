@@ -64,7 +64,7 @@ def losses_of_head(
     unique = torch.where(repeats(listed) | (listed >= width), -1, listed).to(torch.int32)
     row, middle = _row(student, unique, side, width, call)
     if call.background == "sampled":  # a token that does not exist makes its row NaN
-        row = row.masked_fill(_invalid(listed, call.mask), torch.nan)
+        row = row + torch.where(_invalid(listed, call.mask), torch.nan, 0.0).to(row.dtype)
     count = ids.shape[-1]
     places = first_places(listed)
     taken = allowed_ids(ids, allowed)
@@ -105,7 +105,8 @@ def _row(head: Parted, ids: Tensor, side: Side, width: int, call: Call) -> tuple
     assert side.values is not None
     assert side.tail is not None
     temperature, sampled = call.objective.temperature, call.background == "sampled"
-    rows = Rows(ids, side.values, side.tail, temperature, width, call.mask, sampled)
+    values = side.values.masked_fill(ids < 0, -torch.inf)  # listed twice, or no id
+    rows = Rows(ids, values, side.tail, temperature, width, call.mask, sampled)
     z, tail = attached(head, rows, call.inplace, call.backend)
     return compressed(z, tail, ids, temperature)
 
@@ -178,8 +179,9 @@ def _from_logsumexp(
     wide = wide_dtype(values.device)
     whole = call.student_logsumexp.detach().to(wide)
     scaled = values.to(wide) / divisor(call.objective.temperature, wide)
-    mass = (scaled - whole[..., None]).exp().masked_fill(repeated, 0).sum(-1)
-    tail = whole + torch.log1p(-mass.clamp(max=1 - 2.0**-24))
+    # -inf has no mass, in a row of only -inf either.
+    mass = (scaled - whole[..., None]).exp().masked_fill(repeated | (scaled == -torch.inf), 0)
+    tail = whole + torch.log1p(-mass.sum(-1).clamp(max=1 - 2.0**-24))
     if call.mask is not None:
         tail = tail.masked_fill(~call.mask, 0)
     return Side(values=values, tail=tail, repeated=repeated)

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from gpu.steps import OUTSIDE
-from opd_kernels import EntryGradient, select_topk
+from gpu.steps import HEADS, OUTSIDE, PIECES
+from opd_kernels import EntryGradient, LinearLogits, score_ids, select_topk
 from opd_kernels.testing import Case, check, inputs, serves
 
 # Odd, so that rows begin at every misalignment; and as wide as real ones, so that few rows are
@@ -21,8 +21,8 @@ DRY_VOCAB, DRY_ROWS = 1501, (1, 3)
 
 def cases(piece: str, backend: str, k: int, device: str) -> Iterator[Case]:
     """What is tried, the plainest first."""
-    if piece in OUTSIDE:
-        yield from members(piece, k, device)
+    if piece in (*OUTSIDE, HEADS):
+        yield from full_heads(k, device) if piece == HEADS else members(piece, k, device)
         return
     dry = device == "cpu"
     few, many = [(rows, FEW_VOCAB) for rows in FEW_ROWS], (MANY_ROWS, VOCAB)
@@ -68,6 +68,47 @@ def members(outside: str, k: int, device: str) -> Iterator[Case]:
     yield replace(plain, watched=True, k=9)
 
 
+def full_heads(k: int, device: str) -> Iterator[Case]:
+    """Full softmaxes from hidden states: what is computed once, by pieces, or at K + 1 ids."""
+    dry = device == "cpu"
+    rows, vocab = (2, 301) if dry else (FAMILY_ROWS, VOCAB)
+    # In 16 bits hidden states and weights are small integers: PyTorch may add up parts of a product
+    # in 16 bits, which the budgets of others do not allow for.
+    exact = {"student_dtype": "bfloat16", "student_content": inputs.EXACT}
+    mean = Case(
+        rows=(rows,), student_vocab=vocab, teacher_vocab=vocab, k=k, hidden=24 if dry else 192,
+        divergence="reverse_kl", outside="bucket", teacher="topk_int32", carried="both",
+        teacher_temperature="one",
+    )  # fmt: skip
+    each = replace(mean, reduction="none", mask="bool", temperature="rows", upstream="random")
+    sampled = replace(each, background="sampled", token="any", temperature="float")
+    for plain in (mean, each, sampled):
+        yield plain
+        yield replace(plain, teacher="linear", head="all")
+    yield replace(mean, **exact)
+    yield replace(sampled, **exact, logsumexp="float32", watched=True)
+    yield replace(mean, student_content=inputs.EXACT, teacher="linear", support="student")
+    yield replace(mean, token="any", logsumexp="float64", frozen=True)
+    yield replace(mean, divergence="jsd", outside="truncate", vocab_size=vocab - 7)
+
+
+def check_scores(backend: str, k: int, device: str) -> None:
+    """``score_ids`` of logits and of a head beside float64; the products are exact."""
+    generator = torch.Generator().manual_seed(k)
+    hidden, weight = (
+        torch.randint(-2, 3, (n, 24), generator=generator).float() for n in (5, DRY_VOCAB)
+    )
+    ids = torch.rand(5, DRY_VOCAB, generator=generator).topk(k).indices
+    logits = hidden.double() @ weight.double().t()
+    wanted = logits.gather(-1, ids), (logits / 0.7).logsumexp(-1)
+    head = LinearLogits(hidden.to(device), weight.to(device))
+    for source in (head, logits.float().to(device)):
+        found = score_ids(source, ids.to(device), temperature=0.7, backend=backend)
+        assert found.logsumexp is not None
+        for mine, exact in zip((found.logits, found.logsumexp), wanted, strict=True):
+            torch.testing.assert_close(mine.double().cpu(), exact, rtol=1e-6, atol=1e-6)
+
+
 def check_adding(backend: str, k: int, device: str) -> None:
     """The third form of the gradient's kernel: added to what is there, as the reference does."""
     generator = torch.Generator().manual_seed(k)
@@ -93,8 +134,9 @@ def main(piece: str, backend: str, k: int, device: str) -> int:
         print(f"{time.monotonic() - begin:5.1f} s  {case}", flush=True)
         check(case, backend, device)
         count += 1
-    if piece not in OUTSIDE:
-        check_adding(backend, k, device)
+    others = {HEADS: check_scores} | dict.fromkeys(PIECES, check_adding)
+    if piece in others:
+        others[piece](backend, k, device)
         count += 1
     print(f"{count} passed in {time.monotonic() - begin:.1f}s")
     return 0

@@ -42,13 +42,14 @@ from goals import (
     judge_family,
     judge_family_peer,
     judge_few_rows,
+    judge_full_head,
     judge_host,
     judge_linear_ms,
     judge_peer,
     judge_point,
     judge_unusual,
 )
-from heads import BOTH, HeadPoint, backward_of, check_ours, inputs, losses
+from heads import BOTH, HeadPoint, backward_of, check_ours, inputs, losses, serving
 from linear import LinearBench, LinearPlan
 from peers import MEMBERS, careful_eager, careful_full, naive_eager, naive_full
 from report import Result, kernel_name
@@ -56,7 +57,7 @@ from timing import Clock, Name, Run, Runs, Times, spread
 from torch import Tensor
 
 import opd_kernels
-from gpu import dry, package, profiler, variants
+from gpu import dry, full_heads, package, profiler, variants
 from opd_kernels import backends, topk_rkl
 from opd_kernels.backends import cuda
 from opd_kernels.backends.triton import configs
@@ -189,12 +190,17 @@ class Bench:
         what = self.device, (point.torch_dtype,), point.k
         return [name for name in self.names if backends.load(name).refusal(*what) is None]
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether there is as much memory, and 2 GB for other things."""
+        if self.device.type != "cuda":
+            return True
+        return nbytes + 2**31 <= torch.cuda.mem_get_info(self.device)[0]
+
     def inputs(self, point: Point, tensors: int = 5) -> tuple[Tensor, Tensor]:
         """(student, teacher), if as many tensors of their size fit in memory."""
-        if self.device.type == "cuda":
-            free, need = torch.cuda.mem_get_info(self.device)[0], tensors * point.nbytes + 2**31
-            if need > free:
-                raise MemoryError(f"skipped: {need / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
+        need = tensors * point.nbytes
+        if not self.fits(need):
+            raise MemoryError(f"skipped: {need / 1e9:.0f} GB and 2 more are not free")
         student = random_logits(point, self.device).requires_grad_()
         return student, random_logits(point, self.device)
 
@@ -280,6 +286,25 @@ class Bench:
         for backend in self.backends(point):
             of = {measure: row for (who, measure), row in rows.items() if who == backend}
             judge_family(self.result, point, backend, of)
+
+    def full_heads(self, point: HeadPoint) -> None:
+        """The bucket loss from hidden states, and ``score_ids``, beside products, in turn."""
+        for backend in serving(self.names, self.device, point):
+            given = full_heads.given(point, self.device, backend)
+            checked = full_heads.check(given, backend)
+            runs = full_heads.yardsticks(given, self.fits(5 * point.rows * point.vocab * 4))
+            runs |= full_heads.ours(given, backend)
+            times = self.measured("full heads", point, runs)
+            ms = {measure: statistics.median(values) for (_, measure), values in times.items()}
+            for (who, measure), values in times.items():
+                row = spread(values)
+                if who == backend:
+                    others = [name for name in full_heads.BESIDE[measure] if name in ms]
+                    row["times"] = {name: ms[measure] / ms[name] for name in others}
+                    row |= {"checked": checked}
+                    judge_full_head(self.result, point, backend, measure, ms[measure])
+                row["peak_bytes"] = self.clock.peak_memory(runs[who, measure])
+                self.result.add("full heads", point, measure, backend=who, **row)
 
     def few_rows(self) -> None:
         """Few rows; the smaller number of rows may take no longer than the larger."""
@@ -618,6 +643,11 @@ def linear_tasks(bench: Bench, wanted: Callable[[linear.Step], bool]) -> list[Ta
     ]
 
 
+def full_head_losses(bench: Bench) -> list[Task]:
+    point = bench.plan.linear.points()[0]
+    return [Task("full heads", point, "full heads", lambda: bench.full_heads(point))]
+
+
 def profile(bench: Bench) -> list[Task]:
     return [
         Task("profile", bench.main, name, functools.partial(bench.profile, name))
@@ -706,6 +736,7 @@ STEPS: dict[str, Callable[[Bench], list[Task]]] = {
     "linear_headline": linear_headline,
     "linear_variants": linear_variants,
     "linear_everything": linear_everything,
+    "full_heads": full_head_losses,
     "profile": profile,
     "unusual": unusual,
     "careful_eager": careful_eager_step,

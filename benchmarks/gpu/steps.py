@@ -17,6 +17,7 @@ BACKENDS = ("cuda", "triton")
 PIECES = ("few rows", "many rows")
 WIDTHS = (16, 64, 1024)  # the K with which every kernel is run first
 OUTSIDE = ("renormalize", "truncate", "bucket", "generalize", "sample")
+HEADS = "hidden states"
 FAMILY_WIDTH = 64
 # How pytest picks the tests of a dtype; the K for which the differential suite runs Triton.
 DTYPES = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
@@ -198,10 +199,12 @@ PARTS: dict[int, tuple[Step, ...]] = {
         PACKAGE,
         MACHINE,
         *(family(backend, outside) for backend in BACKENDS for outside in OUTSIDE),
+        family("triton", HEADS),
         WARM,
         HEADLINE,
         Step("family", 25, 60, measure="family"),
         Step("family, eager peers", 10, 45, measure="family_peers"),
+        Step("full softmaxes from hidden states", 15, 60, measure="full_heads"),
         Step("raw pointers: cuda", 5, 30, command=RAW, beside=True),
         *map(sanitized, TOOLS),
         *(differential(backend, dtype) for backend in BACKENDS for dtype in DTYPES),

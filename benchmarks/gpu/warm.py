@@ -21,7 +21,7 @@ from calls import Point
 from peers import MEMBERS
 
 from gpu import measure
-from gpu.steps import FAMILY_WIDTH, OUTSIDE, PIECES, WIDTHS
+from gpu.steps import FAMILY_WIDTH, HEADS, OUTSIDE, PIECES, WIDTHS
 from opd_kernels._arguments import Allowed, Background, Objective, Tail, Tails
 from opd_kernels.backends import triton
 
@@ -91,6 +91,36 @@ def linear_calls(
         with measure.configured(settings):
             yield lambda: triton.gather_dot(hidden, weight, None, ids, Allowed(of.vocab))
             yield lambda: triton.gather_dot_weight(upstream, ids, hidden, of.vocab, dtype)
+    yield from full_head_calls(plan, hidden, weight, ids)
+
+
+def full_head_calls(
+    plan: measure.Plan, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor
+) -> Iterator[Callable[[], object]]:
+    """The same of full softmaxes: on pieces of logits, and on rows of K + 1 logits and a tail."""
+    vocab, count, device = plan.linear.vocab, ids.shape[-1], ids.device
+    with_token = torch.zeros(len(ids), count + 1, dtype=torch.int32, device=device)
+    logits = hidden.new_zeros(len(ids), vocab)
+    values, upstream = torch.zeros(ids.shape, device=device), torch.zeros(len(ids), device=device)
+    wide = torch.zeros(len(ids), dtype=torch.float64, device=device)
+    plain, objective = Allowed(vocab), Objective(outside="bucket")
+    for listed in (ids, with_token):
+        yield lambda listed=listed: triton.tail_logsumexp(logits, None, Tail(vocab, ids=listed))
+        yield lambda listed=listed: triton.gather(logits, listed, plain)
+        yield lambda listed=listed: triton.gather_dot(hidden, weight, None, listed, plain)
+    for width, row in ((vocab, logits), *((count + n, None) for n in (1, 2))):
+        row = torch.zeros(len(ids), width, device=device) if row is None else row
+        tails = Tails(wide, None, width)
+        background = Background(upstream, wide, width, None)
+        yield lambda row=row, tails=tails: triton.full_divergence(
+            row, values, ids, Allowed(tails.width), objective, tails
+        )
+        yield lambda row=row, background=background: triton.scatter_background_(
+            row, values, ids, upstream, background
+        )
+    ones = torch.ones(with_token.shape, device=device)
+    yield lambda: triton.gather_dot_hidden(ones, with_token, weight, weight.dtype)
+    yield lambda: triton.gather_dot_weight(ones, with_token, hidden, vocab, weight.dtype)
 
 
 def jobs(plan: measure.Plan) -> int:
@@ -141,7 +171,7 @@ def compile_cases(number: int, architecture: int) -> None:
         if number < len(WIDTHS):
             pieces, k = PIECES, WIDTHS[number]
         else:
-            pieces, k = (OUTSIDE[number - len(WIDTHS)],), FAMILY_WIDTH
+            pieces, k = ((*OUTSIDE, HEADS)[number - len(WIDTHS)],), FAMILY_WIDTH
         for piece in pieces:
             for case in correct.cases(piece, "triton", k, "cuda"):
                 inputs = make_inputs(case)
@@ -157,7 +187,7 @@ def main(device: str) -> int:
 
 def ahead(architecture: int) -> int:
     """For the GPU that will be there."""
-    side_by_side(compile_cases, len(WIDTHS) + len(OUTSIDE), architecture)
+    side_by_side(compile_cases, len(WIDTHS) + len(OUTSIDE) + 1, architecture)
     return side_by_side(compile_ahead, jobs(measure.FULL), architecture)
 
 

@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE_DTYPES = (*DTYPES, "float64")
-# Dtypes of a head whose full softmaxes are wanted: half precision rounds the logits.
-_WHOLE_HEADS = ("float32", "float64")
 # Sizes around those of registers, groups and blocks of groups, where loops take other branches.
 _EDGES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1024, 2047, 2048, 2049, 4096)
+
+# Most heads hold numbers.
+_POISONS = (*("none",) * len(inputs.POISONS), *inputs.POISONS[1:])
 
 # Vocabularies of real models, with contents that are hard for a selection or a softmax.
 REAL_WIDTHS = (
@@ -131,19 +132,20 @@ def draw_case(
     k = min(k, k_most, k_most if teacher.startswith("topk") else teacher_vocab)
     if member.get("support") == "student":
         k = min(k, vocab)
-    if member.get("include_token") or member.get("outside") == "sample":
-        k = max(1, min(k, k_most - 1))  # and the token
+    watched = "watched" in only and draw(only["watched"])
+    joins = member.get("include_token") or member.get("outside") == "sample"
+    stands = member.get("background") == "sampled"
+    # Room for the token, and for that of a head's log-probs.
+    k = max(1, min(k, k_most - bool(joins or stands) - (linear and watched)))
     full = member.get("outside", "renormalize") != "renormalize"
     student_dtypes = only.get("student_dtype", dtypes)
     teacher_dtypes = only.get("teacher_dtype", dtypes)
     student_contents: tuple[str, ...]
     student_contents = inputs.HIDDEN_CONTENTS if linear else inputs.STUDENT_CONTENTS
-    teacher_contents: tuple[str, ...] = inputs.CONTENTS
     if linear and full:
-        student_dtypes = tuple(x for x in student_dtypes if x in _WHOLE_HEADS)
         teacher_dtypes = tuple(x for x in teacher_dtypes if x in DTYPES)
-        student_contents = tuple(x for x in student_contents if x in inputs.FINITE)
-        teacher_contents = inputs.FINITE
+    if linear and member.get("support") == "student":
+        student_contents = (inputs.EXACT,)  # other products have no exact order
     temperature = one_of("temperature", *inputs.TEMPERATURES)
     teacher_temperature = one_of("teacher_temperature", None, *inputs.TEMPERATURES)
     if teacher.startswith("topk") and member.get("outside", "renormalize") != "renormalize":
@@ -161,7 +163,7 @@ def draw_case(
         student_content=(
             draw(student_contents) if linear else one_of("student_content", *student_contents)
         ),
-        teacher_content=one_of("teacher_content", *teacher_contents),
+        teacher_content=one_of("teacher_content", *inputs.CONTENTS),
         student_layout=one_of("student_layout", *inputs.LAYOUTS),
         teacher_layout=one_of("teacher_layout", *inputs.LAYOUTS),
         teacher=teacher,
@@ -177,9 +179,10 @@ def draw_case(
         inplace=not linear and draw((False, True)),
         hidden=one_of("hidden", *inputs.HIDDEN_SIZES) if linear else 0,
         head=draw(inputs.HEADS) if linear else "plain",
+        poison=draw(_POISONS) if linear else "none",
         frozen=linear and draw((False, True)),
         **member,
-        watched="watched" in only and not linear and draw(only["watched"]),
+        watched=watched,
         seed=source.randint(0, 2**31),
     )
 
@@ -194,14 +197,12 @@ def _draw_member(
         return draw(only.get(name, choices))
 
     outside = one_of("outside", *OUTSIDE)
-    if linear and not set(_WHOLE_HEADS) & set(only.get("student_dtype", _WHOLE_HEADS)):
-        outside = "renormalize"
     members = {"generalize": inputs.WITHOUT_SKEW, "sample": inputs.SAMPLED}
     tokens = inputs.TOKENS[outside == "sample" :]
-    # A TopK is a support of its own, and without its logits says nothing of other tokens.
-    # Hidden states' logits have no exact order.
-    chosen = linear or teacher.startswith("topk")
     token = one_of("token", *tokens)
+    include_token = token != "none" and outside != "sample" and draw((False, True))
+    full = linear and outside != "renormalize"
+    sampled = full and outside != "sample" and token != "none" and not include_token
     return {
         "divergence": one_of("divergence", *members.get(outside, inputs.MEMBERS)),
         "beta": one_of("beta", *inputs.BETAS),
@@ -209,10 +210,13 @@ def _draw_member(
         "clip": one_of("clip", *inputs.CLIPS),
         "floor": one_of("floor", *inputs.FLOORS),
         "outside": outside,
-        "support": "teacher" if chosen else one_of("support", *inputs.SUPPORTS),
+        # A TopK is a support of its own, and without its logits says nothing of other tokens.
+        "support": "teacher" if teacher.startswith("topk") else one_of("support", *inputs.SUPPORTS),
         "token": token,
-        "include_token": token != "none" and outside != "sample" and draw((False, True)),
+        "include_token": include_token,
         "carried": one_of("carried", *inputs.CARRIED),
+        "background": one_of("background", *inputs.BACKGROUNDS) if sampled else "exact",
+        "logsumexp": one_of("logsumexp", *inputs.SUMS) if full else "none",
     }
 
 

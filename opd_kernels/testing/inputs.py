@@ -35,10 +35,21 @@ STUDENT_CONTENTS = (*CONTENTS, "close")
 LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
 TEACHERS = ("logits", "topk_int32", "topk_int64")
 # Where the student is hidden states and a head, its contents are those of the hidden states. All
-# of them keep float32 sums finite, or make them infinite or NaN as float64 does.
-HIDDEN_CONTENTS = ("normal", "equal", "quantised", "zeros", "nan", "half_neg_inf", "offset")
-# Full softmaxes are sums over products with the whole head, of which finite numbers are expected.
-FINITE = ("normal", "equal", "ascending", "descending", "clustered", "quantised", "zeros", "offset")
+# of them keep float32 sums finite, or make them infinite or NaN as float64 does. Of EXACT the
+# weights are small integers, too: in every dtype and order their products have no error.
+EXACT = "integers"
+HIDDEN_CONTENTS = ("normal", "equal", "quantised", "zeros", "nan", "half_neg_inf", "offset", EXACT)
+# What else is no number: an element of some hidden states or of the weight, or biases.
+POISONS = (
+    "none",
+    "hidden_nan",
+    "hidden_inf",
+    "weight_nan",
+    "weight_inf",
+    "bias_nan",
+    "bias_inf",
+    "bias_neg_inf",
+)
 HIDDEN_SIZES = (1, 3, 16, 17, 64, 100)
 HEADS = ("plain", "bias", "scale", "softcap", "all")
 MASKS = ("none", "bool", "integer", "all", "nothing")
@@ -71,6 +82,9 @@ SUPPORTS = ("teacher", "student")
 TOKENS = ("none", "any", "likely", "banned", "unlikely", "outside")
 # What a served support says of the teacher's whole distribution.
 CARRIED = ("tail", "logsumexp", "both")
+# What a call on hidden states takes besides: a background, and the dtype of a log-sum-exp.
+BACKGROUNDS = ("exact", "sampled")
+SUMS = ("none", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ class Case:
     inplace: bool = False
     hidden: int = 0
     head: str = "plain"
+    poison: str = "none"
     frozen: bool = False
     divergence: str = ""
     beta: float = 0.5
@@ -117,6 +132,8 @@ class Case:
     token: str = "none"
     include_token: bool = False
     carried: str = "tail"
+    background: str = "exact"
+    logsumexp: str = "none"
     watched: bool = False
     seed: int = 0
 
@@ -130,6 +147,7 @@ class Head:
     bias: Tensor | None
     scale: float
     softcap: float | None
+    exact: bool = False  # products have no error
 
 
 @dataclass
@@ -137,7 +155,8 @@ class Inputs:
     """The tensors of a case and the keyword arguments of the call.
 
     ``student`` and ``teacher`` are logits or a support. If the call gets a head instead, they are
-    the head's logits in float64. ``family`` are the keywords of ``topk_divergence`` alone.
+    the head's logits in float64, and ``ranked`` what the student's support is selected by: those
+    without scale and softcap. ``family`` are the keywords of ``topk_divergence`` alone.
     """
 
     student: Tensor
@@ -147,6 +166,7 @@ class Inputs:
     options: dict[str, Any] = field(default_factory=dict)
     upstream: Tensor | None = None
     head: Head | None = None
+    ranked: Tensor | None = None
     teacher_head: LinearLogits | None = None
     family: dict[str, Any] = field(default_factory=dict)
 
@@ -199,18 +219,21 @@ def _make_heads(case: Case, inputs: Inputs, generator: torch.Generator) -> None:
     logits = head.hidden.double() @ head.weight.double().t()
     if head.bias is not None:
         logits = logits + head.bias.double()
-    inputs.student, inputs.head = shaped(logits, head.scale, head.softcap), head
+    inputs.ranked, inputs.head = logits, head
+    inputs.student = shaped(logits, head.scale, head.softcap)
 
 
 def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Head:
     """A head for the hidden states; its rows that must not be read are NaN."""
     hidden, vocab, dtype = inputs.student, case.student_vocab, inputs.student.dtype
+    exact, full = case.student_content == EXACT, case.outside != "renormalize"
     normal = torch.randn(vocab, case.hidden + 3, generator=generator, dtype=torch.float64)
-    weight = (normal * case.hidden**-0.5).to(dtype)[:, 1:-2]
+    values = normal.round().clamp(-1, 1) if exact else normal * case.hidden**-0.5
+    weight = values.to(dtype)[:, 1:-2]
     if case.seed % 2:
         weight = weight.contiguous()
-    bias = torch.randn(2 * vocab, generator=generator).to(dtype)[::2]
-    full = case.outside != "renormalize"
+    bias = torch.randn(2 * vocab, generator=generator)
+    bias = (bias.round() if exact else bias).to(dtype)[::2]
     for rows in (weight, bias):
         if full:
             rows[vocab if case.vocab_size is None else case.vocab_size :] = torch.nan
@@ -219,6 +242,7 @@ def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Hea
         banned = inputs.options["banned_ids"]
         ids = torch.as_tensor([] if banned is None else banned, dtype=torch.long)
         rows[ids[(ids >= 0) & (ids < vocab)]] = torch.nan
+    _poison_head(case, hidden, weight, bias, generator)
     chosen = HEADS[1:4] if case.head == "all" else (case.head,)
     return Head(
         hidden,
@@ -226,7 +250,28 @@ def _student_head(case: Case, inputs: Inputs, generator: torch.Generator) -> Hea
         bias if "bias" in chosen else None,
         0.625 if "scale" in chosen else 1.0,
         5.0 if "softcap" in chosen else None,
+        exact,
     )
+
+
+def _poison_head(
+    case: Case, hidden: Tensor, weight: Tensor, bias: Tensor, generator: torch.Generator
+) -> None:
+    """Writes what is no number where the case says."""
+    kind, _, value = case.poison.partition("_")
+    at = torch.randint(len(bias), (), generator=generator)
+    column = torch.randint(case.hidden, (), generator=generator)
+    chosen = torch.rand(case.rows, generator=generator) < 0.4
+    sign = 1 if case.seed % 4 < 2 else -1
+    number = {"": 0.0, "nan": torch.nan, "inf": sign * torch.inf, "neg_inf": -torch.inf}[value]
+    if kind == "hidden" and 0 not in hidden.stride() and hidden.numel():
+        hidden[..., column].masked_fill_(chosen, number)
+    elif kind == "weight":
+        weight[at, column] = number
+    elif kind == "bias" and value == "neg_inf":
+        bias[torch.rand(len(bias), generator=generator) < 0.5] = number
+    elif kind == "bias":
+        bias[at] = abs(number)
 
 
 def _teacher_head(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearLogits]:
@@ -311,6 +356,8 @@ def _fill(
         values = torch.where(near, normal * 0.01 + 9, normal)
     elif content == "quantised":
         values = (normal / 2).round()
+    elif content == EXACT:
+        values = (normal / 3).round().clamp(-1, 1)
     elif content == "half_neg_inf":
         values = normal.masked_fill(chance < 0.5, -torch.inf)
     elif content == "neg_inf":
@@ -355,11 +402,25 @@ def _family(case: Case, inputs: Inputs, generator: torch.Generator) -> dict[str,
         "support": case.support,
         "include_token": case.include_token,
         "token_ids": None if case.token == "none" else _tokens(case, inputs, generator),
+        "background": case.background,
     }
+    if case.logsumexp != "none":
+        family["student_logsumexp"] = _student_logsumexp(case, inputs)
     if case.teacher in ("topk_int32", "topk_int64"):
         assert isinstance(inputs.teacher, Tensor)
         inputs.teacher = _served(case, inputs, family["token_ids"], generator)
     return family
+
+
+def _student_logsumexp(case: Case, inputs: Inputs) -> Tensor:
+    """What a pass for log-probs has found; masked rows are NaN."""
+    temperature = inputs.options["temperature"]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.double()[..., None]
+    found = (inputs.student[..., : case.vocab_size] / temperature).logsumexp(-1)
+    if inputs.options["mask"] is not None:
+        found = found.masked_fill(inputs.options["mask"] == 0, torch.nan)
+    return found.to(getattr(torch, case.logsumexp))
 
 
 def _divergence(case: Case, generator: torch.Generator) -> Divergence:

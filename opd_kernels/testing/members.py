@@ -47,6 +47,7 @@ class Side(NamedTuple):
     tail: float | None = None
     tail_error: float = 0.0
     token: float | None = None  # the logit of a sampled token that is not an entry
+    token_error: float = 0.0
 
 
 class Member(NamedTuple):
@@ -86,7 +87,9 @@ def numbers(student: Side, teacher: Side, member: Member, arithmetic: Arithmetic
         unit, tiny, largest = arithmetic
         found = _numbers(student, teacher, member, unit, tiny)
         # What float64 loses here: more, where the loss is next to nothing.
-        exact = student._replace(errors=np.zeros(len(student.errors)), tail_error=0.0)
+        exact = student._replace(
+            errors=np.zeros(len(student.errors)), tail_error=0.0, token_error=0.0
+        )
         own = _numbers(exact, teacher._replace(tail_error=0.0), member, WIDE_UNIT, 0.0)
         budgets = {
             name: np.nan_to_num(
@@ -160,7 +163,7 @@ def _logs(side: Side, unit: float) -> _Logs:
     summed = [True] * len(values)
     if side.token is not None:
         at = (side.token - top) / t
-        exponents, errors = np.append(exponents, at), np.append(errors, 0.0)
+        exponents, errors = np.append(exponents, at), np.append(errors, side.token_error / t)
         own, summed = np.append(own, 3 * unit * abs(at)), [*summed, False]
     if side.tail is not None:
         # The tail and max / T, of which it is taken off, may have another rounding of T each.

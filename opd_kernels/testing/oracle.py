@@ -17,7 +17,8 @@ from torch import Tensor
 
 from opd_kernels.support import TopK
 from opd_kernels.testing.arithmetic import WIDE_UNIT, Arithmetic, sum_depth
-from opd_kernels.testing.inputs import Head, Inputs
+from opd_kernels.testing.heads import Gradient, logits_of, rounded, through_head
+from opd_kernels.testing.inputs import Inputs
 from opd_kernels.testing.rows import RowResult, best, family_row
 
 
@@ -44,9 +45,12 @@ def oracle(inputs: Inputs) -> Expected:
     # A head is computed in float32, whatever the teacher's dtype is.
     head_wide = inputs.head is not None and inputs.head.hidden.dtype == torch.float64
     head_arithmetic = torch.finfo(torch.float64 if head_wide else torch.float32)
-    head_numeric = Arithmetic(head_arithmetic.eps / 2, tiny, float(head_arithmetic.max))
-    head_unit = head_numeric.unit
-    student_error, slope, slope_error = _head_errors(inputs, head_unit)
+    head_numeric = Arithmetic(
+        head_arithmetic.eps / 2, float(head_arithmetic.tiny), float(head_arithmetic.max)
+    )
+    # Full softmaxes are those of whole logits.
+    full = inputs.family.get("outside", "renormalize") != "renormalize"
+    logits = logits_of(inputs, head_numeric.unit, whole=full)
 
     mask = flat(options["mask"], count, True).astype(bool)
     weight = np.where(mask, flat(options["weight"], count, 1.0), 0.0)
@@ -66,7 +70,7 @@ def oracle(inputs: Inputs) -> Expected:
             continue
         index = np.unravel_index(row, rows)
         temperatures = student_t[row], teacher_t[row]
-        errors = student_error[row]
+        errors = logits.error[row]
         row_result = family_row if inputs.family else _reverse_kl_row
         numbers = row_result(inputs, index, allowed, errors, temperatures, numeric)
         ids, support[row] = numbers.ids, numbers.selected
@@ -89,17 +93,10 @@ def oracle(inputs: Inputs) -> Expected:
             grad_budget = rounded(grad, grad_budget, student.dtype)
             grads = {"student": (grad.reshape(student.shape), grad_budget.reshape(student.shape))}
         else:
-            # Logits that take no part may be NaN.
-            used = (grad != 0) | (grad_budget != 0)
-            slope, slope_error = (np.where(used, x, 0.0) for x in (slope, slope_error))
-            budget = grad_budget * slope + size * (slope_error + head_unit)
-            budget += np.where(used, float(head_arithmetic.tiny), 0.0)
-            grad, size = grad * slope, size * slope
-            # If gradients overflow, these are inf - inf or inf * 0.
-            lost = np.isnan(grad + size + budget) & ~np.isnan(loss)[:, None]
-            grad, size = np.where(lost, 0.0, grad), np.where(lost, 0.0, size)
-            parts = (grad, np.where(lost, np.inf, budget), size, repeats)
-            grads = _head_grads(inputs.head, *parts, head_numeric)
+            whole = full and inputs.family["background"] == "exact"
+            found = Gradient(grad, grad_budget, size, repeats)
+            number = ~np.isnan(loss)
+            grads = through_head(inputs, found, logits, number, mask, head_numeric, whole=whole)
         weight_grad = loss * upstream * factor
         size_of_loss = np.where(np.isinf(loss), 0.0, abs(loss))
         weight_budget = (loss_budget + 8 * unit * size_of_loss) * abs(upstream * factor) + tiny
@@ -119,79 +116,6 @@ def oracle(inputs: Inputs) -> Expected:
         total, total_budget = total.reshape(rows), total_budget.reshape(rows)
     grads["row_weight"] = weight_grad.reshape(rows), weight_budget.reshape(rows)
     return Expected(total, total_budget + tiny, grads, support.reshape(*rows, inputs.k))
-
-
-def _head_errors(inputs: Inputs, unit: float) -> tuple[np.ndarray, ...]:
-    """Each logit's error bound, slope d z / d (W h + b) and the slope's error bound, (N, V) each.
-
-    In any order, a sum of H products is off by at most (H + 1) u times the sum of absolute values.
-    tanh and its derivative 1 - tanh^2 are taken to be off by 4 u.
-    """
-    head, shape = inputs.head, (math.prod(inputs.student.shape[:-1]), inputs.student.shape[-1])
-    if head is None:
-        return np.zeros(shape), np.ones(shape), np.zeros(shape)
-    hidden = head.hidden.detach().double().cpu().reshape(shape[0], head.weight.shape[1])
-    weight = head.weight.detach().double().cpu()
-    size = hidden.abs() @ weight.abs().t()
-    if head.bias is not None:
-        size = size + head.bias.detach().double().cpu().abs()
-    error = (hidden.shape[1] + 2) * unit * size.numpy() * head.scale
-    z = abs(inputs.student.detach().double().cpu().reshape(shape).numpy())
-    error = error + 2 * unit * z
-    if head.softcap is None:
-        return error, np.full(shape, head.scale), np.full(shape, 2 * unit * head.scale)
-    tanh = z / head.softcap
-    tanh_error = np.minimum(error / head.softcap, 1) + 4 * unit
-    slope_error = head.scale * (2 * tanh * tanh_error + 8 * unit)
-    return error + 8 * unit * z, head.scale * (1 - tanh**2), slope_error
-
-
-def _head_grads(
-    head: Head,
-    grad: np.ndarray,
-    budget: np.ndarray,
-    size: np.ndarray,
-    repeats: np.ndarray,
-    numeric: Arithmetic,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(gradient, budget) of hidden states, weight and bias from those of the logits (N, V).
-
-    An id that a row lists ``repeats`` times has that many terms. They may cancel; ``size`` is the
-    sum of their absolute values.
-    """
-    unit, tiny, largest = numeric
-    hidden = head.hidden.detach().double().cpu().numpy().reshape(len(grad), head.weight.shape[1])
-    weight = head.weight.detach().double().cpu().numpy()
-    rows, ids = np.nonzero((grad != 0) | (budget != 0))
-    factor, error, magnitude = (x[rows, ids][:, None] for x in (grad, budget, size))
-    error = np.where(abs(factor) > largest / 8, np.inf, error)
-
-    def summed(to: np.ndarray, count: int, terms: np.ndarray, dtype: torch.dtype) -> Any:
-        shape = (count, terms.shape[1])
-        total, bound = np.zeros(shape), np.zeros(shape)
-        terms_of = np.bincount(to, repeats[rows, ids], minlength=count)[:, None] + 3
-        with np.errstate(all="ignore"):
-            products = np.where(factor == 0, 0.0, factor * terms)  # terms of factor 0 are not read
-            np.add.at(total, to, products)
-            sizes = np.where(magnitude == 0, 0.0, magnitude * abs(terms))
-            np.add.at(bound, to, terms_of[to] * unit * sizes + error * abs(terms))
-            np.add.at(bound, to, tiny)
-            bound = np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
-            poisoned = np.bincount(to, np.isnan(factor[:, 0]), minlength=count)[:, None] > 0
-            total = np.where(np.isnan(total) & ~poisoned & np.isinf(bound), 0.0, total)
-            return total, rounded(total, bound, dtype)
-
-    dtype = head.weight.dtype
-    hidden_grad, hidden_budget = summed(rows, len(grad), weight[ids], head.hidden.dtype)
-    bias_grad, bias_budget = summed(ids, len(weight), np.ones((len(ids), 1)), dtype)
-    return {
-        "hidden": (
-            hidden_grad.reshape(head.hidden.shape),
-            hidden_budget.reshape(head.hidden.shape),
-        ),
-        "weight": summed(ids, len(weight), hidden[rows], dtype),
-        "bias": (bias_grad[:, 0], bias_budget[:, 0]),
-    }
 
 
 def _reverse_kl_row(
@@ -444,12 +368,3 @@ def flat(value: Any, count: int, default: float) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().double().cpu().numpy()
     return np.broadcast_to(np.asarray(value, dtype=np.float64).reshape(-1), (count,))
-
-
-def rounded(grad: np.ndarray, budget: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The budget after rounding to a gradient's dtype: half a unit in the last place more, nothing
-    where the gradient is 0, and inf where the dtype may overflow."""
-    info = torch.finfo(dtype)
-    rounding = abs(grad) * info.eps / 2 + info.smallest_normal * info.eps / 2
-    rounding = np.where(abs(grad) + budget > info.max * 0.99, np.inf, rounding)
-    return budget + np.where((grad == 0) & (budget == 0), 0.0, rounding)

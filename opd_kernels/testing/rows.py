@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from opd_kernels.support import TopK
@@ -65,20 +66,29 @@ def family_row(
     listed, values, teacher_row = _listed(inputs, index, allowed)
     entries = _entries(inputs, index, allowed, listed, values, teacher_row, widths)
     ids, t = entries.ids, entries.teacher
-    token = {} if entries.token is None else {"token": float(z[entries.token])}
+    token: dict[str, float] = {}
     teacher_token = {} if entries.token is None else {"token": entries.token_value}
+    known, sampled = _known_of_head(inputs, index, listed, widths[0])
     if member.outside != "renormalize" and inputs.head is not None:
         # A row of logits relative to the largest one, and its tail, is what the loss is made of.
-        top = abs(z[ids] - z[ids].max(initial=NEVER)) if len(ids) else np.zeros(0)
+        with np.errstate(all="ignore"):
+            top = abs(z[known] - z[known].max(initial=NEVER))
         z_error = z_error.copy()
-        z_error[ids] += arithmetic.unit * np.where(np.isfinite(top), top, 0.0)
+        z_error[known] += arithmetic.unit * np.where(np.isfinite(top), top, 0.0)
+    if entries.token is not None:
+        token = {"token": float(z[entries.token]), "token_error": z_error[entries.token]}
     student = Side(z[ids], z_error[ids], temperatures[0], **token)
     teacher = Side(t, np.zeros(len(t)), temperatures[1], **teacher_token)
     at = ids if entries.token is None else np.append(ids, entries.token)
     full = member.outside != "renormalize"
     if full:
-        errors = z_error[: widths[0]]
-        tail = _tail(z[: widths[0]], ids, temperatures[0], arithmetic.unit, errors)
+        row, off = z[: widths[0]], z_error[: widths[0]]
+        if _takes_logsumexp(inputs):
+            whole = inputs.family["student_logsumexp"].dtype
+            whole_unit = float(torch.finfo(whole).eps) / 2
+            tail = _left(row, off, known, ids, temperatures[0], arithmetic.unit, whole_unit)
+        else:
+            tail = _tail(row, ids, temperatures[0], arithmetic.unit, off)
         student = student._replace(tail=tail[0], tail_error=tail[1])
         if isinstance(inputs.teacher, TopK):
             joined = entries.joined if inputs.family["include_token"] else None
@@ -92,7 +102,8 @@ def family_row(
         teacher = teacher._replace(tail=tail[0], tail_error=tail[1])
 
     nothing = np.zeros(len(at))
-    if entries.poisoned or any(_poisoned(side) for side in (student, teacher)):
+    poisoned = entries.poisoned or (sampled is not None and not 0 <= sampled < widths[0])
+    if poisoned or any(_poisoned(side) for side in (student, teacher)):
         nan, inf = nothing + np.nan, nothing + np.inf
         if not full:
             if entries.poisoned:
@@ -104,6 +115,8 @@ def family_row(
             return RowResult(listed, value, np.inf if len(at) else 0.0, at, nan, inf)
         background = np.zeros(len(z))
         background[: widths[0]] = np.nan
+        if sampled is not None:
+            background[~np.isin(np.arange(len(z)), known)] = 0.0
         background[at] = 0.0
         budget = np.where(np.isnan(background), np.inf, 0.0)
         return RowResult(listed, np.nan, np.inf, at, nan, inf, background, budget)
@@ -115,7 +128,38 @@ def family_row(
     if not full:
         return result
     background, budget = _background(z, z_error, widths[0], at, student, found, arithmetic)
+    if sampled is not None:
+        others = ~np.isin(np.arange(len(z)), known)
+        background, budget = (np.where(others, 0.0, x) for x in (background, budget))
+        if sampled not in listed:
+            rest = _tail(row, known[known != sampled], temperatures[0], arithmetic.unit)[0]
+            at_token = _at_token(z[sampled], z_error[sampled], rest, student, found, arithmetic)
+            background[sampled], budget[sampled] = at_token
     return result._replace(background=background, background_budget=budget)
+
+
+def _known_of_head(
+    inputs: Inputs, index: tuple[Any, ...], listed: np.ndarray, width: int
+) -> tuple[np.ndarray, int | None]:
+    """(ids whose logits are computed apart from a head's others, the token that stands for these).
+
+    The latter may be no id; it is None for an exact background.
+    """
+    known, family = set(listed.tolist()), inputs.family
+    sampled = None
+    if family["background"] == "sampled":
+        sampled = int(family["token_ids"].cpu()[index])
+        known.add(sampled)
+    if _takes_token(inputs):
+        known.add(int(family["token_ids"].cpu()[index]))
+    return np.array(sorted(i for i in known if 0 <= i < width), dtype=np.int64), sampled
+
+
+def _takes_logsumexp(inputs: Inputs) -> bool:
+    """Whether the student's is given, and not found on the way to the student's support."""
+    family = inputs.family
+    found = family["support"] == "student" and family["background"] == "exact"
+    return family.get("student_logsumexp") is not None and (_takes_token(inputs) or not found)
 
 
 def _takes_token(inputs: Inputs) -> bool:
@@ -245,6 +289,44 @@ def _tail(
         return float(top / t + np.log(total)), float(error + depth * unit)
 
 
+def _left(
+    row: np.ndarray,
+    errors: np.ndarray,
+    known: np.ndarray,
+    ids: np.ndarray,
+    t: float,
+    unit: float,
+    whole_unit: float,
+) -> tuple[float, float]:
+    """``_tail`` as what known logits leave of a given log-sum-exp, of which at least 2^-24 stays.
+
+    The rest has the error of what they hold, which is relative to everything, and that of the
+    log-sum-exp's own rounding.
+    """
+    whole, _ = _tail(row, ids[:0], t, unit)
+    if not whole < np.inf or whole == NEVER:
+        return whole, np.inf if np.isnan(whole) else 0.0
+    with np.errstate(all="ignore"):
+        rounding = whole_unit * abs(whole)
+        x = row[known] / t
+        exponents = errors[known] / t + rounding + 8 * WIDE_UNIT * (abs(x) + abs(whole) + 1)
+        off = float(np.where(x > NEVER, np.exp(x - whole) * np.expm1(exponents), 0.0).sum())
+        share = float(np.exp(_tail(row, known, t, unit)[0] - whole))
+        kept = max(share, LEAST_SERVED_TAIL)
+        ends = [max(share + sign * off, LEAST_SERVED_TAIL) for sign in (-1, 1)]
+        error = max(abs(np.log(end / kept)) for end in ends) + rounding
+        # In the softmax it is a logit of its own, beside those that are known and no entries.
+        absent = np.setdiff1d(known, ids)
+        rest = np.append(row[absent] / t, whole + np.log(kept))
+        each = np.append(errors[absent] / t, error)
+        each, rest = each[rest > NEVER], rest[rest > NEVER]
+        top = rest.max()
+        exp = np.exp(rest - top)
+        each = each + 8 * unit + unit * (3 * (top - rest) + abs(rest) + abs(top))
+        error = float((exp * each).sum() / exp.sum() + sum_depth(len(exp)) * unit)
+        return float(top + np.log(exp.sum())), error
+
+
 def _served_tail(
     teacher: TopK,
     index: tuple[Any, ...],
@@ -336,3 +418,25 @@ def _background(
         budget += tiny * (1 + found.largest_factor)
         budget = np.nan_to_num(budget, nan=np.inf, posinf=np.inf)
     return np.where(inside, np.nan_to_num(grad), 0.0), np.where(inside, budget, 0.0)
+
+
+def _at_token(
+    z: float, z_error: float, rest: float, student: Side, found: Numbers, arithmetic: Arithmetic
+) -> tuple[float, float]:
+    """(gradient, bound on its error) at a token that stands for all logits of which none is known.
+
+    The exact gradient is a factor times p there, so this is the factor: their gradients' sum by the
+    sum of their p. ``rest`` is their log-sum-exp.
+    """
+    (unit, tiny, _), t, tail = arithmetic, student.temperature, student.tail
+    assert tail is not None
+    with np.errstate(all="ignore"):
+        by_tail = found.share * np.exp(found.logsumexp - tail) if found.share else 0.0
+        size = abs(found.scale) + abs(by_tail)
+        off = unit * (abs(z / t) + abs(tail) + abs(found.logsumexp)) + 2 * unit
+        off = 3 * off + z_error / t + student.tail_error + found.logsumexp_error
+        budget = found.scale_budget + found.share_budget * np.exp(found.logsumexp - tail)
+        budget += size * np.expm1(np.minimum(2 * off, 700)) + 8 * unit * size
+        # The sums are of float32, in which small numbers are lost.
+        budget += tiny * (1 + found.largest_factor) / np.exp(rest - found.logsumexp)
+        return float(np.nan_to_num(found.scale + by_tail)), float(np.nan_to_num(budget, nan=np.inf))

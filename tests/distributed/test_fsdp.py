@@ -7,13 +7,8 @@ of ``MEASUREMENTS``, and the tests judge the numbers.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -21,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pages import DOCS, ROOT, snippets
-from ranks import leave
+from ranks import as_rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -32,10 +27,17 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from opd_kernels import LinearLogits, TopK, linear_topk_rkl, select_topk, topk_rkl
+from opd_kernels import (
+    LinearLogits,
+    TopK,
+    linear_topk_rkl,
+    score_ids,
+    select_topk,
+    topk_divergence,
+    topk_rkl,
+)
 
 WORLD, STEPS = 2, 4
-TIMEOUT = 120  # seconds: five are usual
 EPSILON = torch.finfo(torch.float32).eps
 # Roundings that anything may be off by, of its tensor's largest entry: sums over 14 rows are made
 # in another order, once per layer, and each step starts where the one before ended. 16 are usual.
@@ -46,6 +48,14 @@ RECIPE = DOCS / "recipes" / "sharded-parameters.md"
 [snippet] = snippets(RECIPE)
 exec(compile(snippet.source, str(RECIPE), "exec"), recipe)
 Teacher = Tensor | TopK | LinearLogits
+
+
+def peaked(model: nn.Module) -> nn.Module:
+    """The same on every rank, sure enough of itself that the loss is not flat."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 class Rank:
@@ -61,21 +71,22 @@ class Rank:
         self.hidden, self.head = torch.randn(WORLD, tokens, hidden), torch.randn(vocab, hidden)
 
     def student(self, tied: bool) -> nn.Module:
-        """The same on every rank, sure enough of itself that the loss is not flat."""
         torch.manual_seed(1)
-        student = recipe["Student"](tied)
-        for parameter in student.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.3)
-        return student
+        return peaked(recipe["CausalModel"](16, tied))
 
-    def teacher(self, kind: str, rows: slice) -> Teacher:
+    def scorer(self, kind: type[nn.Module]) -> nn.Module:
+        torch.manual_seed(3)
+        return kind(peaked(recipe["CausalModel"](24, tied=False)))
+
+    def teacher(self, kind: str | None, rows: slice) -> Teacher | None:
+        if kind is None:
+            return None
         if kind == "hidden states":
             return LinearLogits(self.hidden[rows], self.head)
         logits = self.hidden[rows] @ self.head.t()
         return select_topk(logits, 32) if kind == "support" else logits
 
-    def loss(self, call: Callable[..., Tensor], kind: str, rows: slice) -> Tensor:
+    def loss(self, call: Callable[..., Tensor], kind: str | None, rows: slice) -> Tensor:
         """Of some of the sequences, as their share of the mean over all of them."""
         return call(
             self.input_ids[rows],
@@ -129,15 +140,16 @@ def steps(
     module: nn.Module,
     call: Callable[..., Tensor],
     single: nn.Module,
-    kind: str = "hidden states",
+    kind: str | None = "hidden states",
     factor: float = WORLD,
+    single_call: Callable[..., Tensor] | None = None,
 ) -> dict[str, float]:
     worst = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
     optimizers = [
         torch.optim.SGD(each.parameters(), lr=0.5, momentum=0.9) for each in (module, single)
     ]
     for _ in range(STEPS):
-        expected = rank.loss(single, kind, rank.all)
+        expected = rank.loss(single_call or single, kind, rank.all)
         expected.backward()
         loss = rank.loss(call, kind, rank.rows)
         (loss * factor).backward()
@@ -152,18 +164,89 @@ def steps(
 
 def checkpointed(rank: Rank) -> dict[str, float]:
     def prepare(distiller: nn.Module) -> None:
-        layers = distiller.student.model.layers
+        layers = distiller.causal.model.layers
         for i, layer in enumerate(layers):
             layers[i] = checkpoint_wrapper(layer)
 
     return train(rank, prepare=prepare)
 
 
+class WholeScorer(recipe["Scorer"]):
+    """For a teacher whose head stays whole after its forward."""
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, mask: Tensor) -> LinearLogits:
+        return self.causal.logits(input_ids)
+
+
+class IdScorer(recipe["Scorer"]):
+    """For a support that the student has chosen."""
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, mask: Tensor, ids: Tensor) -> TopK:
+        return score_ids(self.causal.logits(input_ids), ids, mask=mask)
+
+
+class Choosing(recipe["Distiller"]):
+    """Without a teacher, the student's own support."""
+
+    def forward(self, input_ids: Tensor, teacher: TopK | None, **options: Any) -> Tensor | TopK:
+        logits = self.causal.logits(input_ids)
+        if teacher is None:
+            return select_topk(logits, 32, mask=options["mask"])
+        return topk_divergence(logits, teacher, **options)
+
+
+def family(
+    rank: Rank, scoring: type[nn.Module], choosing: bool = False, **options: Any
+) -> dict[str, float]:
+    """Student and teacher are sharded; both heads are parameters of their own."""
+    student = (Choosing if choosing else recipe["Distiller"])(rank.student(False))
+    teacher = rank.scorer(scoring)
+    single, single_teacher = copy.deepcopy((student, teacher))
+    recipe["shard"](student, mesh=rank.mesh)
+    recipe["shard"](teacher, mesh=rank.mesh, reshard_after_forward=scoring is not WholeScorer)
+    weight = torch.linspace(0.5, 1.5, recipe["T"])
+
+    def call_of(student: nn.Module, teacher: nn.Module) -> Callable[..., Tensor]:
+        def call(input_ids: Tensor, _: None, *, mask: Tensor, normalizer: Tensor) -> Tensor:
+            with torch.no_grad():
+                chosen = [student(input_ids, None, mask=mask).ids] if choosing else []
+            given = teacher(input_ids, mask, *chosen)
+            # Any ids serve as sampled tokens.
+            tokens = {"token_ids": input_ids.roll(-1, 1)} if "background" in options else {}
+            given_options = {"mask": mask, **tokens, **options}
+            if "reduction" not in options:
+                return student(input_ids, given, normalizer=normalizer, **given_options)
+            return (student(input_ids, given, **given_options) * weight).sum() / normalizer
+
+        return call
+
+    return steps(
+        rank,
+        student,
+        call_of(student, teacher),
+        single,
+        kind=None,
+        single_call=call_of(single, single_teacher),
+    )
+
+
+def teachers_memory(rank: Rank) -> dict[str, bool]:
+    """Whether the teacher's head is whole after its forward."""
+    whole_after = {}
+    for name, options in {"resharded": {"reshard_after_forward": True}, "default": {}}.items():
+        teacher = recipe["shard"](rank.scorer(recipe["Scorer"]), mesh=rank.mesh, **options)
+        teacher(rank.input_ids[rank.rows], rank.mask[rank.rows])
+        whole_after[name] = not isinstance(teacher.causal.lm_head.weight, DTensor)
+    return whole_after
+
+
 class Unsharding(recipe["Distiller"]):
     """For a head that is sharded by itself."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        self.student.lm_head.unshard()
+        self.causal.lm_head.unshard()
         return super().forward(*args, **options)
 
 
@@ -230,7 +313,7 @@ def whole_weight(rank: Rank) -> dict[str, float]:
     student = rank.student(False)
     single = recipe["Distiller"](copy.deepcopy(student))
     rank.loss(single, "hidden states", rank.all).backward()
-    hidden = single.student.model(rank.input_ids).detach()[rank.rows]
+    hidden = single.causal.model(rank.input_ids).detach()[rank.rows]
     recipe["shard"](recipe["Distiller"](student), mesh=rank.mesh)
     weight = student.lm_head.weight
 
@@ -239,7 +322,7 @@ def whole_weight(rank: Rank) -> dict[str, float]:
 
     loss = rank.loss(call, "hidden states", rank.rows)
     (loss * WORLD).backward()
-    wrong = distance(weight.grad, single.student.lm_head.weight.grad)
+    wrong = distance(weight.grad, single.causal.lm_head.weight.grad)
     expected = rank.loss(single, "hidden states", rank.all)
     return {"loss": distance(summed(loss), expected), "gradient": wrong}
 
@@ -292,6 +375,14 @@ def plain(rank: Rank) -> dict[str, float]:
     }
 
 
+# A reduced loss makes the exact background's gradient in forward, one of rows in backward.
+BUCKETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "exact by rows": {"reduction": "none"},
+    "sampled": {"background": "sampled"},
+    "sampled by rows": {"background": "sampled", "reduction": "none"},
+}
+FAMILY = (*BUCKETS, "renormalize", "teacher's LinearLogits", "student's support", "scored ids")
 MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
     "untied": train,
     "tied": lambda rank: train(rank, tied=True),
@@ -300,6 +391,17 @@ MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
     "checkpointed": checkpointed,
     "head by itself": head_by_itself,
     "method": method,
+    **{
+        name: partial(family, scoring=recipe["Scorer"], outside="bucket", **options)
+        for name, options in BUCKETS.items()
+    },
+    "renormalize": partial(family, scoring=recipe["Scorer"]),
+    "teacher's LinearLogits": partial(family, scoring=WholeScorer, outside="bucket"),
+    "student's support": partial(family, scoring=WholeScorer, support="student"),
+    "scored ids": partial(
+        family, scoring=IdScorer, choosing=True, outside="bucket", divergence="forward_kl"
+    ),
+    "teacher's memory": teachers_memory,
     "no factor": lambda rank: train(rank, factor=1.0),
     "mixed precision": mixed_precision,
     "full_tensor": whole_weight,
@@ -308,50 +410,32 @@ MEASUREMENTS: dict[str, Callable[[Rank], dict[str, Any]]] = {
 }
 
 
-def main(rank: int, folder: Path) -> None:
-    """Measures on one of the ranks and writes down what it found."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
+def measured(rank: int) -> dict[str, Any]:
+    """What one of the ranks finds."""
     view = Rank(init_device_mesh("cpu", (WORLD,)))
-    found = {name: measure(view) for name, measure in MEASUREMENTS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    leave()
+    return {name: measure(view) for name, measure in MEASUREMENTS.items()}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """Measurements by name, of each rank."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as file:
-                command = [sys.executable, __file__, str(rank), str(folder)]
-                processes.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-                )
-        codes = [process.wait(TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("fsdp"), WORLD)
 
 
 @pytest.mark.parametrize(
-    "name", ["untied", "tied", "logits", "support", "checkpointed", "head by itself", "method"]
+    "name",
+    ["untied", "tied", "logits", "support", "checkpointed", "head by itself", "method", *FAMILY],
 )
 def test_training_is_that_of_one_process(found: list[dict[str, Any]], name: str) -> None:
     for rank in found:
         assert set(rank[name]) == {"loss", "gradient", "parameter"}
         for what, off in rank[name].items():
             assert off <= ROUNDINGS * EPSILON, (what, off / EPSILON)
+
+
+def test_resharding_after_forward_frees_the_teachers_head(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["teacher's memory"] == {"resharded": False, "default": True}
 
 
 def test_another_factor_is_another_training(found: list[dict[str, Any]]) -> None:
@@ -379,10 +463,10 @@ def test_full_tensor_of_a_trained_head_has_the_right_loss_and_a_wrong_gradient(
 
 @pytest.mark.parametrize("where", ["student", "teacher", "inside"])
 def test_a_weight_that_is_not_whole_is_refused(found: list[dict[str, Any]], where: str) -> None:
-    names = {"teacher": "LinearLogits weight"}
+    name = "student_weight" if where == "student" else "LinearLogits weight"
     for rank in found:
         message = rank["outside"][where]
-        assert message.startswith(f"{names.get(where, 'student_weight')} is a DTensor")
+        assert message.startswith(f"{name} is a DTensor")
         assert str(RECIPE.relative_to(ROOT)) in message
         assert "full_tensor() of a frozen one" in message
 
@@ -398,10 +482,4 @@ def test_what_the_message_about_dtensors_says_to_pass_is_right(
 
 
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), Path(sys.argv[2]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # the other rank waits for this one
-    os._exit(0)  # an interpreter that is torn down under gloo's threads may abort
+    as_rank(measured, WORLD)

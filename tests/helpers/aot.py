@@ -70,8 +70,8 @@ class AmdKernel:
 class _Driver:
     """What Triton asks a driver for when it compiles; the device is the architecture."""
 
-    def __init__(self, architecture: int | str) -> None:
-        self.architecture = architecture
+    def __init__(self, architecture: int | str, device: int | str) -> None:
+        self.architecture, self.device = architecture, device
 
     def get_current_target(self) -> GPUTarget:
         if isinstance(self.architecture, str):
@@ -79,15 +79,18 @@ class _Driver:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int | str:
-        return self.architecture
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 @contextmanager
-def compiling(architecture: int | str) -> Iterator[list[Any]]:
-    """Launches compile and are collected; an architecture with a name is AMD's."""
+def compiling(architecture: int | str, device: str | None = None) -> Iterator[list[Any]]:
+    """Launches compile and are collected; an architecture with a name is AMD's.
+
+    Triton compiles once for a ``device``, by default the architecture.
+    """
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -98,7 +101,7 @@ def compiling(architecture: int | str) -> Iterator[list[Any]]:
     if isinstance(architecture, str):
         torch.version.hip = "of no version"  # NVIDIA's options would not compile
     JITFunction.run = compile_only
-    driver.set_active(_Driver(architecture))
+    driver.set_active(_Driver(architecture, device or architecture))
     try:
         yield compiled
     finally:
@@ -129,9 +132,32 @@ def compile_for_amd(call: Callable[[], object], architecture: str) -> list[AmdKe
 
 def compile_to_text(call: Callable[[], object], architecture: int) -> list[tuple[str, str]]:
     """Name and TTIR, what Triton makes of the source, of each kernel that a call launches."""
-    with compiling(architecture) as compiled:
+    knobs = triton.knobs
+    with (
+        compiling(architecture, "text alone") as compiled,
+        knobs.runtime.scope(),
+        knobs.cache.scope(),
+    ):
+        knobs.runtime.add_stages_inspection_hook = _text_alone
+        knobs.cache.dir = str(FOLDER / "text")  # in Triton 3.6 the hook is no part of a key
         call()
     return [(kernel.metadata.name, kernel.asm["ttir"]) for kernel in compiled]
+
+
+def _text_alone(backend: Any = None, stages: Any = None, *_: object) -> tuple[str, str] | None:
+    """Leaves out what follows TTIR, most of the time; without arguments it names itself."""
+    if stages is None:
+        return ("text alone",) * 2
+
+    def end(module: Any, metadata: dict[str, Any]) -> bytes:
+        name = re.search(r"tt\.func public @(\w+)", str(module))[1]
+        metadata.update(name=name, shared=0)
+        return b""
+
+    for name in list(stages)[1:]:
+        del stages[name]
+    stages[backend.binary_ext] = end
+    return None
 
 
 def _inspect(kernel: Any) -> Kernel:

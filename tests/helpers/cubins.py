@@ -1,13 +1,16 @@
-"""The CUDA kernels compiled for GPUs that need not be here, with the flags of the build.
+"""The machine code of the CUDA kernels, for GPUs that need not be here.
 
     python tests/helpers/cubins.py    # prints what each kernel needs
 
-Ninja keeps what is up to date under build/cubins.
+The kernels are those of the build: its objects, which ninja brings up to date. What else is
+compiled, with the build's flags, is kept under build/cubins.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import re
 import runpy
 import shlex
@@ -25,6 +28,7 @@ from emulation.plan import GPUS, plan
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "cubins"
+OBJECTS = ROOT / "build" / "editable" / "opd_kernels._cuda"
 ARCHITECTURES = (80, 90, 100, 120)
 SOURCES = ("select", "gather", "divergence", "full", "scatter", "background", "tail")
 # What the listing adds from 9.0 on to a kernel's shared memory, where it uses any.
@@ -54,31 +58,29 @@ def available() -> bool:
     return True
 
 
-def compiled(
-    csrc: Path = CSRC,
-    folder: Path = FOLDER,
-    architectures: tuple[int, ...] = ARCHITECTURES,
-    sources: tuple[str, ...] = SOURCES,
-) -> dict[tuple[int, str], sass.Code]:
-    """Each kernel of the sources, by architecture and name."""
+def built() -> dict[tuple[int, str], sass.Code]:
+    """Each kernel of the build for the default GPUs, by architecture and name."""
+    commands = build_commands()
+    with mock.patch.dict(os.environ):
+        os.environ.pop("OPD_KERNELS_CUDA_ARCHS", None)
+        lines = commands["ninja_file"](commands["cuda_module"](), "module.so").splitlines()
+    objects = {source: OBJECTS / f"cuda_{source}.o" for source in SOURCES}
+    _ninja(OBJECTS, lines, *(path.name for path in objects.values()))
     lines = _rules()
-    for arch in architectures:
-        for source in sources:
-            name = f"{source}.{arch}"
-            lines += [
-                f"build {name}.cubin: compile {csrc / 'cuda' / source}.cu",
-                f"  arch = {arch}",
-                f"build {name}.sass: list {name}.cubin",
-            ]
-    _ninja(folder, lines)
+    for arch, (source, path) in itertools.product(ARCHITECTURES, objects.items()):
+        lines += [f"build {source}.{arch}.sass: list {path}", f"  arch = {arch}"]
+    _ninja(FOLDER, lines)
     kernels = {}
-    for arch in architectures:
-        for source in sources:
-            for code in sass.read((folder / f"{source}.{arch}.sass").read_text()):
-                static = max(code.shared - (_SYSTEM_SHARED if arch >= 90 else 0), 0)
-                named = replace(code, name=_plain(code.name), shared=static)
-                kernels[arch, named.name] = named
+    for arch, source in itertools.product(ARCHITECTURES, SOURCES):
+        for code in sass.read((FOLDER / f"{source}.{arch}.sass").read_text()):
+            kernels[arch, _plain(code.name)] = named(code, arch)
     return kernels
+
+
+def named(code: sass.Code, arch: int) -> sass.Code:
+    """With its plain name and its own shared memory."""
+    shared = max(code.shared - (_SYSTEM_SHARED if arch >= 90 else 0), 0)
+    return replace(code, name=_plain(code.name), shared=shared)
 
 
 def listed(source: Path, folder: Path, arch: str, flags: list[str]) -> list[sass.Code]:
@@ -88,6 +90,7 @@ def listed(source: Path, folder: Path, arch: str, flags: list[str]) -> list[sass
         f"build code.cubin: compile {source}",
         f"  arch = {arch}",
         "build code.sass: list code.cubin",
+        f"  arch = {arch}",
     ]
     _ninja(folder, lines)
     return sass.read((folder / "code.sass").read_text())
@@ -101,7 +104,7 @@ def _rules(flags: list[str] | None = None) -> list[str]:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule list",
-        f"  command = {shlex.join(map(str, sass.LISTING))} $in > $out",
+        f"  command = {shlex.join(map(str, sass.LISTING))} -arch sm_$arch $in > $out",
     ]
 
 
@@ -146,16 +149,16 @@ def write(file: Path, text: str) -> None:
         file.write_text(text)
 
 
-def _ninja(folder: Path, lines: list[str]) -> None:
+def _ninja(folder: Path, lines: list[str], *targets: str) -> None:
     write(folder / "build.ninja", "\n".join([*lines, ""]))
-    command = [*build_commands()["ninja_command"](), "--quiet"]
+    command = [*build_commands()["ninja_command"](), "--quiet", *targets]
     subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
 
 
 def main() -> None:
     """Prints what the kernels need, for 8192 rows of 151936 logits and k = 64."""
     print(f"{'kernel':32} sm   registers threads shared blocks instructions in the streaming loop")
-    for (arch, name), code in sorted(compiled().items(), key=lambda item: item[0][::-1]):
+    for (arch, name), code in sorted(built().items(), key=lambda item: item[0][::-1]):
         threads, shared = 128, 0
         if not name.startswith(("gather", "scatter", "background", "tail")):
             cut = plan(8192, 151936, 64, itemsize(code) if "<" in name else 2, GPUS[arch])

@@ -8,11 +8,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SANITIZED = os.environ.get("OPD_KERNELS_EMULATED") == "sanitized"
 
 
 def examples(count: int) -> int:
     """Random cases to draw: a fraction of them under the interpreter."""
-    return max(count // 60, 3) if INTERPRETED else count
+    return max(count // 30, 3) if INTERPRETED else count
 
 
 def rows(count: int) -> int:

@@ -159,7 +159,7 @@ def test_a_position_without_entries_raises(tmp_path: Path, served: tuple[Teacher
 
     teacher.change = forget
     server = TeacherServer(teacher.url, k=K)
-    with pytest.raises(TeacherServerError, match=r"no 6 entries for 4 of \d+ response tokens"):
+    with pytest.raises(TeacherServerError, match=r"no 6 entries for 4 of \d+ tokens"):
         trainer(llama(0), None, config(tmp_path), teacher_server=server).train()
 
 

@@ -190,7 +190,7 @@ def check_background(code: sass.Code) -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[int, str], sass.Code]:
-    return cubins.compiled()
+    return cubins.built()
 
 
 @pytest.fixture(params=cubins.ARCHITECTURES)
@@ -368,7 +368,8 @@ def test_a_worse_kernel_is_noticed(name: str) -> None:
             assert text.count(change.before) == 1
             text = text.replace(change.before, change.after)
         cubins.write(folder / "csrc" / path.relative_to(cubins.CSRC), text)
-    source = change.kernel.split("_")[0]
-    code = cubins.compiled(folder / "csrc", folder, (90,), (source,))[90, change.kernel]
+    source = folder / "csrc" / "cuda" / f"{change.kernel.split('_')[0]}.cu"
+    found = [cubins.named(code, 90) for code in cubins.listed(source, folder, "90", [])]
+    (code,) = (code for code in found if code.name == change.kernel)
     with pytest.raises(AssertionError, match=change.says):
         check(code)

@@ -33,19 +33,19 @@ def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 @given(case=cases(float64=False, only=LINEAR))
-@settings(max_examples=examples(1500))
+@settings(max_examples=examples(750))
 def test_any_call_is_within_its_budget(linear_backend: str, case: Case) -> None:
     check(case, linear_backend)
 
 
 @given(case=cases(only=LINEAR))
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(150))
 def test_any_call_is_within_its_budget_on_the_default_backend(case: Case) -> None:
     check(case)
 
 
 @given(case=cases(float64=False, only=LINEAR))
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(150))
 def test_any_call_is_within_its_budget_on_every_instruction_set(
     instruction_set: str, case: Case
 ) -> None:

@@ -415,6 +415,48 @@ def test_a_sampled_token_that_does_not_exist_makes_its_row_nan(linear_backend: s
     leaves = case.leaves()
     loss = topk_divergence(case.head(leaves), case.teacher, K, **case.options)
     assert loss.isnan().nonzero().flatten().tolist() == [2]
+    (grad,) = torch.autograd.grad(loss.sum(), leaves[:1])
+    assert grad.isnan().any(-1).nonzero().flatten().tolist() == [2]
+
+
+def test_a_log_prob_of_a_token_that_does_not_exist_is_nan(linear_backend: str) -> None:
+    case = plain_calls(
+        outside="bucket", return_token_logprobs=True, banned_ids=list(range(4, V)),
+        backend=linear_backend,
+    )  # fmt: skip
+    case.options["token_ids"][2] = V  # beside ids that are missing, as 4 are allowed
+    _, logprobs = topk_divergence(case.head(case.leaves()), case.teacher, K, **case.options)
+    assert logprobs.isnan().nonzero().flatten().tolist() == [2]
+
+
+def test_an_id_that_is_listed_twice_counts_once_in_a_sampled_background(
+    linear_backend: str,
+) -> None:
+    case = plain_calls(
+        outside="bucket", background="sampled", reduction="none", backend=linear_backend
+    )
+    once = score_ids(case.teacher, select_topk(case.teacher, K).ids, temperature=0.8)
+    ids, logits = (torch.cat((x, x[:, :1]), -1) for x in (once.ids, once.logits))
+    case.options["token_ids"] = case.teacher[:, :V].argmin(-1)
+    found = []
+    for teacher in (once, TopK(ids, logits, once.logsumexp, once.tail_logsumexp, None, 0.8)):
+        leaves = case.leaves()
+        loss = topk_divergence(case.head(leaves), teacher, **case.options)
+        found.append(torch.autograd.grad(loss.sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@composed
+def test_rows_of_only_minus_infinity_are_0_with_their_log_sum_exp(linear_backend: str) -> None:
+    case = plain_calls(outside="bucket", reduction="none", backend=linear_backend)
+    case.bias.fill_(-torch.inf)
+    given = torch.full((N,), -torch.inf)
+    for options in (case.options, {**case.options, "student_logsumexp": given}):
+        leaves = case.leaves()
+        loss = topk_divergence(case.head(leaves), case.teacher, K, **options)
+        grads = torch.autograd.grad(loss.sum(), leaves)
+        assert not any(x.any() for x in (loss, *grads))
 
 
 @pytest.mark.parametrize("outside", ["renormalize", "bucket"])
@@ -570,9 +612,15 @@ def test_gradients_add_up_and_repeat_their_bits(linear_backend: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(
-    "options", [{}, {"background": "sampled"}, {"return_token_logprobs": True}], ids=str
+    ("options", "compiler"),
+    [
+        ({}, "inductor"),
+        ({"background": "sampled"}, "aot_eager"),
+        ({"return_token_logprobs": True}, "aot_eager"),
+    ],
+    ids=str,
 )
-def test_compiled_as_eager(options: dict[str, Any]) -> None:
+def test_compiled_as_eager(options: dict[str, Any], compiler: str) -> None:
     case = plain_calls(outside="bucket", **options)
 
     def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -580,7 +628,7 @@ def test_compiled_as_eager(options: dict[str, Any]) -> None:
         return found[0] + found[1].mean() if isinstance(found, tuple) else found
 
     found = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend=compiler)):
         leaves = case.leaves()
         loss = function(*leaves)
         found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])

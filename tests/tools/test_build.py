@@ -97,13 +97,16 @@ def printed(*command: object) -> str:
     return run.stdout
 
 
-def keep_objects(folder: Path, *names: str) -> None:
-    """Makes a build's folders of objects, one for each module, outlive the build's folder."""
+def keep_objects(folder: Path, cuda: str) -> None:
+    """Makes a build's folders of objects, one for each module, outlive the build's folder.
+
+    Those of the CPU module are the installation's: the same commands made them.
+    """
     (folder / "temp").mkdir()
-    for module, name in zip(("_C", "_cuda"), names, strict=True):
-        objects = ROOT / "build" / "tests" / str(sys.implementation.cache_tag) / name
+    own = ROOT / "build" / "tests" / str(sys.implementation.cache_tag) / cuda
+    for name, objects in (("_C", ROOT / "build" / "editable" / "opd_kernels._C"), ("_cuda", own)):
         objects.mkdir(parents=True, exist_ok=True)
-        (folder / "temp" / f"opd_kernels.{module}").symlink_to(objects)
+        (folder / "temp" / f"opd_kernels.{name}").symlink_to(objects)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     Its objects stay under build/, so that ninja compiles only what has changed since the last run.
     """
     folder = tmp_path_factory.mktemp("build")
-    keep_objects(folder, "_C", "_cuda")
+    keep_objects(folder, "_cuda")
     run = build(folder, hide_nvcc=True, OPD_KERNELS_REQUIRE_NATIVE="1")
     assert run.returncode == 0, run.stderr
     return folder, run.stderr
@@ -328,7 +331,7 @@ def built_for_one_gpu(
 ) -> tuple[Path, Path]:
     """The folder of a build for compute capability 9.0 alone and a copy of its module."""
     folder = tmp_path_factory.mktemp("one_gpu")
-    keep_objects(folder, "_C", "_cuda.90a")  # _C is that of ``built``, and up to date
+    keep_objects(folder, "_cuda.90a")
     run = build(folder, OPD_KERNELS_CUDA_ARCHS="9.0a+PTX")
     if ": no nvcc" in run.stderr:
         pytest.skip("needs nvcc")

@@ -516,6 +516,17 @@ def of_both(*measures: str) -> list[tuple[str, str]]:
     return [(backend, measure) for backend in BACKENDS for measure in measures]
 
 
+FULL_HEADS = [
+    *(("torch", f"{count}chunked product{s}")
+      for count, s in (("", ""), ("three ", "s"), ("four ", "s"))),
+    ("torch", "one product"),
+    ("peer", "LM head + careful eager"),
+    *(("triton", measure) for measure in (
+        "score_ids", "exact, mean", "exact, per row", "sampled", "sampled, log-sum-exp given",
+    )),
+]  # fmt: skip
+
+
 def test_a_dry_run_measures_everything(dry_runs: dict[int, dict[str, Any]]) -> None:
     first, second = dry_runs.values()
     ours = of_both("forward", "backward", "forward + backward")
@@ -536,6 +547,7 @@ def test_a_dry_run_measures_everything(dry_runs: dict[int, dict[str, Any]]) -> N
         (second, "shapes", point * 3),
         (second, "unusual", of_both("forward", "forward + backward") * 2),
         (second, "family", [*YARDSTICKS[:2], *of_both(*members, *riding)]),
+        (second, "full heads", FULL_HEADS),
         (second, "peers", of_both(*peers, *(f"reverse KL, bucket, {peer}" for peer in peers))),
     ]
     for found, part, rows in expected:

@@ -330,8 +330,7 @@ class TopKDistillationTrainer(DistillationTrainer):
             generated &= batch["tool_mask"].bool()
         wanted = special_token_mask(batch["completion_ids"], self._masked_ids, mask=generated)
         if self.teacher_server is not None:
-            topk, scored = self._ask_server(batch)
-            self._check_scored(wanted & ~scored, wanted)
+            topk, scored = self._ask_server(batch, wanted)
             counted = wanted & scored
             batch["teacher_ids"], batch["teacher_logprobs"] = topk.ids, topk.logits
         else:
@@ -375,49 +374,29 @@ class TopKDistillationTrainer(DistillationTrainer):
             "prompts (chat_template) without the others"
         )
 
-    def _ask_server(self, batch: dict[str, Any]) -> tuple[TopK, Tensor]:
-        """(entries (B, C, K), mask (B, C)) of the rows that predict the response."""
+    def _ask_server(self, batch: dict[str, Any], wanted: Tensor) -> tuple[TopK, Tensor]:
+        """(entries (B, C, K) of the rows that predict the response, mask (B, C) of its tokens)."""
         if any(name in batch for name in self._multimodal_names()):
             raise ValueError(
                 "the batch has images, which a teacher behind a server is not shown; use a "
                 "teacher_model"
             )
-        prompts = _rows(batch["prompt_ids"], batch["prompt_mask"])
-        responses = _rows(batch["completion_ids"], batch["completion_mask"])
-        starts = [len(prompt) for prompt in prompts]
-        sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        topk, scored = self.teacher_server.topk(sequences, starts=starts)
-        rows, width = batch["completion_ids"].shape
-        ids = torch.full((rows, width, topk.k), -1, dtype=topk.ids.dtype)
-        logprobs = torch.full(ids.shape, -torch.inf)
-        mask = torch.zeros(rows, width, dtype=torch.bool)
-        for row, (start, response) in enumerate(zip(starts, responses, strict=True)):
-            # Row start - 1 predicts the first token of the response.
-            source = slice(start - 1, start - 1 + len(response))
-            target = slice(len(response))
-            ids[row, target], logprobs[row, target] = (
-                topk.ids[row, source],
-                topk.logits[row, source],
-            )
-            mask[row, target] = scored[row, source]
-        if (ids >= self._limit).any() or torch.isin(ids, self._banned_ids.cpu()).any():
+        sequences, keep = sequences_of(batch, [])
+        prompts = torch.zeros_like(batch["prompt_ids"], dtype=torch.bool)
+        topk, scored = self.teacher_server.score(
+            sequences.tokens,
+            attention_mask=sequences.attention,
+            mask=torch.cat([prompts, wanted], 1),
+        )
+        topk = topk[:, -keep - 1 : -1]
+        if (topk.ids >= self._limit).any() or torch.isin(topk.ids, self._banned_ids).any():
             warnings.warn(
                 "the teacher's server lists ids that are banned or outside the student's "
                 "vocabulary; they are dropped and not replaced, so that tokens have fewer than k "
                 "entries (valid_k)",
                 stacklevel=2,
             )
-        device = self.accelerator.device
-        return TopK(ids, logprobs).to(device), mask.to(device)
-
-    def _check_scored(self, missing: Tensor, counted: Tensor) -> None:
-        count = int(missing.sum())
-        if count and self.teacher_server.on_failure == "raise":
-            raise TeacherServerError(
-                f"the teacher's server has no {self.args.k} entries for {count} of "
-                f"{int(counted.sum())} response tokens; "
-                'TeacherServer(on_failure="mask") leaves such tokens out'
-            )
+        return topk, scored[:, -keep:]
 
     def _multimodal_names(self) -> list[str]:
         parameters = inspect.signature(self._get_last_hidden_state).parameters
@@ -446,12 +425,6 @@ def _sums(stats: Stats) -> Tensor:
     """The sum of each logged statistic over the rows that count, and their number."""
     sums = [torch.where(stats.mask, getattr(stats, name), 0).sum() for name in LOGGED]
     return torch.stack([value.double() for value in (*sums, stats.mask.sum())])
-
-
-def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The tokens of each sequence, without padding."""
-    pairs = zip(ids.cpu(), mask.bool().cpu(), strict=True)
-    return [row[kept].tolist() for row, kept in pairs]
 
 
 def _check_hooks() -> None:
