@@ -131,8 +131,8 @@ class Sharded:
 
     def local(self, ids: Tensor) -> Tensor:
         """The ids as columns of this rank, int32, -1 for those of other ranks."""
-        columns = ids - self.shard.start
-        outside = (columns < 0) | (columns >= self.columns) | (ids < 0)
+        columns = ids.clamp(min=-1) - self.shard.start
+        outside = (columns < 0) | (columns >= self.columns)
         return columns.masked_fill(outside, -1).to(torch.int32)
 
     def allowed(self, allowed: Allowed) -> Allowed:
@@ -322,37 +322,44 @@ def _joined(tails: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _read_part(source: Sharded, reading: Reading, backend: str) -> tuple[Tensor, ...]:
     """This rank's share of what is read: ids of the whole vocabulary, 0 at listed ids elsewhere."""
-    shard, rows, device = source.shard, source.shape, source.device
     k, allowed, tail, listed = reading
-    kept = min(k, source.columns)
+    if not source.below(_reach(reading)):
+        return _no_part(source, reading)
+    kept, width = min(k, source.columns), source.below(tail.width)
     here = None if listed is None else source.local(listed)
-    width = source.below(tail.width)
-    of_tail = Tail(
-        width,
-        tail.temperature,
-        None if tail.ids is None else source.local(tail.ids),
-        tail.with_entropy,
+    of_tail = no_tail()
+    if width:
+        at_ids = None if tail.ids is None else source.local(tail.ids)
+        of_tail = Tail(width, tail.temperature, at_ids, tail.with_entropy)
+    asked = Reading(kept, source.allowed(allowed), of_tail, here)
+    ids, values, at_listed, *sums = _local(source.part, asked, backend)
+    ids = (ids + source.shard.start).masked_fill_(ids < 0, -1)
+    if kept < k:
+        ids = torch.nn.functional.pad(ids, (0, k - kept), value=-1)
+        values = torch.nn.functional.pad(values, (0, k - kept), value=-torch.inf)
+    if here is not None:
+        at_listed = at_listed.masked_fill(here < 0, 0)
+    return ids, values, at_listed, *(sums if width else _no_sums(source, tail))
+
+
+def _no_part(source: Sharded, reading: Reading) -> tuple[Tensor, ...]:
+    """``_read_part`` of a rank that holds nothing of what is read."""
+    rows, k = source.shape, reading.k
+    ids = torch.full((*rows, k), -1, dtype=torch.int32, device=source.device)
+    values = torch.full((*rows, k), -torch.inf, dtype=source.dtype, device=source.device)
+    count = 0 if reading.listed is None else reading.listed.shape[-1]
+    return ids, values, values.new_zeros((*rows, count)), *_no_sums(source, reading.tail)
+
+
+def _no_sums(source: Sharded, tail: Tail) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy of no columns, as far as they are asked for."""
+    rest = torch.full(
+        source.shape if tail.width else (0,),
+        -torch.inf,
+        dtype=wide_dtype(source.device),
+        device=source.device,
     )
-    wide = wide_dtype(device)
-    ids = torch.full((*rows, kept), -1, dtype=torch.int32, device=device)
-    values = torch.full((*rows, kept), -torch.inf, dtype=source.dtype, device=device)
-    at_listed = values.new_zeros((*rows, 0 if listed is None else listed.shape[-1]))
-    rest = torch.full(rows, -torch.inf, dtype=wide, device=device)
-    entropy = rest.new_zeros(rows if tail.with_entropy else (0,))
-    if not tail.width:
-        rest, entropy = rest.new_empty(0), rest.new_empty(0)
-    if source.below(_reach(reading)):
-        asked = Reading(kept, source.allowed(allowed), of_tail if width else no_tail(), here)
-        ids, values, found, *sums = _local(source.part, asked, backend)
-        if here is not None:
-            at_listed = found.masked_fill(here < 0, 0)
-        if width:
-            rest, entropy = sums
-    ids = torch.where(ids < 0, -1, ids + shard.start)
-    missing = (0, k - kept)
-    ids = torch.nn.functional.pad(ids, missing, value=-1)
-    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
-    return ids, values, at_listed, rest, entropy
+    return rest, rest.new_zeros(rest.shape if tail.with_entropy else (0,))
 
 
 def _reach(reading: Reading) -> int:
@@ -469,7 +476,10 @@ def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[
     words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
     everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)
     found = [
-        some.flatten().clone().view(tensor.dtype).reshape(shard.ranks, *tensor.shape)
+        some.clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(tensor.dtype)
+        .view(shard.ranks, *tensor.shape)
         for some, tensor in zip(everywhere[:-1], parts, strict=True)
     ]
     owned = everywhere[-1].sum(0, dtype=torch.int32)
