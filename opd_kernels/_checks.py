@@ -32,6 +32,11 @@ DTENSOR_ROWS = (
     "expected a plain tensor; pass .to_local() if each rank holds whole rows, the same rows of "
     "every argument, and .full_tensor() if it holds parts of rows"
 )
+DTENSOR_LOGITS = (
+    "expected a plain tensor, or a DTensor with Shard(-1) on one dimension of its mesh and Partial "
+    "on none; pass .to_local() if each rank holds whole rows, the same rows of every argument, and "
+    ".full_tensor() if it holds other parts of rows"
+)
 DTENSOR_WHOLE = "expected a plain tensor; pass .full_tensor()"
 DTENSOR_BUFFER = (
     "expected a plain tensor; pass .to_local(), which shares its memory, if each rank holds whole "
@@ -40,6 +45,7 @@ DTENSOR_BUFFER = (
 DTENSOR_PARAMETER = (
     "of which this rank holds a part; under FSDP2 compute the loss in the forward of the module "
     "that fully_shard wraps, where its parameters are whole (docs/recipes/sharded-parameters.md). "
+    "Under tensor parallelism, where each rank holds rows of it, pass .to_local() and vocab_shard. "
     "Pass .full_tensor() of a frozen one only: a trained one's gradient would lack the other "
     "ranks' share"
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from opd_kernels import _checks
-from opd_kernels.distributed import Source, VocabShard, as_shards
+from opd_kernels.distributed import Sharded, Source, VocabShard, as_shards, from_dtensor
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
 from opd_kernels.options import (
@@ -510,8 +510,16 @@ def linear_topk_rkl(
     return loss if stats is None else (loss, stats)
 
 
-def _checked(student: object, options: Options) -> Tensor | LinearLogits:
+def _checked(student: object, options: Options) -> Source:
     """The student, once its parts fit."""
+    student = from_dtensor(student, "student")
+    if isinstance(student, Sharded):
+        if options.get("inplace_grad"):
+            raise ValueError(
+                "inplace_grad=True would overwrite a DTensor's memory where autograd does not see "
+                "it; leave it out, or pass .to_local() and vocab_shard"
+            )
+        return student
     least = 1 if options.get("vocab_shard") is None else 0  # a rank may hold no column
     if not isinstance(student, LinearLogits):
         return _checks.check_logits(student, "student", least=least)
@@ -534,7 +542,7 @@ def _topk_divergence(
     """
     names = _stats_names(return_stats)
     device = student.device
-    rows = student.shape if isinstance(student, LinearLogits) else student.shape[:-1]
+    rows = student.shape[:-1] if isinstance(student, Tensor) else student.shape
     of_head = isinstance(student, LinearLogits)
     student, teacher = as_shards(
         student, teacher, options.get("vocab_shard"), options.get("teacher_vocab_shard")

@@ -9,6 +9,7 @@ nothing but the gradient of hidden states.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,9 +155,8 @@ def as_shards(
     student: Source, teacher: Any, shard: object, teacher_shard: object
 ) -> tuple[Source, Any]:
     """Both sides with the columns that are here, once they fit."""
-    if shard is None and teacher_shard is None:
-        return student, teacher
     student = sharded(student, shard, "vocab_shard")
+    teacher = from_dtensor(teacher, "teacher")
     if isinstance(teacher, TopK):
         if teacher_shard is not None:
             raise ValueError(
@@ -164,18 +164,19 @@ def as_shards(
                 "teacher_vocab_shard out"
             )
         return student, teacher
-    if teacher_shard == "whole":
-        if not isinstance(student, Sharded):
-            raise ValueError('teacher_vocab_shard="whole" goes with a vocab_shard; leave it out')
-        return student, _columns_of(teacher, student.shard)
-    if teacher_shard is not None:
+    if isinstance(teacher, Sharded) or not (teacher_shard is None or teacher_shard == "whole"):
         return student, sharded(teacher, teacher_shard, "teacher_vocab_shard")
-    assert isinstance(student, Sharded)
-    teacher = sharded(teacher, shard, "vocab_shard")
+    if not isinstance(student, Sharded):
+        if teacher_shard is None:
+            return student, teacher
+        raise ValueError('teacher_vocab_shard="whole" goes with a vocab_shard; leave it out')
+    if teacher_shard == "whole":
+        return student, _columns_of(teacher, student.shard)
+    teacher = sharded(teacher, student.shard, "vocab_shard")
     if teacher.width != student.width:
         raise ValueError(
             f"teacher has {teacher.width} columns on this rank and the student {student.width}; "
-            'vocab_shard says that both are split alike. Pass teacher_vocab_shard="whole" for a '
+            'without a shard of its own it is split alike. Pass teacher_vocab_shard="whole" for a '
             "teacher that is whole on every rank, or the VocabShard of its own columns"
         )
     return student, teacher
@@ -185,6 +186,11 @@ def sharded(source: Any, shard: object, name: str) -> Any:
     """Logits or a head of which ``shard`` says which columns are here; None: all."""
     if shard is None:
         return source
+    if isinstance(source, Sharded):
+        raise ValueError(
+            f"{name} goes with plain tensors, and a DTensor knows which columns it holds; leave it "
+            "out, or pass .to_local()"
+        )
     if not isinstance(shard, VocabShard):
         expected = "a VocabShard or None"
         raise TypeError(f"{name} is a {type(shard).__name__}, expected {expected}")
@@ -195,6 +201,29 @@ def sharded(source: Any, shard: object, name: str) -> Any:
     if not isinstance(source, LinearLogits):
         source = _checks.check_logits(source, "logits", least=0)
     return Sharded(source, shard)
+
+
+def from_dtensor(source: Any, name: str) -> Any:
+    """A DTensor of logits as the columns that are here; anything else as it is.
+
+    One dimension of its mesh shards the vocabulary. The rows that the others shard or replicate are
+    as local as those of plain tensors, and the gradient has the DTensor's placements.
+    """
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(source, distributed.DTensor):
+        return source
+    mesh, placements, vocab = source.device_mesh, source.placements, source.shape[-1]
+    last = (source.ndim - 1, -1)
+    # Not is_shard(), which does not know of strided shards in every torch.
+    over = [i for i, placement in enumerate(placements) if getattr(placement, "dim", None) in last]
+    partial = any(placement.is_partial() for placement in placements)
+    if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
+        raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
+    [dim] = over
+    step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
+    start = min(mesh.get_local_rank(dim) * step, vocab)
+    local = _checks.check_logits(source.to_local(), name, least=0)
+    return Sharded(local, VocabShard(start, vocab, mesh.get_group(dim)))
 
 
 def _columns_of(whole: Any, shard: VocabShard) -> Sharded:
@@ -233,9 +262,16 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
         facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
         facts[f"{name} dtype"] = side.dtype if isinstance(side, Sharded) else None
     columns = tuple((side.shard.start, side.columns) for _, side in shards)
-    key = (shard.group, shard.ranks, columns, tuple(map(repr, facts.values())))
+    groups = tuple(side.shard.group for _, side in shards)
+    key = (groups, shard.ranks, columns, tuple(facts.values()))
     if key in _AGREED:
         return
+    ranks = [sorted(dist.get_process_group_ranks(group)) for group in groups]
+    if ranks[0] != ranks[-1]:
+        raise ValueError(
+            f"student and teacher are sharded over different ranks, {ranks[0]} and {ranks[-1]}; "
+            "shard both over one group, or over groups of the same ranks"
+        )
     mine = (columns, {**facts, "rows": tuple(shards[0][1].shape)})
     everyone: list[Any] = [None] * shard.ranks
     _run(shard, lambda: dist.all_gather_object(everyone, mine, group=shard.group))

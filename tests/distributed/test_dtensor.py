@@ -1,5 +1,7 @@
 """DTensors are refused by name, with what to pass instead, before any operator sees them.
 
+Logits that are sharded over the vocabulary are taken, by this process alone here and by several in
+``test_vocab_mesh``.
 That what to pass gives the loss and the gradient is measured on two processes, in ``test_fsdp``.
 """
 
@@ -14,14 +16,23 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from opd_kernels import (
     EntryGradient,
     LinearLogits,
     TopK,
+    VocabShard,
     linear_topk_rkl,
     select_topk,
+    topk_divergence,
     topk_rkl,
 )
 
@@ -34,7 +45,11 @@ ONES = torch.ones(4)
 BANNED = torch.tensor([1, 2])
 
 Distribute = Callable[[Tensor], Tensor]
-ROWS, WHOLE, PARAMETER = [".to_local()", ".full_tensor()"], [".full_tensor()"], ["fully_shard"]
+ROWS, WHOLE = [".to_local()", ".full_tensor()"], [".full_tensor()"]
+PARAMETER = ["fully_shard", ".to_local() and vocab_shard"]
+# Taken where the vocabulary is sharded.
+TAKEN = ("student", "student and a support", "student and teacher", "teacher")
+TAKEN += ("teacher of hidden states",)
 
 # name: (the call with a DTensor, the argument as the message names it, its tensor, the remedies)
 CALLS: dict[str, tuple[Callable[[Distribute], Any], str, Tensor, list[str]]] = {
@@ -98,6 +113,7 @@ CASES = [
     for name, (_, _, tensor, _) in CALLS.items()
     for placement in (Replicate(), Shard(0), Shard(1))
     if not placement.is_shard() or placement.dim < tensor.ndim
+    if not (name in TAKEN and placement == Shard(1))
 ]
 
 
@@ -120,6 +136,46 @@ def test_a_dtensor_is_refused_by_name_with_what_to_pass(
     assert all(remedy in str(raised.value) for remedy in remedies)
 
 
+@pytest.mark.parametrize("name", TAKEN)
+def test_logits_sharded_over_the_vocabulary_are_taken(mesh: DeviceMesh, name: str) -> None:
+    call = CALLS[name][0]
+    expected = call(lambda tensor: tensor)
+    found = call(lambda tensor: distribute_tensor(tensor, mesh, [Shard(-1)]))
+    assert not isinstance(found, DTensor)
+    # The row is not read in one pass: a few roundings of terms of a loss about 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_pending_sums_and_two_shards_of_the_vocabulary_are_refused(
+    mesh: DeviceMesh, side: str
+) -> None:
+    square = init_device_mesh("cpu", (1, 1))
+    wrong = [
+        DTensor.from_local(S, mesh, [Partial()]),
+        DTensor.from_local(S, square, [Shard(1), Partial()]),
+        DTensor.from_local(S, square, [Shard(1), Shard(1)]),
+    ]
+    for logits in wrong:
+        with pytest.raises(ValueError, match=rf"^{side} is a DTensor, .* Shard\(-1\) on one dim"):
+            topk_rkl(*((logits, T) if side == "student" else (S, logits)))
+
+
+def test_a_dtensor_and_a_shard_option_exclude_each_other(mesh: DeviceMesh) -> None:
+    logits, shard = distribute_tensor(S, mesh, [Shard(1)]), VocabShard(0, 50)
+    with pytest.raises(ValueError, match=r"^vocab_shard goes with plain tensors"):
+        topk_rkl(logits, T, vocab_shard=shard)
+    for option in (shard, "whole"):
+        with pytest.raises(ValueError, match=r"^teacher_vocab_shard goes with plain tensors"):
+            topk_rkl(S, logits, vocab_shard=shard, teacher_vocab_shard=option)
+
+
+def test_the_memory_of_a_dtensor_is_not_overwritten(mesh: DeviceMesh) -> None:
+    logits = distribute_tensor(S, mesh, [Shard(1)]).requires_grad_()
+    with pytest.raises(ValueError, match="inplace_grad=True would overwrite a DTensor's memory"):
+        topk_rkl(logits * 1, T, inplace_grad=True)
+
+
 def test_a_local_gradient_is_added_to_in_place(mesh: DeviceMesh) -> None:
     grad = distribute_tensor(S.clone(), mesh, [Shard(0)])
     EntryGradient(IDS, LOGITS).add_to_(grad.to_local())
@@ -139,3 +195,18 @@ def test_a_compiled_loss_refuses_a_dtensor_by_name(mesh: DeviceMesh) -> None:
     student = distribute_tensor(S, mesh, [Shard(0)])
     with pytest.raises(ValueError, match="student is a DTensor"):
         torch.compile(topk_rkl, backend="aot_eager")(student, T)
+
+
+def test_dtensors_compile_to_one_graph(mesh: DeviceMesh) -> None:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return topk_divergence(student, teacher, 8, outside="bucket")
+
+    teacher = distribute_tensor(T, mesh, [Shard(1)])
+    eager, traced = (distribute_tensor(S, mesh, [Shard(1)]).requires_grad_() for _ in range(2))
+    expected = loss(eager, teacher)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(traced, teacher)
+    found.backward()
+    expected.backward()
+    assert torch.equal(found, expected)
+    assert traced.grad.placements == (Shard(1),)
+    assert torch.equal(traced.grad.to_local(), eager.grad.to_local())
