@@ -19,7 +19,7 @@ import torch
 from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_pool import LostRanksError, Failure, Pool
+from rank_pool import Failure, LostRanksError, Pool
 from sharded_calls import KINDS, TEACHERS, Layout
 
 from opd_kernels import VocabShard, topk_rkl
