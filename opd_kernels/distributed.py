@@ -239,8 +239,8 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
     """Raises on every rank unless the ranks' columns and calls fit; once for each kind of call.
 
     It is what keeps a mistake on one rank from blocking the others in a collective. Its own is
-    small, and has the same size for every call. A mistake that comes later, other rows say, is
-    found while debugging, which looks at every call.
+    small, and has the same size for every call. A mistake that comes later, other rows or
+    columns say, is found while debugging, which looks at every call.
     """
     shards = [(name, side) for name, side in sides if isinstance(side, Sharded)]
     if not shards or torch.compiler.is_compiling():
@@ -251,10 +251,11 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
         facts[f"{name} kind"] = type(side.part if isinstance(side, Sharded) else side).__name__
         facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
         facts[f"{name} dtype"] = side.dtype if isinstance(side, Sharded) else None
-    columns = tuple((side.shard.start, side.columns) for _, side in shards)
-    key = (shard.group, shard.ranks, columns, tuple(map(repr, facts.values())))
+    # Nothing of this rank alone: all ranks look, or none does.
+    key = (shard.group, shard.ranks, tuple(map(repr, facts.values())))
     if key in _AGREED and not debugging.on_outside_of_operators():
         return
+    columns = tuple((side.shard.start, side.columns) for _, side in shards)
     mine = (columns, {**facts, "rows": tuple(shards[0][1].shape)})
     everyone: list[Any] = [None] * shard.ranks
     _run(shard, lambda: dist.all_gather_object(everyone, mine, group=shard.group))
