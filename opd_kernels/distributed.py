@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_kernels import _checks, _ops
+from opd_kernels import _checks, _ops, debugging
 from opd_kernels._arguments import (
     Allowed,
     Reading,
@@ -32,7 +32,7 @@ from opd_kernels._arguments import (
     wide_dtype,
 )
 from opd_kernels._linear_autograd import GatherDot, HeadRows, Rows
-from opd_kernels._ordering import in_order
+from opd_kernels._ordering import first_places, in_order, repeats
 from opd_kernels._shard_autograd import LogitRows, Merged, ReducedGradient
 from opd_kernels.backends import plain
 from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
@@ -226,6 +226,25 @@ def from_dtensor(source: Any, name: str) -> Any:
     return Sharded(local, VocabShard(start, vocab, mesh.get_group(dim)))
 
 
+def widened(student: Source, teacher: Source | TopK) -> tuple[Source, Source | TopK]:
+    """Logits in float64 if a side is, so that the sums of both sides are."""
+    tensors = [
+        side if isinstance(side, Tensor) else side.logits if isinstance(side, TopK) else side.tensor
+        for side in (student, teacher)
+        if not isinstance(side, LinearLogits)
+    ]
+    if compute_dtype(*tensors) != torch.float64:
+        return student, teacher
+    return _wide(student), _wide(teacher)
+
+
+def _wide(side: Any) -> Any:
+    """A shard of logits in float64; anything else as it is."""
+    if not isinstance(side, Sharded) or isinstance(side.part, LinearLogits):
+        return side
+    return Sharded(side.part.double(), side.shard)
+
+
 def _columns_of(whole: Any, shard: VocabShard) -> Sharded:
     """This rank's share of what is whole on every rank, so that each reads a part."""
     vocab = whole.vocab if isinstance(whole, LinearLogits) else whole.shape[-1]
@@ -250,7 +269,8 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
     """Raises on every rank unless the ranks' columns and calls fit; once for each kind of call.
 
     It is what keeps a mistake on one rank from blocking the others in a collective. Its own is
-    small, and has the same size for every call.
+    small, and has the same size for every call. A mistake that comes later, other rows or
+    columns say, is found while debugging, which looks at every call.
     """
     shards = [(name, side) for name, side in sides if isinstance(side, Sharded)]
     if not shards or torch.compiler.is_compiling():
@@ -261,10 +281,10 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
         facts[f"{name} kind"] = type(side.part if isinstance(side, Sharded) else side).__name__
         facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
         facts[f"{name} dtype"] = side.dtype if isinstance(side, Sharded) else None
-    columns = tuple((side.shard.start, side.columns) for _, side in shards)
+    # Nothing of this rank alone: all ranks look, or none does.
     groups = tuple(side.shard.group for _, side in shards)
-    key = (groups, shard.ranks, columns, tuple(facts.values()))
-    if key in _AGREED:
+    key = (groups, shard.ranks, tuple(facts.values()))
+    if key in _AGREED and not debugging.on_outside_of_operators():
         return
     ranks = [sorted(dist.get_process_group_ranks(group)) for group in groups]
     if ranks[0] != ranks[-1]:
@@ -272,6 +292,7 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
             f"student and teacher are sharded over different ranks, {ranks[0]} and {ranks[-1]}; "
             "shard both over one group, or over groups of the same ranks"
         )
+    columns = tuple((side.shard.start, side.columns) for _, side in shards)
     mine = (columns, {**facts, "rows": tuple(shards[0][1].shape)})
     everyone: list[Any] = [None] * shard.ranks
     _run(shard, lambda: dist.all_gather_object(everyone, mine, group=shard.group))
@@ -428,33 +449,40 @@ def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple
 
 
 def gathered(
-    source: Sharded, ids: Tensor, allowed: Allowed, inplace: bool, backend: str
+    source: Sharded, ids: Tensor, allowed: Allowed, repeated: bool, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(logits at the ids with their gradients, slots): of a row's support, K numbers a row.
 
-    Slot k is k, or -1 where id k takes no part. One collective.
+    Slot k is the place where id k is first, or -1 where it takes no part. Only ids that may be
+    ``repeated`` are there twice. One collective.
     """
-    here, part = source.local(ids), source.part
+    inside = allowed_ids(ids, allowed)
+    places = first_places(ids) if repeated else torch.arange(ids.shape[-1], device=ids.device)
+    slots = torch.where(inside, places, -1).to(torch.int32)
+    # What takes no part is not read: a softcap's slope would make its gradient NaN.
+    here, part = source.local(ids.masked_fill(~inside, -1)), source.part
     mine = Allowed(source.columns, None, allowed.mask)
     if isinstance(part, LinearLogits):
         hidden = _reduced(source, part.hidden)
         if source.columns:
-            z, slots = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
-            own = z.detach().masked_fill(slots < 0, 0)
+            z, found = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
+            own = z.detach().masked_fill(found < 0, 0)
         else:
             z = _nothing(source, hidden).expand(ids.shape)
             own = z.detach()
         merged = Merged.apply(z, *_exchanged(source.shard, (), own), here)
-        return plain.shaped(merged, part.scale, part.softcap), _slots(source, ids, allowed)
+        return plain.shaped(merged, part.scale, part.softcap), slots
     if source.columns:
-        z, slots = _ops.gather(part.detach(), here, mine, backend)
-        z = z.masked_fill(slots < 0, 0)
+        z, found = _ops.gather(part.detach(), here, mine, backend)
+        z = z.masked_fill(found < 0, 0)
     else:
         z = torch.zeros(ids.shape, dtype=source.dtype, device=source.device)
     (merged,) = _exchanged(source.shard, (), z)
+    if repeated:  # their gradient is that of the first
+        here = here.masked_fill(repeats(ids), -1)
     rows = Rows(here, merged, None, None, 0, allowed.mask, False)
     values, _ = LogitRows.apply(part, rows, inplace, backend)
-    return values, _slots(source, ids, allowed)
+    return values, slots
 
 
 def _nothing(source: Sharded, hidden: Tensor) -> Tensor:
@@ -465,13 +493,6 @@ def _nothing(source: Sharded, hidden: Tensor) -> Tensor:
         if empty is not None:
             zeros = zeros + empty.sum(dtype=source.dtype)
     return zeros
-
-
-def _slots(source: Sharded, ids: Tensor, allowed: Allowed) -> Tensor:
-    """k at id k, -1 where it takes no part."""
-    inside = allowed_ids(ids, allowed)
-    places = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device)
-    return torch.where(inside, places, -1).to(torch.int32)
 
 
 def attached(

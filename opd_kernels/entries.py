@@ -17,7 +17,7 @@ from opd_kernels._arguments import Allowed
 from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
 from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered
+from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered, widened
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import losses_of_head
@@ -57,6 +57,8 @@ def row_losses(
         _check_sources(student, teacher, call)
     _warn_about_losses(k, call, depth + 3)
     agree([("student", student), ("teacher", teacher)], described(k, call))
+    if call.needs_tails:
+        student, teacher = widened(student, teacher)
     device, backend, objective = student.device, call.backend, call.objective
     allowed = call.allowed(limit, device)
     simple = simple and call.stats is None
@@ -66,6 +68,7 @@ def row_losses(
         return RowLosses(loss, ids, entry_grad)
     support = find_support(student, teacher, k, allowed, call)
     gradient: Tensor | None = None
+    given = isinstance(teacher, TopK)
     if not isinstance(student, Tensor) and call.needs_tails:
         found = losses_of_head(student, support, k, allowed, call)
         support, gradient = support._replace(student=found.side), found.gradient
@@ -73,10 +76,9 @@ def row_losses(
         losses = RowLosses(found.loss, support.ids, support.values, found.logprobs)
     else:
         sides = watched(student, teacher, support, allowed, call)
-        losses = _losses(student, support, sides[0], k, allowed, call)
+        losses = _losses(student, support, sides[0], k, allowed, given, call)
     if call.stats is None:
         return losses._replace(gradient=gradient)
-    given = isinstance(teacher, TopK)
     ids, values = support.ids[..., :k], support.values[..., :k]
     stats = stats_of(ids, values, sides, allowed, call.stats, repeated=given)
     return losses._replace(stats=stats, gradient=gradient)
@@ -88,13 +90,14 @@ def _losses(
     side: Side,
     k: int,
     allowed: Allowed,
+    given: bool,
     call: Call,
 ) -> RowLosses:
-    """The losses of a support; ``side`` is what is known of the student."""
+    """The losses of a support, which may be ``given``; ``side`` is what is known of the student."""
     ids, values = support.entries()
     backend, objective = call.backend, call.objective
     if not isinstance(student, Tensor):
-        logits, slots = _gathered(student, ids, values, allowed, call)
+        logits, slots = _gathered(student, ids, values, allowed, given, call)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
         request = Request(slots, among_slots, objective, False, backend)
         return RowLosses(*TopKReverseKL.apply(logits, values, k, request))
@@ -242,14 +245,19 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
 
 
 def _gathered(
-    student: Parted, ids: Tensor, values: Tensor, allowed: Allowed, call: Call
+    student: Parted,
+    ids: Tensor,
+    values: Tensor,
+    allowed: Allowed,
+    given: bool,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     """(the student's logits at the ids, their slots)."""
     # An entry of value -inf is absent: its row of the head is not read, and a softcap's slope
     # cannot make its gradient NaN.
     ids = torch.where(values == -torch.inf, -1, ids)
     if isinstance(student, Sharded):
-        return gathered(student, ids, allowed, call.inplace, call.backend)
+        return gathered(student, ids, allowed, given, call.inplace, call.backend)
     logits, slots = GatherDot.apply(
         student.hidden, student.weight, student.bias, ids, allowed, call.backend
     )
