@@ -273,7 +273,14 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
     columns say, is found while debugging, which looks at every call.
     """
     shards = [(name, side) for name, side in sides if isinstance(side, Sharded)]
-    if not shards or torch.compiler.is_compiling():
+    if not shards:
+        return
+    if plain.mapped():
+        raise ValueError(
+            "rows whose columns lie on several ranks do not work under vmap; pass the mapped "
+            "dimension as one more leading dimension"
+        )
+    if torch.compiler.is_compiling():
         return
     shard = shards[0][1].shard
     facts: dict[str, object] = dict(call)

@@ -35,6 +35,7 @@ GPU_TESTS = (
     "tests/kernels/test_gpu.py",
     "tests/kernels/test_gpu_family.py",
     "tests/kernels/test_gpu_linear.py",
+    "tests/kernels/test_gpu_shards.py",
 )
 SANITIZER_OPTIONS = ("--error-exitcode", str(SANITIZER_EXIT))
 PYTEST = ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-rfEs", "--tb=short")
@@ -213,6 +214,7 @@ PARTS: dict[int, tuple[Step, ...]] = {
         Step("shapes", 30, 75, measure="shapes"),
         # With more time than a part is given by default.
         *map(capture, BACKENDS),
+        gpu_tests("test_gpu_shards", "cuda"),
         Step("unusual rows", 25, 60, measure="unusual"),
         Step("careful eager", 12, 45, measure="careful_eager"),
         Step("compiled peers", 40, 90, measure="compiled_peers"),
