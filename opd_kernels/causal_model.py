@@ -45,11 +45,16 @@ class Sequences(NamedTuple):
         Positions count from each sequence's first token, as in generation. Without them a model
         with absolute positions would count the padding. Models that see images make their own.
         """
+        parameters = _forwards_parameters(base)
+        for name in self.besides:
+            # A forward that takes any keyword would leave images out in silence.
+            if name.startswith("pixel_values") and name not in parameters:
+                raise ValueError(f"{type(model).__name__} takes no {name}; use a model that does")
         fields: dict[str, Any] = {"input_ids": self.tokens, "use_cache": False}
         if self.attention is not None:
             fields["attention_mask"] = self.attention
             text_only = model.config.get_text_config() is model.config
-            if text_only and "position_ids" in _forwards_parameters(base):
+            if text_only and "position_ids" in parameters:
                 fields["position_ids"] = (self.attention.cumsum(-1) - 1).clamp(min=0)
         return fields | dict(self.besides)
 

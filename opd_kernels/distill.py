@@ -304,7 +304,9 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        # Not its own class, whose constructor may want something else.
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
 
 
 def _logits(model: Any, sequences: Sequences, name: str) -> LinearLogits:
@@ -317,7 +319,7 @@ def _logits(model: Any, sequences: Sequences, name: str) -> LinearLogits:
             check_own_logits_once(inner, head, sequences.tokens.device)
         except ValueError as error:
             raise ValueError(f"{error}; {INSTEAD}") from error
-    hidden = hidden_states(inner, sequences)
+        hidden = hidden_states(inner, sequences)
     return head(_at_predicted(hidden).to(head.weight.device))
 
 

@@ -323,6 +323,17 @@ def test_models_that_see_images_have_the_loss_of_their_own_logits(family: str, s
     assert any(g.any() for g in vision) == (shown == "images")
 
 
+@pytest.mark.parametrize("blind", ["model", "teacher"])
+def test_a_model_that_sees_no_images_is_not_given_any(blind: str) -> None:
+    models = {"model": sees_images("Llava"), "teacher": sees_images("Llava", seed=5)}
+    models[blind] = model_of()
+    tokens, besides = with_images("Llava")
+    with pytest.raises(ValueError, match=f"{blind}: LlamaForCausalLM takes no pixel_values"):
+        distill_loss(
+            models["model"], tokens, models["teacher"], mask=MASK, k=K, model_inputs=besides
+        )
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("outside", ["renormalize", "bucket"])
 def test_under_autocast_it_is_as_exact_as_the_models_own_logits(family: str, outside: str) -> None:
