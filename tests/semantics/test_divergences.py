@@ -266,6 +266,14 @@ def test_any_member_of_hidden_states_is_within_its_budget(linear_backend: str, c
     check(case, linear_backend)
 
 
+@given(case=cases(float64=False, only={**FAMILY, "form": ("linear",), "watched": (True,)}))
+@settings(max_examples=examples(60))
+def test_statistics_and_log_probs_of_any_member_of_hidden_states(
+    linear_backend: str, case: Case
+) -> None:
+    check(case, linear_backend)
+
+
 @pytest.mark.parametrize(
     ("turn", "member", "outside", "dtype"),
     [

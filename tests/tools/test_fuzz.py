@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_kernels import fuzz, reference
+from opd_kernels import _linear_autograd, fuzz, linear, reference
+from opd_kernels._autograd import Token
 from opd_kernels.backends import cpu
-from opd_kernels.testing import Case
+from opd_kernels.stats import Side
+from opd_kernels.testing import Case, check
+from opd_kernels.testing.cases import draw_case
 
 
 def test_a_sound_backend_passes(capsys: pytest.CaptureFixture[str], backend: str) -> None:
@@ -66,6 +73,75 @@ def test_a_broken_divergence_is_found_and_reproduced(
         exec(compile(program, str(path), "exec"), {})
     monkeypatch.setattr(reference, "full_divergence", sound)
     exec(compile(program, str(path), "exec"), {})
+
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def gradients(name: str, factor: float) -> Break:
+    """A head's gradients that are too large."""
+    sound = getattr(_linear_autograd, name)
+
+    def broken(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(grad * factor for grad in sound(*arguments))
+
+    return lambda patch: patch.setattr(_linear_autograd, name, broken)
+
+
+def side(tail: float) -> Break:
+    """A tail beside a log-sum-exp that is given."""
+    sound = linear._from_logsumexp
+
+    def broken(*arguments: Any) -> Side:
+        found = sound(*arguments)
+        return found._replace(tail=found.tail + tail)
+
+    return lambda patch: patch.setattr(linear, "_from_logsumexp", broken)
+
+
+def token(logsumexp: float) -> Break:
+    """The log-sum-exp that a head's log-probs are relative to."""
+    sound = linear._token
+
+    def broken(*arguments: Any) -> Token:
+        found = sound(*arguments)
+        return found._replace(logsumexp=found.logsumexp + logsumexp)
+
+    return lambda patch: patch.setattr(linear, "_token", broken)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "only"),
+    [
+        (gradients("_exact_gradient", 1.001), {"student_dtype": ("float32",)}),
+        (gradients("_exact_gradient", 1.03), {"student_dtype": ("bfloat16",)}),
+        (gradients("_exact_gradient", 1.01), {"student_dtype": ("float16",)}),
+        (gradients("_sampled_gradient", 1.001), {"background": ("sampled",)}),
+        (gradients("_exact_gradient", 1.001), {"support": ("student",)}),
+        (side(0.01), {"logsumexp": ("float32",)}),
+        (token(1e-3), {"watched": (True,)}),
+    ],
+    ids=("float32", "bfloat16", "float16", "sampled", "student", "log-sum-exp", "log-probs"),
+)
+def test_a_head_whose_full_softmaxes_are_broken_is_found(
+    break_it: Break, only: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = {"outside": ("truncate", "bucket", "generalize")}
+    only = {"form": ("linear",), "family": (True,), "token": ("any",), **outside, **only}
+    source = random.Random(0)
+    # A reduced loss takes another path, and what is masked shows less.
+    drawn = (draw_case(source, False, 60, only) for _ in range(80))
+    changes = {"reduction": "none", "normalizer": "none", "upstream": "one", "mask": "none"}
+    found = [replace(case, **changes) for case in drawn]
+
+    def check_all(count: int) -> None:
+        for case in found[:count]:
+            check(case, "cpu")
+
+    check_all(10)
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError, match=r"outside the budget|log-prob"):
+        check_all(len(found))
 
 
 def test_a_fuzzer_that_cannot_draw_cases_does_not_report_success(
