@@ -146,6 +146,11 @@ class Sharded:
         return allowed._replace(limit=limit, banned=pack_bitmap(ids, limit))
 
 
+def of_shards(source: object) -> bool:
+    """Whether it is logits of which this rank holds columns, no head."""
+    return isinstance(source, Sharded) and isinstance(source.part, Tensor)
+
+
 # What a side's rows are read from. Without logits (..., V) one pass finds all that is wanted.
 Parted = LinearLogits | Sharded
 Source = Tensor | Parted
@@ -240,7 +245,7 @@ def widened(student: Source, teacher: Source | TopK) -> tuple[Source, Source | T
 
 def _wide(side: Any) -> Any:
     """A shard of logits in float64; anything else as it is."""
-    if not isinstance(side, Sharded) or isinstance(side.part, LinearLogits):
+    if not of_shards(side):
         return side
     return Sharded(side.part.double(), side.shard)
 
@@ -456,12 +461,18 @@ def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple
 
 
 def gathered(
-    source: Sharded, ids: Tensor, allowed: Allowed, repeated: bool, inplace: bool, backend: str
+    source: Sharded,
+    ids: Tensor,
+    known: Tensor | None,
+    allowed: Allowed,
+    repeated: bool,
+    inplace: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(logits at the ids with their gradients, slots): of a row's support, K numbers a row.
 
     Slot k is the place where id k is first, or -1 where it takes no part. Only ids that may be
-    ``repeated`` are there twice. One collective.
+    ``repeated`` are there twice. One collective, or none where the logits are ``known``.
     """
     inside = allowed_ids(ids, allowed)
     places = first_places(ids) if repeated else torch.arange(ids.shape[-1], device=ids.device)
@@ -479,12 +490,15 @@ def gathered(
             own = z.detach()
         merged = Merged.apply(z, *_exchanged(source.shard, (), own), here)
         return plain.shaped(merged, part.scale, part.softcap), slots
-    if source.columns:
-        z, found = _ops.gather(part.detach(), here, mine, backend)
-        z = z.masked_fill(found < 0, 0)
+    if known is not None and known.shape == ids.shape:
+        merged = known.masked_fill(~inside, 0)
     else:
-        z = torch.zeros(ids.shape, dtype=source.dtype, device=source.device)
-    (merged,) = _exchanged(source.shard, (), z)
+        if source.columns:
+            z, found = _ops.gather(part.detach(), here, mine, backend)
+            z = z.masked_fill(found < 0, 0)
+        else:
+            z = torch.zeros(ids.shape, dtype=source.dtype, device=source.device)
+        (merged,) = _exchanged(source.shard, (), z)
     if repeated:  # their gradient is that of the first
         here = here.masked_fill(repeats(ids), -1)
     rows = Rows(here, merged, None, None, 0, allowed.mask, False)

@@ -97,7 +97,7 @@ def _losses(
     ids, values = support.entries()
     backend, objective = call.backend, call.objective
     if not isinstance(student, Tensor):
-        logits, slots = _gathered(student, ids, values, allowed, given, call)
+        logits, slots = _gathered(student, ids, values, side.values, allowed, given, call)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
         request = Request(slots, among_slots, objective, False, backend)
         return RowLosses(*TopKReverseKL.apply(logits, values, k, request))
@@ -248,6 +248,7 @@ def _gathered(
     student: Parted,
     ids: Tensor,
     values: Tensor,
+    known: Tensor | None,
     allowed: Allowed,
     given: bool,
     call: Call,
@@ -257,7 +258,7 @@ def _gathered(
     # cannot make its gradient NaN.
     ids = torch.where(values == -torch.inf, -1, ids)
     if isinstance(student, Sharded):
-        return gathered(student, ids, allowed, given, call.inplace, call.backend)
+        return gathered(student, ids, known, allowed, given, call.inplace, call.backend)
     logits, slots = GatherDot.apply(
         student.hidden, student.weight, student.bias, ids, allowed, call.backend
     )

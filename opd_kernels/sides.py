@@ -26,7 +26,7 @@ from opd_kernels._arguments import (
 from opd_kernels._autograd import Token
 from opd_kernels._ordering import repeats
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Parted, Sharded, Source
+from opd_kernels.distributed import Parted, Sharded, Source, of_shards
 from opd_kernels.head import as_autocast
 from opd_kernels.options import Call
 from opd_kernels.selection import read, select, vocab_of
@@ -96,7 +96,8 @@ def find_support(
         tail = no_tail() if joins else _tail(student, "student", call)
         ids, z, _, *sums = select(student, k, allowed, tail, call.backend)
         mine = _side(tail, sums)
-        if not isinstance(student, Tensor) and tail.width:
+        # Without a tail a head's entries are computed again: the product has rounded these.
+        if of_shards(student) or (not isinstance(student, Tensor) and tail.width):
             mine = mine._replace(values=z)
         if not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width:
             listed = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
