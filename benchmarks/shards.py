@@ -7,11 +7,13 @@ as a vocabulary of their own, on all ranks at once, plus the collectives of the 
 same number and sizes, recorded from a call); and beside the formulas of NeMo-RL and ModelOpt, in
 plain PyTorch.
 
-What is compared is timed in turn, round by round, with the caches full of something else. A call
-takes as long as its slowest rank. A ratio is the median of the rounds' ratios; the second one is
-of processor time, all ranks and their threads together, which other programs disturb less and
-which does not count waiting. Losses and gradients are compared with those of one process before.
-``--quick`` runs the path on tiny shapes; its figures mean nothing.
+What is compared is timed in turn, round by round, with the caches full of something else; the
+formulas after ours and not in turn, because who gets the gigabytes that eager frees pays for them.
+A call takes as long as its slowest rank. A ratio is the median of the rounds' ratios, and for the
+formulas that of medians; the second one is of processor time, all ranks and their threads together,
+which other programs disturb less and which does not count waiting. Losses and gradients are
+compared with those of one process before. ``--quick`` runs the path on tiny shapes; its figures
+mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -173,28 +175,26 @@ def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[Seconds]]:
     }
 
 
-def report(title: str, times: dict[str, list[Seconds]]) -> None:
+def report(title: str, ours: dict[str, list[Seconds]], others: dict[str, list[Seconds]]) -> None:
     """Medians and the ratios of a group, where rank 0 is."""
     if dist.get_rank():
         return
     print(f"{title}, load {os.getloadavg()[0]:.1f}")
-    for name, some in times.items():
-        wall, processor = (statistics.median(one) * 1e3 for one in zip(*some, strict=True))
+    for name, some in (*ours.items(), *others.items()):
+        wall, processor = (median * 1e3 for median in medians(some))
         least = min(one for one, _ in some) * 1e3
         print(f"  {name:20} {wall:9.2f} ms  (least {least:.2f}; processor {processor:.2f})")
-    names = [name for name in times if name not in (ALONE, COLLECTIVES)]
-    for name in names:
-        ratios = []
-        for here in (0, 1):
-            ours = [some[here] for some in times[OURS]]
-            if name == OURS:
-                parts = zip(times[ALONE], times[COLLECTIVES], strict=True)
-                each = [a / (b[here] + c[here]) for a, (b, c) in zip(ours, parts, strict=True)]
-            else:
-                each = [b[here] / a for a, b in zip(ours, times[name], strict=True)]
-            ratios.append(statistics.median(each))
-        above = f"{OURS} / ({ALONE} + {COLLECTIVES})" if name == OURS else f"{name} / {OURS}"
-        print(f"    {above}: {ratios[0]:.2f}, processor {ratios[1]:.2f}", flush=True)
+    rounds = zip(ours[OURS], ours[ALONE], ours[COLLECTIVES], strict=True)
+    ratios = medians([(a / (b + c) for a, b, c in zip(*turn, strict=True)) for turn in rounds])
+    print(f"    {OURS} / ({ALONE} + {COLLECTIVES}): {ratios[0]:.2f}, processor {ratios[1]:.2f}")
+    for name, some in others.items():
+        ratios = [b / a for a, b in zip(medians(ours[OURS]), medians(some), strict=True)]
+        print(f"    {name} / {OURS}: {ratios[0]:.1f}, processor {ratios[1]:.1f}", flush=True)
+
+
+def medians(pairs: Iterable[Iterable[float]]) -> list[float]:
+    """Of the clock's and of the processor's."""
+    return [statistics.median(some) for some in zip(*pairs, strict=True)]
 
 
 def check(
@@ -230,7 +230,7 @@ def run(rank: int, asked: argparse.Namespace, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=asked.ranks)
     torch.manual_seed(0)  # the same tensors on every rank
     point = HeadPoint(asked.rows, asked.vocab, asked.hidden, asked.k, "bfloat16")
-    k, width = point.k, point.vocab // asked.ranks
+    k, width, peer_rounds = point.k, point.vocab // asked.ranks, min(asked.rounds, 5)
     teachers = (2 * torch.randn(point.rows, point.vocab)).bfloat16()
     students = (teachers + torch.randn(point.rows, point.vocab)).bfloat16()
     hidden = torch.randn(point.rows, point.hidden).bfloat16()
@@ -273,9 +273,10 @@ def run(rank: int, asked: argparse.Namespace, folder: str) -> None:
             OURS: both(ours),
             ALONE: both(partial(loss, *leaves, teacher, k)),
             COLLECTIVES: lambda: [collective() for collective in collectives],
-            **{name: both(peer) for name, peer in others.items()},
         }
-        report(f"{title}, {len(collectives)} collectives", measure(calls, asked.rounds))
+        times = measure(calls, asked.rounds)
+        peers = {name: both(peer) for name, peer in others.items()}
+        report(f"{title}, {len(collectives)} collectives", times, measure(peers, peer_rounds))
 
     if not rank:
         print(f"{point}, {asked.ranks} ranks of {asked.threads} threads, torch {torch.__version__}")
