@@ -314,7 +314,7 @@ def ninja_file(module: Module, output: str) -> str:
         raise NotBuiltError(f"{error}. pip install pybind11 and reinstall.") from error
 
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-    flags += ["-Wno-ignored-attributes", *(["-O1", "-g"] if SANITIZED else ["-O3", "-DNDEBUG"])]
+    flags += ["-Wno-ignored-attributes", *(["-O1", "-g1"] if SANITIZED else ["-O3", "-DNDEBUG"])]
     for path in (pybind11.get_include(), sysconfig.get_paths()["include"]):
         flags += ["-isystem", path]
     lines = []

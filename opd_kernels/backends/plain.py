@@ -75,7 +75,10 @@ def head_columns(
     """Yields (columns, the logits there) of hidden states (rows, H), in one workspace."""
     count, vocab = hidden.shape[0], weight.shape[0]
     nbytes = WORKSPACE_BYTES.get(hidden.device.type, GPU_WORKSPACE_BYTES)
-    step = max(nbytes // (max(count, 1) * hidden.dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
+    most = max(nbytes // (max(count, 1) * hidden.dtype.itemsize) // TILE_ROWS, 1) * TILE_ROWS
+    # Of one size, but for the last: as many pieces in less memory.
+    tiles = -(-vocab // TILE_ROWS)
+    step = -(-tiles // -(-vocab // most)) * TILE_ROWS if vocab else most
     memory = hidden.new_empty(count * min(step, vocab))
     for start in range(0, vocab if count else 0, step):
         columns = slice(start, min(start + step, vocab))

@@ -68,7 +68,7 @@ def built() -> dict[tuple[int, str], sass.Code]:
     _ninja(OBJECTS, lines, *(path.name for path in objects.values()))
     lines = _rules()
     for arch, (source, path) in itertools.product(ARCHITECTURES, objects.items()):
-        lines += [f"build {source}.{arch}.sass: list {path}", f"  arch = {arch}"]
+        lines += [f"build {source}.{arch}.sass: list {path}", f"  only = -arch sm_{arch}"]
     _ninja(FOLDER, lines)
     kernels = {}
     for arch, source in itertools.product(ARCHITECTURES, SOURCES):
@@ -90,7 +90,6 @@ def listed(source: Path, folder: Path, arch: str, flags: list[str]) -> list[sass
         f"build code.cubin: compile {source}",
         f"  arch = {arch}",
         "build code.sass: list code.cubin",
-        f"  arch = {arch}",
     ]
     _ninja(folder, lines)
     return sass.read((folder / "code.sass").read_text())
@@ -104,7 +103,7 @@ def _rules(flags: list[str] | None = None) -> list[str]:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule list",
-        f"  command = {shlex.join(map(str, sass.LISTING))} -arch sm_$arch $in > $out",
+        f"  command = {shlex.join(map(str, sass.LISTING))} $only $in > $out",
     ]
 
 

@@ -30,10 +30,8 @@ EVERY = tuple(itertools.product(ALL, DTYPES, TIERS, VOCABULARIES, (False, True))
 # Each architecture, dtype, tier and vocabulary at least once, and the headline on all of them.
 SLICE = (
     *((architecture, "bf16", 64, 151936, False) for architecture in ARCHITECTURES),
-    (90, "bf16", 32, 151936, False),
     (90, "bf16", 128, 151669, True),
-    (90, "fp16", 64, 128256, False),
-    (90, "fp32", 64, 151669, False),
+    (90, "fp16", 32, 128256, False),
     (80, "fp32", 1024, 32768, False),
     (100, "fp16", 256, 262144, True),
     (120, "bf16", 512, 151669, False),

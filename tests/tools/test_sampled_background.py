@@ -162,6 +162,27 @@ def test_a_batch_that_is_all_prompts_has_the_squared_norm_of_their_sum(
     torch.testing.assert_close(found["head"].item(), weights.sum(0).square().sum().item() / 6)
 
 
+def test_the_bias_is_that_of_the_other_policy_and_nothing_for_the_student_itself(
+    estimators: ModuleType, moments: ModuleType, pairs: ModuleType
+) -> None:
+    pair = pairs.random_pair()
+    make = partial(estimators.sampled_background, k=8, divergence="reverse_kl", outside="bucket")
+    measurement = moments.Measurement(pair, 0.7)
+    bias = measurement.moments(make).bias
+    slope = make(measurement.log_p, measurement.log_q).slope
+    draws = {"top_p": measurement.nucleus, "stale": measurement.log_old.exp()}
+    for name, draw in draws.items():
+        # The rows are kept in float32.
+        expected = (slope * (draw - measurement.log_p.exp())).square().sum()
+        torch.testing.assert_close(bias[name].logits.sum(), expected, rtol=1e-5, atol=0)
+    pair.stale = pair.student
+    same = moments.Measurement(pair, 1.0)
+    for makes in ((make,), (estimators.sampled_token, estimators.sampled_token)):
+        found = same.moments(*makes)
+        for squares in found.bias.values():
+            assert (squares.logits < 1e-12 * found.signal.logits).all()
+
+
 def test_a_smoke_run_writes_what_a_report_prints(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
