@@ -1,7 +1,7 @@
 """Logits and heads whose columns lie on several ranks: what one rank computes from all of them.
 
 A pool of four gloo ranks checks cases of ``opd_kernels.testing`` as they stand, against float64:
-losses, gradients, statistics and log-probs (``sharded_calls``).
+selections, losses, gradients, statistics and log-probs (``sharded_calls``).
 """
 
 from __future__ import annotations
@@ -256,6 +256,16 @@ def test_a_head_has_the_numbers_of_one_rank(options: dict[str, Any], pool: Pool)
         for found in pool.run(sharded_calls.beside_one_rank, layout, options, ranks=layout.ranks):
             for name, (off, largest) in found.items():
                 assert off <= 33 * 16 * EPSILON * largest, (name, layout)
+
+
+@pytest.mark.parametrize("of_head", [False, True])
+def test_selections_scores_and_log_probs_are_those_of_one_rank(of_head: bool, pool: Pool) -> None:
+    """Ids, logits and the nucleus bit for bit; sums as in the test above, their size below 64."""
+    for layout in layouts(16):
+        task = sharded_calls.reads_beside_one_rank
+        for found in pool.run(task, layout, of_head, ranks=layout.ranks):
+            for name, (off, largest) in found.items():
+                assert off <= 33 * 64 * EPSILON * max(largest, 1), (name, layout)
 
 
 def test_the_gradient_of_hidden_states_can_be_left_to_the_caller(pool: Pool) -> None:
