@@ -1,7 +1,7 @@
 """Logits and heads whose columns lie on several ranks: what one rank computes from all of them.
 
 A pool of four gloo ranks checks cases of ``opd_kernels.testing`` as they stand, against float64:
-losses, gradients, statistics and log-probs (``sharded_calls``).
+selections, losses, gradients, statistics and log-probs (``sharded_calls``).
 """
 
 from __future__ import annotations
@@ -171,11 +171,12 @@ def test_dtypes(dtype: str, pool: Pool) -> None:
     """Half precision rounds a head's logits, so of those there is no bound for full softmaxes."""
     drawn = []
     for seed, layout in enumerate(layouts(20)):
-        other = ("float32", dtype)[seed % 2]
         hidden = (0, 17)[seed // 2 % 2]
+        pair = dtype, ("float32", dtype)[seed % 2]
+        student, teacher = pair if hidden or seed % 8 > 1 else pair[::-1]
         outside = "renormalize" if hidden and dtype != "float64" else OUTSIDE[seed % 5]
         case = member(
-            outside, seed, seed, student_dtype=dtype, teacher_dtype=other, hidden=hidden,
+            outside, seed, seed, student_dtype=student, teacher_dtype=teacher, hidden=hidden,
             watched=not hidden,
         )  # fmt: skip
         drawn.append((case, layout))
@@ -257,6 +258,16 @@ def test_a_head_has_the_numbers_of_one_rank(options: dict[str, Any], pool: Pool)
                 assert off <= 33 * 16 * EPSILON * largest, (name, layout)
 
 
+@pytest.mark.parametrize("of_head", [False, True])
+def test_selections_scores_and_log_probs_are_those_of_one_rank(of_head: bool, pool: Pool) -> None:
+    """Ids, logits and the nucleus bit for bit; sums as in the test above, their size below 64."""
+    for layout in layouts(16):
+        task = sharded_calls.reads_beside_one_rank
+        for found in pool.run(task, layout, of_head, ranks=layout.ranks):
+            for name, (off, largest) in found.items():
+                assert off <= 33 * 64 * EPSILON * max(largest, 1), (name, layout)
+
+
 def test_the_gradient_of_hidden_states_can_be_left_to_the_caller(pool: Pool) -> None:
     """Two numbers have one sum, whoever adds them."""
     (first, whole), (second, _) = pool.run(sharded_calls.gradient_parts, ranks=2)
@@ -280,9 +291,10 @@ CALLS: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.parametrize("teacher", ["logits", "topk", "head"])
 @pytest.mark.parametrize("of_head", [False, True])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "teacher"), [(2, "logits"), (4, "logits"), (2, "topk"), (2, "head")]
+)
 def test_what_is_sent(ranks: int, of_head: bool, teacher: str, pool: Pool) -> None:
     """At most 12 N K + 32 N bytes from each rank in two collectives, whatever V is.
 

@@ -50,20 +50,18 @@ class Columns(NamedTuple):
     real: int
 
 
-def columns(vocab: int, layout: Layout, rank: int, seed: int = 0, head: bool = False) -> Columns:
-    """Which columns a rank holds; of a head, at least one."""
+def columns(vocab: int, layout: Layout, rank: int, seed: int = 0) -> Columns:
+    """Which columns a rank holds."""
     source, ranks = random.Random(f"{layout.seed} {seed}"), layout.ranks
     order = list(range(ranks))
     if layout.shuffled:
         source.shuffle(order)
     place = order[rank]
-    if layout.kind == "padded" or (head and vocab < ranks):
+    if layout.kind == "padded":
         width = -(-vocab // ranks)
         start = place * width
         return Columns(start, width, max(min(width, vocab - start), 0))
-    if head:
-        cuts = [0, *sorted(source.sample(range(1, vocab), ranks - 1)), vocab]
-    elif layout.kind == "one":
+    if layout.kind == "one":
         cuts = [0] * ranks if source.random() < 0.5 else [0] + [vocab] * (ranks - 1)
         cuts.append(vocab)
     else:
@@ -116,7 +114,7 @@ class Shards:
     def linear_topk_rkl(
         self, hidden: Tensor, head: Tensor, teacher: Any, k: int | None = None, **options: Any
     ) -> Any:
-        mine, shard = self._mine(head.shape[0], head=True)
+        mine, shard = self._mine(head.shape[0])
         bias = options.pop("student_bias")
         bias = None if bias is None else self._part(bias, 0, mine)
         teacher, more = self._teacher(teacher, head.shape[0], mine)
@@ -126,20 +124,32 @@ class Shards:
         )  # fmt: skip
         return self._recorded(found)
 
+    def select_topk(self, logits: Any, k: int, **options: Any) -> TopK:
+        return self._read(opd_kernels.select_topk, logits, k, options)
+
+    def score_ids(self, logits: Any, ids: Tensor, **options: Any) -> TopK:
+        return self._read(opd_kernels.score_ids, logits, ids, options)
+
+    def token_logprobs(self, logits: Any, ids: Tensor, **options: Any) -> Tensor:
+        return self._read(opd_kernels.token_logprobs, logits, ids, options)
+
+    def _read(self, function: Any, logits: Any, what: Any, options: dict[str, Any]) -> Any:
+        mine, shard = self._mine(_vocab(logits))
+        return function(self._side(logits, mine), what, vocab_shard=shard, **options)
+
     def _call(
         self, function: Any, student: Any, teacher: Any, k: int | None, options: dict[str, Any]
     ) -> Any:
         vocab = _vocab(student)
-        heads = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
-        mine, shard = self._mine(vocab, head=heads)
+        mine, shard = self._mine(vocab)
         teacher, more = self._teacher(teacher, vocab, mine)
         part = self._side(student, mine)
         if self.layout.seed % 2 and isinstance(part, Tensor) and not options.get("inplace_grad"):
             part = torch.nn.functional.pad(part, (0, 3))[..., : mine.width]  # rows lie apart
         return self._recorded(function(part, teacher, k, vocab_shard=shard, **options, **more))
 
-    def _mine(self, vocab: int, seed: int = 0, head: bool = False) -> tuple[Columns, VocabShard]:
-        mine = columns(vocab, self.layout, dist.get_rank(self.group), seed, head)
+    def _mine(self, vocab: int, seed: int = 0) -> tuple[Columns, VocabShard]:
+        mine = columns(vocab, self.layout, dist.get_rank(self.group), seed)
         return mine, VocabShard(mine.start, vocab, self.group)
 
     def _teacher(self, teacher: Any, vocab: int, mine: Columns) -> tuple[Any, dict[str, Any]]:
@@ -150,7 +160,7 @@ class Shards:
         theirs = _vocab(teacher)
         if self.layout.teacher == "alike" and theirs == vocab:
             return self._side(teacher, mine), {}
-        mine, shard = self._mine(theirs, seed=1, head=isinstance(teacher, LinearLogits))
+        mine, shard = self._mine(theirs, seed=1)
         return self._side(teacher, mine), {"teacher_vocab_shard": shard}
 
     def _side(self, source: Any, mine: Columns) -> Any:
@@ -199,7 +209,7 @@ def instead(shards: Shards) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(distributed, "_sum", recorded))
         stack.enter_context(mock.patch.object(testing, "_check_close", checked))
-        for name in ("topk_rkl", "topk_divergence", "linear_topk_rkl"):
+        for name in ("topk_rkl", "topk_divergence", "linear_topk_rkl", "select_topk"):
             stack.enter_context(mock.patch.object(testing, name, getattr(shards, name)))
         stack.enter_context(
             mock.patch.object(testing.watched, "topk_divergence", shards.topk_divergence)
@@ -263,6 +273,57 @@ def beside_one_rank(
     return {
         name: (float((x - found[1][name]).abs().max()), float(x.abs().max()))
         for name, x in found[0].items()
+    }
+
+
+def reads_beside_one_rank(
+    group: Any, layout: Layout, of_head: bool
+) -> dict[str, tuple[float, float]]:
+    """What else reads logits or a head: (off from one rank's, largest), in float64."""
+    generator = torch.Generator().manual_seed(layout.seed)
+
+    def integers(*shape: int) -> Tensor:  # whose products are exact, with ties between ranks
+        return torch.randint(-2, 3, shape, generator=generator).double()
+
+    rows, vocab, k = 5, 33, 12
+    leaves = [integers(rows, 7), integers(vocab, 7), integers(vocab)]
+    if not of_head:
+        leaves = [leaves[0] @ leaves[1].t() + leaves[2]]
+    tokens = torch.tensor([0, 3, 12, 32, -100])
+    given = torch.randint(-1, vocab + 2, (rows, k), generator=generator)
+    mask = torch.tensor([True, True, False, True, True])
+    common = {"mask": mask, "vocab_size": 31, "backend": "reference"}
+    found: list[dict[str, Tensor]] = []
+    shards = Shards(layout, group)
+    for module in (opd_kernels, shards):
+        used = [leaf.clone().requires_grad_() for leaf in leaves]
+        source = LinearLogits(*used, softcap=30.0) if of_head else used[0]
+        numbers: dict[str, Tensor] = {}
+        for name, support in (
+            ("top k", module.select_topk(source, k, token_ids=tokens, top_p=0.9, **common)),
+            ("best", module.select_topk(source, vocab, banned_ids=[1, 30], **common)),
+            ("scored", module.score_ids(source, given, token_ids=tokens, **common)),
+        ):
+            for field in ("ids", "logits", "logsumexp", "tail_logsumexp", "token_logits"):
+                value = getattr(support, field)
+                if value is not None:
+                    numbers[f"{name}, {field}"] = value.detach()
+        logprobs = module.token_logprobs(source, tokens, temperature=0.7, **common)
+        numbers["log-probs"] = logprobs.detach()
+        kept = logprobs.isfinite()
+        grads = torch.autograd.grad(logprobs[kept].sum(), used)
+        found.append(numbers | {f"gradient {i}": grad for i, grad in enumerate(grads)})
+    expected, ours = found
+    for name, value in expected.items():
+        if name.endswith(("ids", "logits")):
+            assert bits([ours[name]]) == bits([value]), (name, ours[name], value)
+        assert torch.equal(ours[name].isfinite(), value.isfinite()), (name, ours[name], value)
+    return {
+        name: tuple(
+            float(torch.nan_to_num(x.double(), 0, 0, 0).abs().max())
+            for x in (ours[name] - value, value)
+        )
+        for name, value in expected.items()
     }
 
 
