@@ -480,13 +480,14 @@ def _reduced(source: Sharded, hidden: Tensor) -> Tensor:
 def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """Each part of every rank, (ranks, ...), and what the ranks own, at most one of them each.
 
-    An element of ``own`` is 0 on all ranks but one, so the sum of its bits is that rank's, whatever
-    it is. Without parts that is an all-reduce, else it rides along.
+    An element of ``own`` is 0 on all ranks but one, so the sum is that rank's, whatever it is.
+    Without parts that is an all-reduce, else it rides along as bits.
     """
     if shard.ranks == 1:
         return [*(part[None] for part in parts), own]
     if not parts:
-        return [_sum(shard, own.reshape(-1).view(torch.int32)).view(own.dtype).reshape(own.shape)]
+        # Of floats: inductor cannot write the sum of their bits into a view of them.
+        return [_sum(shard, own)]
     tensors = (*parts, own)
     words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
     everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)

@@ -163,10 +163,10 @@ def test_pending_sums_and_two_shards_of_the_vocabulary_are_refused(
 
 def test_a_dtensor_and_a_shard_option_exclude_each_other(mesh: DeviceMesh) -> None:
     logits, shard = distribute_tensor(S, mesh, [Shard(1)]), VocabShard(0, 50)
-    with pytest.raises(ValueError, match="^vocab_shard goes with plain tensors"):
+    with pytest.raises(ValueError, match=r"^vocab_shard goes with plain tensors"):
         topk_rkl(logits, T, vocab_shard=shard)
     for option in (shard, "whole"):
-        with pytest.raises(ValueError, match="^teacher_vocab_shard goes with plain tensors"):
+        with pytest.raises(ValueError, match=r"^teacher_vocab_shard goes with plain tensors"):
             topk_rkl(S, logits, vocab_shard=shard, teacher_vocab_shard=option)
 
 
