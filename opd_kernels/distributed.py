@@ -210,14 +210,14 @@ def from_dtensor(source: Any, name: str) -> Any:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is None or not isinstance(source, distributed.DTensor):
         return source
-    mesh, placements, vocab = source.device_mesh, source.placements, source.shape[-1]
+    mesh, placements = source.device_mesh, source.placements
     last = (source.ndim - 1, -1)
     # Not is_shard(), which does not know of strided shards in every torch.
     over = [i for i, placement in enumerate(placements) if getattr(placement, "dim", None) in last]
     partial = any(placement.is_partial() for placement in placements)
     if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
         raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
-    [dim] = over
+    [dim], vocab = over, source.shape[-1]
     step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
     start = min(mesh.get_local_rank(dim) * step, vocab)
     local = _checks.check_logits(source.to_local(), name, least=0)
