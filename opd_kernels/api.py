@@ -93,6 +93,8 @@ def topk_rkl(
     have stride 1. Either side may be a ``LinearLogits``, hidden states (..., H) and a head; for a
     student see ``linear_topk_rkl``. Arithmetic is float32 (float64 where an input is); the loss is
     float32 (float64).
+    Logits may be DTensors with Shard(-1) on one dimension of their mesh: the loss is that of the
+    local rows, a plain tensor, and the gradient has the DTensor's placements.
 
     Args:
         student: what gets the gradient.
@@ -143,9 +145,9 @@ def topk_rkl(
     The loss is never clamped: rounding may make it about -1e-7.
 
     Errors: ``ValueError`` or ``TypeError`` for shapes, devices, dtypes and values that are not
-    allowed, ``ValueError`` for DTensors. k = 1 warns: one renormalised entry has loss and gradient
-    0. Values of tensors are not looked at, but for ``OPD_KERNELS_DEBUG=1`` or ``debug()``, which
-    raise with the first bad row.
+    allowed, ``ValueError`` for other DTensors. k = 1 warns: one renormalised entry has loss and
+    gradient 0. Values of tensors are not looked at, but for ``OPD_KERNELS_DEBUG=1`` or ``debug()``,
+    which raise with the first bad row.
 
     Example::
 
@@ -483,7 +485,8 @@ def linear_topk_rkl(
     hidden states and weight. Differentiating twice raises ``RuntimeError``.
 
     Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a sharded
-    (DTensor) weight, under FSDP2 call it inside of the wrapped module's forward.
+    (DTensor) weight: under FSDP2 call it inside of the wrapped module's forward, under tensor
+    parallelism pass ``weight.to_local()`` and ``vocab_shard``.
 
     Example::
 

@@ -217,14 +217,14 @@ def from_dtensor(source: Any, name: str) -> Any:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is None or not isinstance(source, distributed.DTensor):
         return source
-    mesh, placements, vocab = source.device_mesh, source.placements, source.shape[-1]
+    mesh, placements = source.device_mesh, source.placements
     last = (source.ndim - 1, -1)
     # Not is_shard(), which does not know of strided shards in every torch.
     over = [i for i, placement in enumerate(placements) if getattr(placement, "dim", None) in last]
     partial = any(placement.is_partial() for placement in placements)
     if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
         raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
-    [dim] = over
+    [dim], vocab = over, source.shape[-1]
     step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
     start = min(mesh.get_local_rank(dim) * step, vocab)
     local = _checks.check_logits(source.to_local(), name, least=0)
@@ -543,13 +543,14 @@ def _reduced(source: Sharded, hidden: Tensor) -> Tensor:
 def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """Each part of every rank, (ranks, ...), and what the ranks own, at most one of them each.
 
-    An element of ``own`` is 0 on all ranks but one, so the sum of its bits is that rank's, whatever
-    it is. Without parts that is an all-reduce, else it rides along.
+    An element of ``own`` is 0 on all ranks but one, so the sum is that rank's, whatever it is.
+    Without parts that is an all-reduce, else it rides along as bits.
     """
     if shard.ranks == 1:
         return [*(part[None] for part in parts), own]
     if not parts:
-        return [_sum(shard, own.reshape(-1).view(torch.int32)).view(own.dtype).reshape(own.shape)]
+        # Of floats: inductor cannot write the sum of their bits into a view of them.
+        return [_sum(shard, own)]
     tensors = (*parts, own)
     words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
     everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)

@@ -6,8 +6,10 @@ import argparse
 import ast
 import copy
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,34 @@ def test_the_on_policy_loop_trains_on_the_rows_that_predict_responses(
     assert not mask[:, -1].any()
     assert not first.isnan().any()
     assert not second.isnan().any()
+
+
+def test_tensor_parallel_training_is_that_of_one_process() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")])
+    )
+    command = [*launcher, str(EXAMPLES / "tensor_parallel.py"), "3"]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    pattern = r"^loss (0\.\d+), in one process (0\.\d+)$"
+    losses = [[float(x) for x in found] for found in re.findall(pattern, run.stdout, re.M)]
+    assert len(losses) == 3
+    assert losses[2][0] < losses[0][0]
+    for loss, single in losses:
+        assert loss == pytest.approx(single, rel=1e-4)
+
+
+def test_the_tensor_parallel_example_says_how_it_is_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["tensor_parallel.py"])
+    with pytest.raises(SystemExit, match="torchrun --standalone"):
+        runpy.run_path(str(EXAMPLES / "tensor_parallel.py"), run_name="__main__")
 
 
 def test_every_option_of_a_script_has_a_help() -> None:
