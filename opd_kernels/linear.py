@@ -61,12 +61,18 @@ def losses_of_head(
     if isinstance(student, LinearLogits) and _computes_gradient(student, call):
         return _in_one_pass(student, support, listed, k, allowed, call)
     side = _read(student, support, listed, k, allowed, call)
-    unique = torch.where(repeats(listed) | (listed >= width), -1, listed).to(torch.int32)
+    outside = (listed < 0) | (listed >= width)
+    if side.repeated is not None:
+        outside = outside | side.repeated
+    unique = listed.masked_fill(outside, -1).to(torch.int32)
     row, middle = _row(student, unique, side, width, call)
     if call.background == "sampled":  # a token that does not exist makes its row NaN
         row = row.masked_fill(_invalid(listed, call.mask), torch.nan)
     count = ids.shape[-1]
-    places = first_places(listed)
+    if side.repeated is None:
+        places = torch.arange(count, dtype=torch.int32, device=ids.device).expand(ids.shape)
+    else:
+        places = first_places(listed)
     taken = allowed_ids(ids, allowed)
     if call.objective.outside == "sample":
         taken = torch.cat((taken[..., :-1], ids[..., -1:] >= 0), -1)
@@ -150,7 +156,9 @@ def _read(
     """The student's logits at the listed ids and its tail, from as few reads as there can be."""
     width, known = call.range(student.vocab), support.student
     watched = call.wants("student_entropy") or call.wants("overlap")
-    repeated = repeats(listed) & (listed >= 0)
+    repeated: Tensor | None = None
+    if support.repeats or listed is not support.ids:
+        repeated = repeats(listed) & (listed >= 0)
     if known.values is not None and known.values.shape == listed.shape:
         return known._replace(repeated=repeated)
     if call.student_logsumexp is not None and not watched:
@@ -167,7 +175,7 @@ def _reading(listed: Tensor, k: int, width: int, allowed: Allowed, call: Call) -
 
 
 def _from_logsumexp(
-    student: LinearLogits | Sharded, listed: Tensor, repeated: Tensor, width: int, call: Call
+    student: LinearLogits | Sharded, listed: Tensor, repeated: Tensor | None, width: int, call: Call
 ) -> Side:
     """The tail as what the listed ids leave of a log-sum-exp that is given, 2^-24 of it or more."""
     assert call.student_logsumexp is not None
@@ -175,7 +183,10 @@ def _from_logsumexp(
     wide = wide_dtype(values.device)
     whole = call.student_logsumexp.detach().to(wide)
     scaled = values.to(wide) / divisor(call.objective.temperature, wide)
-    mass = (scaled - whole[..., None]).exp().masked_fill(repeated, 0).sum(-1)
+    shares = (scaled - whole[..., None]).exp()
+    if repeated is not None:
+        shares = shares.masked_fill(repeated, 0)
+    mass = shares.sum(-1)
     tail = whole + torch.log1p(-mass.clamp(max=1 - 2.0**-24))
     if call.mask is not None:
         tail = tail.masked_fill(~call.mask, 0)
