@@ -82,19 +82,20 @@ def _taken_apart(entries: Tensor) -> tuple[Tensor, Tensor]:
     return entries.int(), values
 
 
-def in_order(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries (..., C) in order (value descending, id ascending), absent ones last.
+def in_order(ids: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k first of entries (..., C) in order (value descending, id ascending), absent ones last.
 
     Every id is there once; absent entries have id -1 and value -inf. NaN comes first.
     """
     # Adding 0 turns -0 into 0; the sign of a NaN does not order it.
     values = (values + 0.0).masked_fill(values.isnan(), torch.nan)
     if values.dtype == torch.float32:  # which leaves room for the id; -1 is the largest, unsigned
-        return _taken_apart(_sorted((_falling(values).long() << 32) | (ids.long() & 0xFFFFFFFF)))
+        entries = (_falling(values).long() << 32) | (ids.long() & 0xFFFFFFFF)
+        return _taken_apart(_sorted(entries)[..., :k])
     order = torch.where(ids < 0, MAX_ID, ids).sort(dim=-1, stable=True).indices
     ids, values = ids.gather(-1, order), values.gather(-1, order)
     values, order = values.sort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order), values
+    return ids.gather(-1, order[..., :k]), values[..., :k]
 
 
 def _sorted(keys: Tensor) -> Tensor:

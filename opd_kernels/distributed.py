@@ -358,7 +358,9 @@ def read(
     listed, tail = reading.listed, reading.tail
     *parts, at_listed = _exchanged(source.shard, found[:2] + found[3:], found[2])
     ids, values, tails, entropies = parts
-    ids, values = in_order(*(x.movedim(0, -2).flatten(-2) for x in (ids, values)))
+    summed = tail.width > 0 and tail.ids is None  # what is not selected is in the tail
+    ids, values = (x.movedim(0, -2).flatten(-2) for x in (ids, values))
+    ids, values = in_order(ids, values, ids.shape[-1] if summed else reading.k)
     if listed is not None:
         outside = (listed < 0) | (listed >= min(_reach(reading), source.vocab))
         if mask is not None:
@@ -368,7 +370,7 @@ def read(
     if not tail.width:
         return ids[..., :k], values[..., :k], at_listed, tails[0], entropies[0]
     tails, entropies = tails.movedim(0, -1), entropies.movedim(0, -1)
-    if tail.ids is None:  # what a rank has selected in vain is outside as well
+    if summed:
         lost = values[..., k:].to(tails.dtype) / divisor(tail.temperature, tails.dtype)
         tails = torch.cat((tails, lost), -1)
         if tail.with_entropy:
@@ -475,8 +477,10 @@ def gathered(
     ``repeated`` are there twice. One collective, or none where the logits are ``known``.
     """
     inside = allowed_ids(ids, allowed)
-    places = first_places(ids) if repeated else torch.arange(ids.shape[-1], device=ids.device)
-    slots = torch.where(inside, places, -1).to(torch.int32)
+    places = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device).expand(ids.shape)
+    if repeated:
+        places = first_places(ids)
+    slots = places.masked_fill(~inside, -1)
     # What takes no part is not read: a softcap's slope would make its gradient NaN.
     here, part = source.local(ids.masked_fill(~inside, -1)), source.part
     mine = Allowed(source.columns, None, allowed.mask)
@@ -555,14 +559,20 @@ def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[
     words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
     everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)
     found = [
-        some.clone(memory_format=torch.contiguous_format)
-        .view(-1)
-        .view(tensor.dtype)
-        .view(shard.ranks, *tensor.shape)
+        _words_as(some, tensor).view(shard.ranks, *tensor.shape)
         for some, tensor in zip(everywhere[:-1], parts, strict=True)
     ]
     owned = everywhere[-1].sum(0, dtype=torch.int32)
     return [*found, owned.view(own.dtype).reshape(own.shape)]
+
+
+def _words_as(words: Tensor, part: Tensor) -> Tensor:
+    """(ranks, words) in the dtype of a part; copied where its elements have two words."""
+    if not part.numel():
+        return part.new_empty(0)
+    if part.element_size() > words.element_size():
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(part.dtype)
 
 
 def _gather(shard: VocabShard, words: Tensor) -> Tensor:

@@ -61,12 +61,18 @@ def losses_of_head(
     if isinstance(student, LinearLogits) and _computes_gradient(student, call):
         return _in_one_pass(student, support, listed, k, allowed, call)
     side = _read(student, support, listed, k, allowed, call)
-    unique = torch.where(repeats(listed) | (listed >= width), -1, listed).to(torch.int32)
+    outside = (listed < 0) | (listed >= width)
+    if side.repeated is not None:
+        outside = outside | side.repeated
+    unique = listed.masked_fill(outside, -1).to(torch.int32)
     row, middle = _row(student, unique, side, width, call)
     if call.background == "sampled":  # a token that does not exist makes its row NaN
         row = row + torch.where(_invalid(listed, call.mask), torch.nan, 0.0).to(row.dtype)
     count = ids.shape[-1]
-    places = first_places(listed)
+    if side.repeated is None:
+        places = torch.arange(count, dtype=torch.int32, device=ids.device).expand(ids.shape)
+    else:
+        places = first_places(listed)
     taken = allowed_ids(ids, allowed)
     if call.objective.outside == "sample":
         taken = torch.cat((taken[..., :-1], ids[..., -1:] >= 0), -1)
@@ -154,7 +160,9 @@ def _read(
     """The student's logits at the listed ids and its tail, from as few reads as there can be."""
     width, known = call.range(student.vocab), support.student
     watched = call.wants("student_entropy") or call.wants("overlap")
-    repeated = repeats(listed) & (listed >= 0)
+    repeated: Tensor | None = None
+    if support.repeats or listed is not support.ids:
+        repeated = repeats(listed) & (listed >= 0)
     if known.values is not None and known.values.shape == listed.shape:
         return known._replace(repeated=repeated)
     if call.student_logsumexp is not None and not watched:
@@ -171,7 +179,7 @@ def _reading(listed: Tensor, k: int, width: int, allowed: Allowed, call: Call) -
 
 
 def _from_logsumexp(
-    student: Parted, listed: Tensor, repeated: Tensor, width: int, call: Call
+    student: Parted, listed: Tensor, repeated: Tensor | None, width: int, call: Call
 ) -> Side:
     """The tail as what the listed ids leave of a log-sum-exp that is given, 2^-24 of it or more."""
     assert call.student_logsumexp is not None
@@ -180,8 +188,10 @@ def _from_logsumexp(
     whole = call.student_logsumexp.detach().to(wide)
     scaled = values.to(wide) / divisor(call.objective.temperature, wide)
     # -inf has no mass, in a row of only -inf either.
-    mass = (scaled - whole[..., None]).exp().masked_fill(repeated | (scaled == -torch.inf), 0)
-    tail = whole + torch.log1p(-mass.sum(-1).clamp(max=1 - 2.0**-24))
+    shares = (scaled - whole[..., None]).exp().masked_fill(scaled == -torch.inf, 0)
+    if repeated is not None:
+        shares = shares.masked_fill(repeated, 0)
+    tail = whole + torch.log1p(-shares.sum(-1).clamp(max=1 - 2.0**-24))
     if call.mask is not None:
         tail = tail.masked_fill(~call.mask, 0)
     return Side(values=values, tail=tail, repeated=repeated)

@@ -39,6 +39,7 @@ class Support(NamedTuple):
 
     The sides' sums are outside of the first ``inside`` ids; None where nobody needs them.
     ``invalid`` (..., 1) says in which rows the sampled token does not exist; it has id -1 there.
+    ``repeats``: an id may be there twice, unlike in a selection.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class Support(NamedTuple):
     student: Side
     teacher: Side
     invalid: Tensor | None = None
+    repeats: bool = True
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Ids and values as the loss takes them: a token that does not exist makes its row NaN."""
@@ -130,7 +132,8 @@ def find_support(
     needed = call.watches("student") or call.support == "teacher"
     if mine.tail is None and needed and not apart:
         mine = _read(student, "student", k, ids[..., :inside], inside, allowed, call)
-    return Support(ids, values, inside, mine, yours, invalid)
+    given = isinstance(teacher, TopK) or call.with_token
+    return Support(ids, values, inside, mine, yours, invalid, given)
 
 
 def _existing(call: Call, width: int) -> Tensor:
@@ -203,9 +206,7 @@ def watched(
 ) -> tuple[Side, Side]:
     """(student, teacher) with their values at the support, where these are wanted."""
     ids, values = (x[..., : support.inside] for x in (support.ids, support.values))
-    mine, yours = support.student, support.teacher
-    # Only these list an id twice.
-    given = isinstance(teacher, TopK) or call.with_token
+    mine, yours, given = support.student, support.teacher, support.repeats
     if call.watches("student"):
         mine = mine._replace(temperature=call.objective.temperature)
         if mine.values is None:

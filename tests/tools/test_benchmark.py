@@ -568,3 +568,9 @@ def test_cpu_benchmark_of_statistics_appends_its_figures(tmp_path: Path) -> None
     figures = json.loads((tmp_path / "stats.jsonl").read_text())
     assert all(ms > 0 for ms in figures["milliseconds"].values())
     assert "masses, entropies, log-probs / loss" in output
+
+
+def test_benchmark_of_shards_compares_with_one_process_and_with_trainers() -> None:
+    output = run("shards.py", "--quick")
+    assert output.count("ours, sharded / (own columns alone + collectives alone)") == 4
+    assert output.count("NeMo-RL / ours, sharded") == 2
