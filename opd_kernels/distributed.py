@@ -541,7 +541,7 @@ def _reduced(source: Sharded, hidden: Tensor) -> Tensor:
     shard = source.shard
     if not shard.reduce_hidden_grad or shard.ranks == 1 or not hidden.requires_grad:
         return hidden
-    return ReducedGradient.apply(hidden, functools.partial(_sum, shard))
+    return ReducedGradient.apply(hidden, functools.partial(_whole_gradient, shard))
 
 
 def _exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[Tensor]:
@@ -580,6 +580,11 @@ def _gather(shard: VocabShard, words: Tensor) -> Tensor:
     everywhere = words.new_empty(shard.ranks * len(words))
     _run(shard, lambda: _all_gather(everywhere, words, group=shard.group))
     return everywhere.view(shard.ranks, -1)
+
+
+def _whole_gradient(shard: VocabShard, part: Tensor) -> Tensor:
+    """The gradient of hidden states, of which each rank's columns have made a part."""
+    return _sum(shard, part)
 
 
 def _sum(shard: VocabShard, values: Tensor) -> Tensor:

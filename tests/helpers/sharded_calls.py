@@ -192,13 +192,12 @@ def instead(shards: Shards) -> Iterator[None]:
     more: by that the budget of this gradient grows.
     """
     parts: list[Tensor] = []
-    total, close = distributed._sum, testing._check_close
+    total, close = distributed._whole_gradient, testing._check_close
 
     def recorded(shard: VocabShard, values: Tensor) -> Tensor:
-        if values.is_floating_point():
-            size = values.detach().double().abs()
-            all_reduce(size, group=shards.group)
-            parts.append(size * shards.layout.ranks * torch.finfo(values.dtype).eps / 2)
+        size = values.detach().double().abs()
+        all_reduce(size, group=shards.group)
+        parts.append(size * shards.layout.ranks * torch.finfo(values.dtype).eps / 2)
         return total(shard, values)
 
     def checked(actual: Tensor, expected: Any, budget: Any, label: str, *rest: Any) -> None:
@@ -207,7 +206,7 @@ def instead(shards: Shards) -> Iterator[None]:
         close(actual, expected, budget, label, *rest)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(distributed, "_sum", recorded))
+        stack.enter_context(mock.patch.object(distributed, "_whole_gradient", recorded))
         stack.enter_context(mock.patch.object(testing, "_check_close", checked))
         for name in ("topk_rkl", "topk_divergence", "linear_topk_rkl", "select_topk"):
             stack.enter_context(mock.patch.object(testing, name, getattr(shards, name)))
