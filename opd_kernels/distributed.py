@@ -516,7 +516,7 @@ def _nothing(source: Sharded, hidden: Tensor) -> Tensor:
     zeros = hidden[..., :0].sum(-1, keepdim=True, dtype=source.dtype)
     for empty in (source.part.weight, source.part.bias):
         if empty is not None:
-            zeros = zeros + empty.sum(dtype=source.dtype)
+            zeros = zeros + empty[:0].sum(dtype=source.dtype)  # a shard of padding has rows
     return zeros
 
 

@@ -183,6 +183,22 @@ def test_dtypes(dtype: str, pool: Pool) -> None:
     check(pool, drawn, "reference" if dtype == "float64" else None)
 
 
+def test_a_head_s_shard_of_padding_alone(pool: Pool) -> None:
+    """Its rows are not read: they are NaN here."""
+    shapes = ((4, 3), (5, 4), (9, 4))
+    drawn = [
+        (
+            member(
+                outside, seed, seed, student_vocab=vocab, teacher_vocab=vocab, k=vocab,
+                hidden=3, head=inputs.HEADS[seed % 5], token="any",
+            ),
+            Layout(ranks, "padded", bool(seed % 2), TEACHERS[seed % 3], seed),
+        )
+        for seed, (outside, (vocab, ranks)) in enumerate(itertools.product(OUTSIDE, shapes))
+    ]  # fmt: skip
+    check(pool, drawn)
+
+
 def test_no_rows(pool: Pool) -> None:
     drawn = [
         (member(OUTSIDE[seed % 5], seed, seed, rows=(0,), hidden=(0, 3)[seed % 2]), layout)

@@ -193,6 +193,7 @@ def instead(shards: Shards) -> Iterator[None]:
     """
     parts: list[Tensor] = []
     total, close = distributed._whole_gradient, testing._check_close
+    slopes = testing.watched._check_slopes
 
     def recorded(shard: VocabShard, values: Tensor) -> Tensor:
         size = values.detach().double().abs()
@@ -203,11 +204,19 @@ def instead(shards: Shards) -> Iterator[None]:
     def checked(actual: Tensor, expected: Any, budget: Any, label: str, *rest: Any) -> None:
         if label.startswith("gradient for hidden"):
             budget = budget + sum(part.numpy() for part in parts)
+            parts.clear()
         close(actual, expected, budget, label, *rest)
+
+    def checked_slopes(got: Tensor, wanted: Any, budget: Any, label: str) -> None:
+        if label.startswith("hidden "):
+            budget = budget + sum(part.numpy().reshape(wanted.shape) for part in parts)
+            parts.clear()
+        slopes(got, wanted, budget, label)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(distributed, "_whole_gradient", recorded))
         stack.enter_context(mock.patch.object(testing, "_check_close", checked))
+        stack.enter_context(mock.patch.object(testing.watched, "_check_slopes", checked_slopes))
         for name in ("topk_rkl", "topk_divergence", "linear_topk_rkl", "select_topk"):
             stack.enter_context(mock.patch.object(testing, name, getattr(shards, name)))
         stack.enter_context(

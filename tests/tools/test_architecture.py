@@ -35,8 +35,8 @@ ALLOWED = {
     },
     "_shard_autograd": {"_autograd", "_checks", "_linear_autograd", "_ops", *VALUES},
     "distributed": {
-        "_checks", "_linear_autograd", "_ops", "_ordering", "_shard_autograd", "backends", "head",
-        "support", *VALUES,
+        "_checks", "_linear_autograd", "_ops", "_ordering", "_shard_autograd", "backends",
+        "debugging", "head", "support", *VALUES,
     },
     # Of distributed a type only.
     "options": {"_checks", "backends", "debugging", "distributed", *VALUES},
