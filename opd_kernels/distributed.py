@@ -346,14 +346,15 @@ def _check_agreement(
 
 
 def read(
-    source: Sharded, reading: Reading, backend: str
+    source: Sharded, reading: Reading, backend: str, *, joined: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_ops.read_linear`` returns, of rows whose columns lie on several ranks.
 
     One collective: each rank's K best, its values at the listed ids, and the log-sum-exp and
-    entropy of its other columns.
+    entropy of its other columns. Where the listed ids are ``joined`` to the K best, they are
+    outside of neither.
     """
-    found = _read_part(source, reading, backend)
+    found = _read_part(source, reading, backend, joined)
     mask = reading.allowed.mask
     listed, tail = reading.listed, reading.tail
     *parts, at_listed = _exchanged(source.shard, found[:2] + found[3:], found[2])
@@ -372,6 +373,9 @@ def read(
     tails, entropies = tails.movedim(0, -1), entropies.movedim(0, -1)
     if summed:
         lost = values[..., k:].to(tails.dtype) / divisor(tail.temperature, tails.dtype)
+        if joined and listed is not None:
+            kept = (ids[..., k:, None] == listed[..., None, :]).any(-1)
+            lost = lost.masked_fill(kept, -torch.inf)
         tails = torch.cat((tails, lost), -1)
         if tail.with_entropy:
             entropies = torch.nn.functional.pad(entropies, (0, lost.shape[-1]))
@@ -391,7 +395,7 @@ def _joined(tails: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
     return whole, (shares * (entropies - log_shares)).sum(-1)
 
 
-def _read_part(source: Sharded, reading: Reading, backend: str) -> tuple[Tensor, ...]:
+def _read_part(source: Sharded, reading: Reading, backend: str, joined: bool) -> tuple[Tensor, ...]:
     """This rank's share of what is read: ids of the whole vocabulary, 0 at listed ids elsewhere."""
     k, allowed, tail, listed = reading
     if not source.below(_reach(reading)):
@@ -403,7 +407,8 @@ def _read_part(source: Sharded, reading: Reading, backend: str) -> tuple[Tensor,
         at_ids = None if tail.ids is None else source.local(tail.ids)
         of_tail = Tail(width, tail.temperature, at_ids, tail.with_entropy)
     asked = Reading(kept, source.allowed(allowed), of_tail, here)
-    ids, values, at_listed, *sums = _local(source.part, asked, backend)
+    read_once = _joined_apart if joined and width and here is not None else _local
+    ids, values, at_listed, *sums = read_once(source.part, asked, backend)
     ids = (ids + source.shard.start).masked_fill_(ids < 0, -1)
     if kept < k:
         ids = torch.nn.functional.pad(ids, (0, k - kept), value=-1)
@@ -460,6 +465,18 @@ def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple
     if tail.width and tail.ids is not None:
         sums, entropy = _ops.tail_logsumexp(logits, allowed.mask, tail, backend)
     return ids, values, at_listed, sums, entropy
+
+
+def _joined_apart(
+    part: Tensor | LinearLogits, reading: Reading, backend: str
+) -> tuple[Tensor, ...]:
+    """``_local`` whose tail is outside of the listed ids as well: that takes a second read."""
+    tail, listed = reading.tail, reading.listed
+    assert listed is not None
+    ids, values, at_listed, *_ = _local(part, reading._replace(tail=no_tail()), backend)
+    tail = tail._replace(ids=torch.cat((ids, listed), -1))
+    rest = Reading(0, reading.allowed, tail, None)
+    return ids, values, at_listed, *_local(part, rest, backend)[3:]
 
 
 def gathered(

@@ -303,11 +303,18 @@ def select(
     tail: Tail,
     backend: str,
     listed: Tensor | None = None,
+    *,
+    joined: bool = False,
 ) -> Selected:
     """The k best and what else is asked for; a head's logits are computed once.
 
-    A logit at a listed id is -inf where the id is outside of [0, limit) and [0, tail's width).
+    A logit at a listed id is -inf where the id is outside of [0, limit) and [0, tail's width). The
+    tail of a shard leaves out listed ids that are ``joined`` to the k best.
     """
+    if isinstance(logits, Sharded):
+        reading = Reading(k, allowed, tail, listed)
+        ids, values, found, *sums = read_shards(logits, reading, backend, joined=joined)
+        return Selected(ids, values, None if listed is None else found, *sums)
     if not isinstance(logits, Tensor):
         ids, values, found, *sums = read(logits, Reading(k, allowed, tail, listed), backend)
         return Selected(ids, values, None if listed is None else found, *sums)

@@ -74,7 +74,8 @@ def find_support(
 ) -> Support:
     """The support, selected or given; nothing differentiates through it.
 
-    Each side is read once, unless a token joins the support: that leaves the tails. A student's
+    Each side is read once, unless a token joins the support: that leaves the tails, but of a shard,
+    whose ranks have one exchange in any case. A student's
     head whose tail the loss wants is left to the loss, but for a support that it selects.
     """
     width, joins = call.range(vocab_of(student)), call.full and call.include_token
@@ -95,9 +96,15 @@ def find_support(
         if debugging.on_outside_of_operators():
             _look_at_fields(teacher, allowed, call)
     elif call.support == "student":
-        tail = no_tail() if joins else _tail(student, "student", call)
-        ids, z, _, *sums = select(student, k, allowed, tail, call.backend)
+        whole = joins and isinstance(student, Sharded)
+        tail = no_tail() if joins and not whole else _tail(student, "student", call)
+        there = token if whole else None
+        ids, z, at_joined, *sums = select(
+            student, k, allowed, tail, call.backend, there, joined=whole
+        )
         mine = _side(tail, sums)
+        if at_joined is not None:
+            z = torch.cat((z, at_joined), -1)
         # Without a tail a head's entries are computed again: the product has rounded these.
         if of_shards(student) or (not isinstance(student, Tensor) and tail.width):
             mine = mine._replace(values=z)
@@ -111,9 +118,12 @@ def find_support(
         else:
             values = values_at(teacher, ids, allowed, call.backend)
     else:
-        tail = no_tail() if joins else _tail(teacher, "teacher", call)
+        whole = joins and isinstance(teacher, Sharded)
+        tail = no_tail() if joins and not whole else _tail(teacher, "teacher", call)
         there = None if isinstance(teacher, Tensor) else token
-        ids, values, at_token, *sums = select(teacher, k, allowed, tail, call.backend, there)
+        ids, values, at_token, *sums = select(
+            teacher, k, allowed, tail, call.backend, there, joined=whole
+        )
         yours = _side(tail, sums)
     invalid: Tensor | None = None
     if call.with_token:

@@ -303,7 +303,8 @@ CALLS: list[tuple[dict[str, Any], int]] = [
     ({"outside": "bucket", "return_token_logprobs": True}, 2),
     ({"outside": "bucket", "return_stats": ("student_mass", "student_entropy")}, 2),
     ({"support": "student"}, 2),
-    ({"outside": "bucket", "include_token": True}, 3),
+    ({"outside": "bucket", "include_token": True}, 2),
+    ({"support": "student", "outside": "bucket", "include_token": True}, 2),
 ]
 
 
@@ -336,7 +337,6 @@ def test_what_is_sent(ranks: int, of_head: bool, teacher: str, pool: Pool) -> No
         tokens = options.get("include_token") or options.get("return_token_logprobs")
         tokens = tokens or options.get("outside") == "sample"
         entries = k + (1 if tokens else 0)
-        # A token that joins the support of full softmaxes takes the teacher's values once more.
         each = 16 if most == 3 else 12
         assert sum(forward) <= (each * rows * entries + 32 * rows) * ranks, options
         assert [each.name for each in backward] == ["reduce"] * of_head, options
