@@ -140,8 +140,9 @@ def _sampled_gradient(
     wide = wide_dtype(rows.values.device)
     temperature = divisor(rows.temperature, wide)
     scaled = torch.cat((rows.values.to(wide) / temperature, rows.tail.to(wide)[..., None]), -1)
-    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
-    outside = exp(log_p[..., -2:]).sum(-1)
+    top = scaled.amax(-1, keepdim=True)
+    p = exp(scaled - top.masked_fill(top == -torch.inf, 0))
+    outside = p[..., -2:].sum(-1) / p.sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature
     grad = torch.cat((upstream[..., :-1].to(wide), given / outside[..., None]), -1)
     grad = grad.masked_fill(rows.ids < 0, 0)  # another rank's columns
