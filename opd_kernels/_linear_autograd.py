@@ -144,7 +144,10 @@ def _sampled_gradient(
     outside = exp(log_p[..., -2:]).sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature
     grad = torch.cat((upstream[..., :-1].to(wide), given / outside[..., None]), -1)
-    grad = grad.masked_fill(rows.ids < 0, 0)  # another rank's columns
+    absent = rows.ids < 0  # another rank's columns
+    if rows.mask is not None:  # the temperature may be anything
+        absent = absent | ~rows.mask[..., None]
+    grad = grad.masked_fill(absent, 0)
     grad = torch.where(grad == 0, 0, grad * plain.slope(rows.values.to(wide), scale, softcap))
     grad = grad.to(compute_dtype(rows.values))
     hidden_grad, weight_grad, bias_grad = (hidden.new_empty(0) for _ in wanted)

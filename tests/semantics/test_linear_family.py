@@ -407,6 +407,22 @@ def test_a_log_sum_exp_that_is_given_changes_nothing(linear_backend: str) -> Non
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@composed
+def test_masked_rows_may_have_any_temperature(linear_backend: str) -> None:
+    for background, reduction in itertools.product(("exact", "sampled"), ("mean", "none")):
+        case = calls(
+            outside="bucket", background=background, reduction=reduction, backend=linear_backend
+        )
+        case.options["token_ids"].clamp_(min=0)
+        found = []
+        for anything in (1.0, torch.nan, 0.0):
+            case.options["temperature"] = torch.where(case.options["mask"], 0.8, anything)
+            found.append(results(case, case.head(leaves := case.leaves()), leaves, False))
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
 def test_a_sampled_token_that_does_not_exist_makes_its_row_nan(linear_backend: str) -> None:
     case = plain_calls(
         outside="bucket", background="sampled", reduction="none", backend=linear_backend
