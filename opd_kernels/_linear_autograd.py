@@ -143,7 +143,9 @@ def _sampled_gradient(
     log_p = scaled - scaled.logsumexp(-1, keepdim=True)
     outside = exp(log_p[..., -2:]).sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature
-    grad = torch.cat((upstream[..., :-1].to(wide), given / outside[..., None]), -1)
+    # Probabilities of 0 have no gradient.
+    there = torch.where(given == 0, 0, given / outside[..., None])
+    grad = torch.cat((upstream[..., :-1].to(wide), there), -1)
     absent = rows.ids < 0  # another rank's columns
     if rows.mask is not None:  # the temperature may be anything
         absent = absent | ~rows.mask[..., None]
