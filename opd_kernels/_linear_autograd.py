@@ -144,8 +144,13 @@ def _sampled_gradient(
     p = exp(scaled - top.masked_fill(top == -torch.inf, 0))
     outside = p[..., -2:].sum(-1) / p.sum(-1)
     given = upstream[..., -1:].to(wide) + tail_upstream.to(wide)[..., None] / temperature
-    grad = torch.cat((upstream[..., :-1].to(wide), given / outside[..., None]), -1)
-    grad = grad.masked_fill(rows.ids < 0, 0)  # another rank's columns
+    # Probabilities of 0 have no gradient.
+    there = torch.where(given == 0, 0, given / outside[..., None])
+    grad = torch.cat((upstream[..., :-1].to(wide), there), -1)
+    absent = rows.ids < 0  # another rank's columns
+    if rows.mask is not None:  # the temperature may be anything
+        absent = absent | ~rows.mask[..., None]
+    grad = grad.masked_fill(absent, 0)
     grad = torch.where(grad == 0, 0, grad * plain.slope(rows.values.to(wide), scale, softcap))
     grad = grad.to(compute_dtype(rows.values))
     hidden_grad, weight_grad, bias_grad = (hidden.new_empty(0) for _ in wanted)

@@ -272,6 +272,12 @@ def _checked(
             f"model_inputs is a {type(model_inputs).__name__}, expected a mapping such as "
             '{"pixel_values": ...}'
         )
+    for name in ("input_ids", "attention_mask"):
+        if model_inputs is not None and name in model_inputs:
+            raise ValueError(
+                f"model_inputs has {name}, and the loss would not see it; pass it as {name}= of "
+                "distill_loss, and what the models' forwards take besides as model_inputs"
+            )
     # No position predicts the first token.
     counted = counted & _at_predicted(torch.ones_like(counted))
     return Sequences(tokens, attention, model_inputs or {}), counted

@@ -437,6 +437,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "attention": ({"attention_mask": ATTENTION[:, :4]}, ValueError, "attention_mask has shape"),
     "unknown": ({"labels": TOKENS}, TypeError, "unexpected keyword argument 'labels'"),
     "inputs": ({"model_inputs": [1]}, TypeError, "model_inputs is a list"),
+    "mask among inputs": (
+        {"model_inputs": {"attention_mask": MASK}},
+        ValueError,
+        "has attention_mask.* pass it as",
+    ),
+    "ids among inputs": ({"model_inputs": {"input_ids": TOKENS}}, ValueError, "has input_ids"),
 }
 
 

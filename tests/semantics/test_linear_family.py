@@ -407,6 +407,40 @@ def test_a_log_sum_exp_that_is_given_changes_nothing(linear_backend: str) -> Non
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@composed
+def test_masked_rows_may_have_any_temperature(linear_backend: str) -> None:
+    for background, reduction in itertools.product(("exact", "sampled"), ("mean", "none")):
+        case = calls(
+            outside="bucket", background=background, reduction=reduction, backend=linear_backend
+        )
+        case.options["token_ids"].clamp_(min=0)
+        found = []
+        for anything in (1.0, torch.nan, 0.0):
+            case.options["temperature"] = torch.where(case.options["mask"], 0.8, anything)
+            found.append(results(case, case.head(leaves := case.leaves()), leaves, False))
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+@composed
+def test_a_sampled_token_of_probability_0_has_no_gradient(linear_backend: str) -> None:
+    """Its share and all others' are below float64's least number; a stale rollout may hold it."""
+    hidden = torch.full((1, V), -800.0)
+    hidden[:, :K] = normal(1, K)
+    teacher = torch.where(torch.arange(V) < K, 20.0, 0.0) + normal(1, V)
+    found = []
+    for background in ("exact", "sampled"):
+        leaf = hidden.clone().requires_grad_()
+        loss = topk_divergence(
+            LinearLogits(leaf, torch.eye(V)), teacher, K, outside="bucket", background=background,
+            token_ids=torch.tensor([V - 1]), backend=linear_backend,
+        )  # fmt: skip
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_a_sampled_token_that_does_not_exist_makes_its_row_nan(linear_backend: str) -> None:
     case = plain_calls(
         outside="bucket", background="sampled", reduction="none", backend=linear_backend
