@@ -351,6 +351,8 @@ WRONG = {
     "teacher's width": r"^teacher has [78] columns on this rank and the student 10; .*\"whole\"",
     "topk": r"^teacher is a TopK, .* leave teacher_vocab_shard out",
     "whole": r"^teacher_vocab_shard=\"whole\" goes with a vocab_shard",
+    "head's option": r"^student_logsumexp saves products with a head, and student is logits",
+    "head's background": r"^background=\"sampled\" saves products with a head, and student is",
     "type": r"^vocab_shard is a int, expected a VocabShard or None",
 }
 SECONDS = 2.0  # that a rank waits in a collective of these tests

@@ -498,6 +498,11 @@ def _wrong(group: Any, what: str, later: bool) -> None:
         call(vocab_shard=None, teacher_vocab_shard="whole")
     elif what == "type":
         call(vocab_shard=10 * rank)
+    elif what == "head's option":
+        call(outside="bucket", student_logsumexp=z.logsumexp(-1))
+    elif what == "head's background":
+        tokens = torch.zeros(4, dtype=torch.long)
+        call(outside="bucket", background="sampled", token_ids=tokens)
     elif what == "raises":
         if rank:
             raise ValueError("the data ran out")
