@@ -479,6 +479,10 @@ def _wrong(group: Any, what: str, later: bool) -> None:
         call(rows=4 - rank)
     elif what == "dtype":
         call(teacher=t[:, 10 * rank : 10 * rank + 10].to((torch.float64, torch.float32)[rank]))
+    elif what == "reduced":
+        mine, shard = slice(10 * rank, 10 * rank + 10), VocabShard(10 * rank, 20, group, bool(rank))
+        head = LinearLogits(z[:, :6].clone().requires_grad_(), t.T[mine, :3].repeat(1, 2))
+        opd_kernels.topk_rkl(head, t[:, mine], 5, vocab_shard=shard).backward()
     elif what == "overlap":
         call(start=8 * rank)
     elif what == "gap":
