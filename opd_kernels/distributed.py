@@ -224,7 +224,7 @@ def sharded(source: Any, shard: object, name: str) -> Any:
     return Sharded(source, shard)
 
 
-def from_dtensor(source: Any, name: str) -> Any:
+def from_dtensor(source: Any, name: str, inplace: object = False) -> Any:
     """A DTensor of logits as the columns that are here; anything else as it is.
 
     One dimension of its mesh shards the vocabulary. The rows that the others shard or replicate are
@@ -240,6 +240,11 @@ def from_dtensor(source: Any, name: str) -> Any:
     partial = any(placement.is_partial() for placement in placements)
     if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
         raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
+    if inplace:
+        raise ValueError(
+            "inplace_grad=True would overwrite a DTensor's memory where autograd does not see "
+            "it; leave it out, or pass .to_local() and vocab_shard"
+        )
     [dim], vocab = over, source.shape[-1]
     step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
     start = min(mesh.get_local_rank(dim) * step, vocab)
