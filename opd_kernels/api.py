@@ -515,13 +515,8 @@ def linear_topk_rkl(
 
 def _checked(student: object, options: Options) -> Source:
     """The student, once its parts fit."""
-    student = from_dtensor(student, "student")
+    student = from_dtensor(student, "student", options.get("inplace_grad"))
     if isinstance(student, Sharded):
-        if options.get("inplace_grad"):
-            raise ValueError(
-                "inplace_grad=True would overwrite a DTensor's memory where autograd does not see "
-                "it; leave it out, or pass .to_local() and vocab_shard"
-            )
         return student
     least = 1 if options.get("vocab_shard") is None else 0  # a rank may hold no column
     if not isinstance(student, LinearLogits):

@@ -70,17 +70,33 @@ class VocabShard:
     reduce_hidden_grad: bool = True
 
     def __post_init__(self) -> None:
-        """Checks the numbers; the group is looked at when it is used."""
+        """Checks the numbers, and that the group may be one."""
         _checks.check_int(self.start, "VocabShard start")
         _checks.check_vocab_size(self.vocab_size, "VocabShard vocab_size")
         _checks.check_flag(self.reduce_hidden_grad, "VocabShard reduce_hidden_grad")
         if self.start < 0:
             raise ValueError(f"VocabShard start is {self.start}, allowed is 0 or more")
+        if self.group is not None:
+            _check_group(self.group)
 
     @property
     def ranks(self) -> int:
         """How many ranks share the vocabulary."""
         return dist.get_world_size(self.group)
+
+
+def _check_group(group: object) -> None:
+    """A process group that this rank is in."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "VocabShard group is one without this rank, as new_group returns it there; pass the "
+            "group of the ranks that hold the same rows"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"VocabShard group is a {type(group).__name__}, expected a ProcessGroup or None; of a "
+            "DeviceMesh of one dimension pass .get_group()"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +224,7 @@ def sharded(source: Any, shard: object, name: str) -> Any:
     return Sharded(source, shard)
 
 
-def from_dtensor(source: Any, name: str) -> Any:
+def from_dtensor(source: Any, name: str, inplace: object = False) -> Any:
     """A DTensor of logits as the columns that are here; anything else as it is.
 
     One dimension of its mesh shards the vocabulary. The rows that the others shard or replicate are
@@ -224,6 +240,11 @@ def from_dtensor(source: Any, name: str) -> Any:
     partial = any(placement.is_partial() for placement in placements)
     if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
         raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
+    if inplace:
+        raise ValueError(
+            "inplace_grad=True would overwrite a DTensor's memory where autograd does not see "
+            "it; leave it out, or pass .to_local() and vocab_shard"
+        )
     [dim], vocab = over, source.shape[-1]
     step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
     start = min(mesh.get_local_rank(dim) * step, vocab)
@@ -293,6 +314,8 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
         facts[f"{name} kind"] = type(side.part if isinstance(side, Sharded) else side).__name__
         facts[f"{name} vocab_size"] = side.vocab if isinstance(side, Sharded) else None
         facts[f"{name} dtype"] = side.dtype if isinstance(side, Sharded) else None
+        if isinstance(side, Sharded) and not of_shards(side):
+            facts[f"{name} reduce_hidden_grad"] = side.shard.reduce_hidden_grad
     # Nothing of this rank alone: all ranks look, or none does.
     groups = tuple(side.shard.group for _, side in shards)
     key = (groups, shard.ranks, tuple(facts.values()))

@@ -17,7 +17,7 @@ from opd_kernels._arguments import Allowed
 from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
 from opd_kernels._linear_autograd import GatherDot
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered, widened
+from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered, of_shards, widened
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import losses_of_head
@@ -198,7 +198,7 @@ def _check_sources(student: Source, teacher: Source | TopK, call: Call) -> None:
 
 def _check_head_options(student: Source, call: Call) -> None:
     """Raises for a background or a log-sum-exp that does not fit the student and the loss."""
-    if isinstance(student, Tensor):
+    if isinstance(student, Tensor) or of_shards(student):
         for name, given in (
             ('background="sampled"', call.background == "sampled"),
             ("student_logsumexp", call.student_logsumexp is not None),

@@ -58,7 +58,7 @@ def losses_of_head(
     width = call.range(student.vocab)
     ids, values = support.entries()
     listed = _listed(support, width, call)
-    if isinstance(student, LinearLogits) and _computes_gradient(student, call):
+    if isinstance(student, LinearLogits) and _computes_gradient(student, values, call):
         return _in_one_pass(student, support, listed, k, allowed, call)
     side = _read(student, support, listed, k, allowed, call)
     outside = (listed < 0) | (listed >= width)
@@ -206,11 +206,12 @@ def _token(side: Side, place: Tensor, middle: Tensor, count: int, width: int, ca
     return Token(place, log_probs[..., :count], total - shift[..., 0], width)
 
 
-def _computes_gradient(student: LinearLogits, call: Call) -> bool:
+def _computes_gradient(student: LinearLogits, values: Tensor, call: Call) -> bool:
     """Whether the pass over the head's logits makes its gradient, in forward.
 
     It has to know the upstream gradient of each row but for a factor. In float16 that factor, a
-    loss scale, is what keeps the gradient from vanishing.
+    loss scale, is what keeps the gradient from vanishing. A teacher in float64, ``values``, wants
+    the loss of a narrower head in float64, which that pass does not have.
     """
     tensors = (student.hidden, student.weight, student.bias)
     return (
@@ -221,6 +222,7 @@ def _computes_gradient(student: LinearLogits, call: Call) -> bool:
         and not call.with_logprobs
         and call.student_logsumexp is None
         and as_autocast(student.hidden.new_empty(0))[0].dtype != torch.float16
+        and compute_dtype(student.hidden, values) == compute_dtype(student.hidden)
         and torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         and not torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ from torch import Tensor
 from opd_kernels import _checks, _ops, debugging
 from opd_kernels._arguments import Allowed, Tail
 from opd_kernels._autograd import BackgroundLoss, Request, Token
-from opd_kernels.distributed import VocabShard, agree, sharded
+from opd_kernels.distributed import Sharded, VocabShard, agree, from_dtensor, sharded
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import token_logprobs_of_head
 from opd_kernels.options import Call, resolve
@@ -51,7 +51,7 @@ def token_logprobs(
             gradient 0, whatever it holds.
         vocab_size: W, for padded vocabularies.
         inplace_grad: as in ``topk_rkl``; refused for ``LinearLogits``.
-        vocab_shard: as in ``topk_rkl``.
+        vocab_shard: as in ``topk_rkl``, and so are DTensors.
         backend: as in ``topk_rkl``.
 
     NaN or +inf in a row makes it NaN, and so does a row of only -inf. A logit of -inf at y is -inf.
@@ -75,7 +75,10 @@ def token_logprobs(
     Source: the log-softmax of the sampled token, as policy gradients use it.
     """
     least = 1 if vocab_shard is None else 0
-    if isinstance(logits, LinearLogits):
+    given = from_dtensor(logits, "logits", inplace_grad)
+    if isinstance(given, Sharded):
+        rows = given.shape
+    elif isinstance(logits, LinearLogits):
         _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ", least)
         if inplace_grad:
             raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
@@ -95,7 +98,7 @@ def token_logprobs(
         rows,
         device,
     )
-    source = sharded(logits, vocab_shard, "vocab_shard")
+    source = sharded(given, vocab_shard, "vocab_shard")
     agree([("logits", source)], {"vocab_size": vocab_size})
     width = call.range(vocab_of(source))
     if debugging.on_outside_of_operators():

@@ -11,7 +11,15 @@ from torch import Tensor
 from opd_kernels import _checks, _ops
 from opd_kernels._arguments import Allowed, Reading, Tail, Temperature, no_tail
 from opd_kernels._ordering import repeats
-from opd_kernels.distributed import Parted, Sharded, Source, VocabShard, agree, sharded
+from opd_kernels.distributed import (
+    Parted,
+    Sharded,
+    Source,
+    VocabShard,
+    agree,
+    from_dtensor,
+    sharded,
+)
 from opd_kernels.distributed import read as read_shards
 from opd_kernels.head import LinearLogits, head_as_operand
 from opd_kernels.options import allowed, backend_name, bool_mask
@@ -67,7 +75,8 @@ def select_topk(
     A row with NaN or +inf has no nucleus: with ``top_p`` its best entry alone stays.
 
     ``vocab_shard``: ``logits``, or the head, are this rank's columns of the vocabulary; all ranks
-    get the same result, that of the whole rows. V is the shard's ``vocab_size``. One collective.
+    get the same result, that of the whole rows (a 0 is +0). V is the shard's ``vocab_size``. One
+    collective. Logits may be a DTensor, as in ``topk_rkl``.
 
     Gradients: none. Memory: the outputs (with log-sum-exps: at most a copy of a few rows in their
     dtype; ``LinearLogits``: its workspace).
@@ -235,7 +244,8 @@ def read_at(
 
 def _source(logits: object, shard: VocabShard | None) -> tuple[Source, torch.Size, int]:
     """(what is read, its rows, its vocabulary), once it fits."""
-    if not isinstance(logits, LinearLogits):
+    logits = from_dtensor(logits, "logits")
+    if not isinstance(logits, (LinearLogits, Sharded)):
         logits = _checks.check_logits(logits, "logits", least=1 if shard is None else 0)
     source = sharded(logits, shard, "vocab_shard")
     rows = source.shape[:-1] if isinstance(source, Tensor) else source.shape

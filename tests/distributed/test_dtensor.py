@@ -31,7 +31,9 @@ from opd_kernels import (
     TopK,
     VocabShard,
     linear_topk_rkl,
+    score_ids,
     select_topk,
+    token_logprobs,
     topk_divergence,
     topk_rkl,
 )
@@ -49,7 +51,7 @@ ROWS, WHOLE = [".to_local()", ".full_tensor()"], [".full_tensor()"]
 PARAMETER = ["fully_shard", ".to_local() and vocab_shard"]
 # Taken where the vocabulary is sharded.
 TAKEN = ("student", "student and a support", "student and teacher", "teacher")
-TAKEN += ("teacher of hidden states",)
+TAKEN += ("teacher of hidden states", "select", "score", "log-probs")
 
 # name: (the call with a DTensor, the argument as the message names it, its tensor, the remedies)
 CALLS: dict[str, tuple[Callable[[Distribute], Any], str, Tensor, list[str]]] = {
@@ -59,6 +61,8 @@ CALLS: dict[str, tuple[Callable[[Distribute], Any], str, Tensor, list[str]]] = {
     "teacher": (lambda d: topk_rkl(S, d(T)), "teacher", T, ROWS),
     "teacher of hidden states": (lambda d: linear_topk_rkl(H, W, d(T)), "teacher", T, ROWS),
     "select": (lambda d: select_topk(d(T), 8), "logits", T, ROWS),
+    "score": (lambda d: score_ids(d(T), IDS), "logits", T, ROWS),
+    "log-probs": (lambda d: token_logprobs(d(T), IDS[:, 0]), "logits", T, ROWS),
     "select's mask": (lambda d: select_topk(T, 8, mask=d(ONES > 0)), "mask", ONES, ROWS),
     "support ids": (lambda d: TopK(d(IDS), LOGITS), "TopK ids", IDS, ROWS),
     "support logits": (lambda d: TopK(IDS, d(LOGITS)), "TopK logits", LOGITS, ROWS),
@@ -141,6 +145,9 @@ def test_logits_sharded_over_the_vocabulary_are_taken(mesh: DeviceMesh, name: st
     call = CALLS[name][0]
     expected = call(lambda tensor: tensor)
     found = call(lambda tensor: distribute_tensor(tensor, mesh, [Shard(-1)]))
+    if isinstance(found, TopK):
+        assert torch.equal(found.ids, expected.ids)
+        found, expected = found.logits, expected.logits
     assert not isinstance(found, DTensor)
     # The row is not read in one pass: a few roundings of terms of a loss about 1.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -174,6 +181,8 @@ def test_the_memory_of_a_dtensor_is_not_overwritten(mesh: DeviceMesh) -> None:
     logits = distribute_tensor(S, mesh, [Shard(1)]).requires_grad_()
     with pytest.raises(ValueError, match="inplace_grad=True would overwrite a DTensor's memory"):
         topk_rkl(logits * 1, T, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad=True would overwrite a DTensor's memory"):
+        token_logprobs(logits * 1, IDS[:, 0], inplace_grad=True)
 
 
 def test_a_local_gradient_is_added_to_in_place(mesh: DeviceMesh) -> None:

@@ -24,7 +24,15 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from opd_kernels import VocabShard, linear_topk_rkl, topk_divergence, topk_rkl
+from opd_kernels import (
+    VocabShard,
+    linear_topk_rkl,
+    score_ids,
+    select_topk,
+    token_logprobs,
+    topk_divergence,
+    topk_rkl,
+)
 
 WORLD, DATA, TP = 4, 2, 2
 V, H, K = 43, 12, 8  # no dimension of a mesh divides this vocabulary
@@ -130,6 +138,29 @@ def empty(rank: Rank) -> dict[str, float]:
     loss = topk_rkl(ours.requires_grad_(), other, 3)
     loss.backward()
     return {"loss": distance(loss, expected), "gradient": distance(ours.grad, single.grad)}
+
+
+def read(rank: Rank) -> dict[str, Any]:
+    """What else reads logits, DTensors whose rows lie on the other dimension of a mesh."""
+    leaves = [
+        rank.student.clone(),
+        distribute_tensor(rank.student, rank.mesh, [Shard(0), Shard(2)]),
+    ]
+    logprobs, best, scored = [], [], []
+    for leaf, rows in zip(leaves, (slice(None), rank.rows), strict=True):
+        tokens, mask = rank.tokens[rows], rank.mask[rows]
+        logprobs.append(token_logprobs(leaf.requires_grad_(), tokens, mask=mask))
+        logprobs[-1].sum().backward()
+        best.append(select_topk(leaf, K, mask=mask, token_ids=tokens, top_p=0.9))
+        scored.append(score_ids(leaf, tokens[..., None], mask=mask))
+    return {
+        "plain": not any(isinstance(x, DTensor) for x in (logprobs[1], best[1].ids)),
+        "ids": torch.equal(best[1].ids, best[0].ids[rank.rows]),
+        "log-probs": distance(logprobs[1], logprobs[0][rank.rows]),
+        "gradient": distance(leaves[1].grad, leaves[0].grad),
+        "tail": distance(best[1].tail_logsumexp, best[0].tail_logsumexp[rank.rows]),
+        "scored": distance(scored[1].logsumexp, scored[0].logsumexp[rank.rows]),
+    }
 
 
 def redistributed(rank: Rank) -> dict[str, float]:
@@ -320,6 +351,7 @@ SAME: dict[str, Callable[[Rank], dict[str, Any]]] = {
     **{" and ".join(pair): lambda rank, pair=pair: mixed(rank, *pair) for pair in PAIRS},
     "an empty shard": empty,
     "redistributed": redistributed,
+    "read": read,
     "FSDP2, logits": lambda rank: trained(rank, "logits"),
     "FSDP2, hidden states": lambda rank: trained(rank, "hidden states"),
     "sequence parallelism": lambda rank: sequences(rank, False),

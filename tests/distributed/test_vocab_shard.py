@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import sharded_calls
 import torch
+import torch.distributed as dist
 from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -359,6 +360,7 @@ WRONG = {
     "stats": r"^return_stats is None on rank 0 and \('overlap',\) on rank 1",
     "rows": r"^rows is \(4,\) on rank 0 and \(3,\) on rank 1",
     "dtype": r"^teacher dtype is torch.float64 on rank 0 and torch.float32 on rank 1",
+    "reduced": r"^student reduce_hidden_grad is False on rank 0 and True on rank 1",
     "vocabulary": r"^student vocab_size is 20 on rank 0 and 21 on rank 1",
     "overlap": r"^the student's columns overlap: rank 1 begins at 8, those before it end at 10",
     "gap": r"^the student's columns leave a gap: rank 1 begins at 10, those before it end at 9",
@@ -367,6 +369,8 @@ WRONG = {
     "teacher's width": r"^teacher has [78] columns on this rank and the student 10; .*\"whole\"",
     "topk": r"^teacher is a TopK, .* leave teacher_vocab_shard out",
     "whole": r"^teacher_vocab_shard=\"whole\" goes with a vocab_shard",
+    "head's option": r"^student_logsumexp saves products with a head, and student is logits",
+    "head's background": r"^background=\"sampled\" saves products with a head, and student is",
     "type": r"^vocab_shard is a int, expected a VocabShard or None",
 }
 SECONDS = 2.0  # that a rank waits in a collective of these tests
@@ -412,6 +416,8 @@ def test_without_a_process_group_the_message_says_how_to_make_one() -> None:
         ((0, 0), "vocab_size is 0"),
         ((0, 10, None, 2), "reduce_hidden_grad"),
         ((True, 10), "start"),
+        ((0, 10, 3), "group is a int, expected a ProcessGroup or None; of a DeviceMesh"),
+        ((0, 10, dist.GroupMember.NON_GROUP_MEMBER), "group is one without this rank"),
     ],
 )
 def test_a_shard_of_wrong_numbers_is_refused(numbers: tuple[Any, ...], message: str) -> None:

@@ -488,6 +488,10 @@ def _wrong(group: Any, what: str, later: bool) -> None:
         call(rows=4 - rank)
     elif what == "dtype":
         call(teacher=t[:, 10 * rank : 10 * rank + 10].to((torch.float64, torch.float32)[rank]))
+    elif what == "reduced":
+        mine, shard = slice(10 * rank, 10 * rank + 10), VocabShard(10 * rank, 20, group, bool(rank))
+        head = LinearLogits(z[:, :6].clone().requires_grad_(), t.T[mine, :3].repeat(1, 2))
+        opd_kernels.topk_rkl(head, t[:, mine], 5, vocab_shard=shard).backward()
     elif what == "overlap":
         call(start=8 * rank)
     elif what == "gap":
@@ -507,6 +511,11 @@ def _wrong(group: Any, what: str, later: bool) -> None:
         call(vocab_shard=None, teacher_vocab_shard="whole")
     elif what == "type":
         call(vocab_shard=10 * rank)
+    elif what == "head's option":
+        call(outside="bucket", student_logsumexp=z.logsumexp(-1))
+    elif what == "head's background":
+        tokens = torch.zeros(4, dtype=torch.long)
+        call(outside="bucket", background="sampled", token_ids=tokens)
     elif what == "raises":
         if rank:
             raise ValueError("the data ran out")

@@ -123,7 +123,9 @@ def eager(
 
 def inputs_of(student: torch.Tensor, teacher: Any, k: int, **options: Any) -> Inputs:
     """Inputs of per-row losses in float64."""
-    family: dict[str, Any] = {"support": "teacher", "include_token": False, "token_ids": None}
+    family: dict[str, Any] = {
+        "support": "teacher", "include_token": False, "token_ids": None, "background": "exact",
+    }  # fmt: skip
     family |= {name: options.pop(name) for name in list(options) if name in {*family, "outside"}}
     family["divergence"] = options.pop("divergence")
     given = dict.fromkeys(("mask", "weight", "banned_ids", "vocab_size"))

@@ -321,6 +321,18 @@ def test_float64_is_float64(member: dict[str, Any]) -> None:
         assert_same(case, 1e-13, upstream=reduction == "none")
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the reference's own mathematics")
+@pytest.mark.parametrize("of_support", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_in_float64_of_a_narrower_head(reduction: str, of_support: bool) -> None:
+    """It was refused where forward makes the gradient."""
+    case = calls(outside="bucket", reduction=reduction)
+    teacher: Any = case.teacher.double()
+    if of_support:
+        teacher = select_topk(teacher, K, with_logsumexp=True, temperature=0.8)
+    assert_same(case._replace(teacher=teacher), upstream=reduction == "none")
+
+
 @composed
 def test_random_heads_lose_what_the_product_does(linear_backend: str) -> None:
     """Beside float64: as near as the logits' loss is, on which a product of its own is rounded."""
