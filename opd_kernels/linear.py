@@ -58,7 +58,7 @@ def losses_of_head(
     width = call.range(student.vocab)
     ids, values = support.entries()
     listed = _listed(support, width, call)
-    if isinstance(student, LinearLogits) and _computes_gradient(student, call):
+    if isinstance(student, LinearLogits) and _computes_gradient(student, values, call):
         return _in_one_pass(student, support, listed, k, allowed, call)
     side = _read(student, support, listed, k, allowed, call)
     outside = (listed < 0) | (listed >= width)
@@ -206,13 +206,14 @@ def _token(side: Side, place: Tensor, middle: Tensor, count: int, width: int, ca
     return Token(place, log_probs[..., :count], total - shift[..., 0], width)
 
 
-def _computes_gradient(student: LinearLogits, call: Call) -> bool:
+def _computes_gradient(student: LinearLogits, teacher: Tensor, call: Call) -> bool:
     """Whether the pass over the head's logits makes its gradient, in forward.
 
     It has to know the upstream gradient of each row but for a factor. In float16 that factor, a
-    loss scale, is what keeps the gradient from vanishing.
+    loss scale, is what keeps the gradient from vanishing. Its kernels take one arithmetic.
     """
     tensors = (student.hidden, student.weight, student.bias)
+    dtype = as_autocast(student.hidden.new_empty(0))[0].dtype
     return (
         call.full
         and call.background == "exact"
@@ -220,7 +221,8 @@ def _computes_gradient(student: LinearLogits, call: Call) -> bool:
         and call.support == "teacher"
         and not call.with_logprobs
         and call.student_logsumexp is None
-        and as_autocast(student.hidden.new_empty(0))[0].dtype != torch.float16
+        and dtype != torch.float16
+        and (teacher.dtype != torch.float64 or dtype == torch.float64)
         and torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         and not torch.compiler.is_compiling()
