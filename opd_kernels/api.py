@@ -345,9 +345,10 @@ def topk_divergence(
     support costs k H multiplications a row, as in ``linear_topk_rkl``. Full softmaxes and token
     log-probs take one product with the head in forward. A trained head's exact background takes
     four products in all, or three where the loss is reduced, on the teacher's support, without
-    token log-probs and not float16: forward makes the gradient then, and backward runs once. The
-    sampled background takes k + 1 columns in backward. Memory: the gradients, in float32 while they
-    are added up, and the workspace of ``LinearLogits``.
+    token log-probs, not float16 and with no float64 teacher of a narrower head: forward makes the
+    gradient then, and backward runs once. The sampled background takes k + 1 columns in backward.
+    Memory: the gradients, in float32 while they are added up, and the workspace of
+    ``LinearLogits``.
 
     Errors: as in ``topk_rkl``; ``ValueError`` for unknown names and combinations that do not exist,
     and for ``return_token_logprobs`` without ``token_ids``.

@@ -382,9 +382,11 @@ def _shifted(topk: TopK) -> TopK:
 
 def _readable(sequences: Sequences, counted: Tensor, rows: int) -> tuple[Sequences, Tensor]:
     """The sequences as a teacher of ``rows`` ids reads them, and the tokens that still count."""
-    unknown = sequences.unknown_to(rows)
-    if torch.compiler.is_compiling() or not unknown.any():
+    if torch.compiler.is_compiling():
         return sequences, counted
+    unknown = sequences.unknown_to(rows)
+    if not unknown.any():
+        return sequences.known_to(rows), counted  # padding may be an id that it lacks, too
     warnings.warn(
         f"input_ids has token {int(sequences.tokens[unknown][0])}, and the teacher has {rows} ids; "
         "what follows such a token does not count",

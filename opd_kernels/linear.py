@@ -206,14 +206,15 @@ def _token(side: Side, place: Tensor, middle: Tensor, count: int, width: int, ca
     return Token(place, log_probs[..., :count], total - shift[..., 0], width)
 
 
-def _computes_gradient(student: LinearLogits, values: Tensor, call: Call) -> bool:
+def _computes_gradient(student: LinearLogits, teacher: Tensor, call: Call) -> bool:
     """Whether the pass over the head's logits makes its gradient, in forward.
 
     It has to know the upstream gradient of each row but for a factor. In float16 that factor, a
-    loss scale, is what keeps the gradient from vanishing. A teacher in float64, ``values``, wants
+    loss scale, is what keeps the gradient from vanishing. A teacher in float64, ``teacher``, wants
     the loss of a narrower head in float64, which that pass does not have.
     """
     tensors = (student.hidden, student.weight, student.bias)
+    dtype = as_autocast(student.hidden.new_empty(0))[0].dtype
     return (
         call.full
         and call.background == "exact"
@@ -221,8 +222,8 @@ def _computes_gradient(student: LinearLogits, values: Tensor, call: Call) -> boo
         and call.support == "teacher"
         and not call.with_logprobs
         and call.student_logsumexp is None
-        and as_autocast(student.hidden.new_empty(0))[0].dtype != torch.float16
-        and compute_dtype(student.hidden, values) == compute_dtype(student.hidden)
+        and dtype != torch.float16
+        and (teacher.dtype != torch.float64 or dtype == torch.float64)
         and torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         and not torch.compiler.is_compiling()

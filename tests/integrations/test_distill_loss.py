@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,30 @@ def test_what_follows_a_token_that_the_teacher_lacks_does_not_count() -> None:
     known = tokens.clamp(max=39)
     support = select_topk(teacher(known).logits, K)
     assert_same(loss, distill_loss(student, tokens, support, mask=kept))
+
+
+def test_no_padding_predicts_a_token() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    rows = distill_loss(
+        student, TOKENS, teacher, mask=torch.ones_like(MASK), attention_mask=ATTENTION, k=K,
+        reduction="none",
+    )  # fmt: skip
+    first = ATTENTION.argmax(-1, keepdim=True)  # of each sequence
+    assert torch.equal(rows != 0, ATTENTION.bool().scatter(-1, first, False))
+
+
+def test_padding_that_the_teacher_lacks_is_no_token() -> None:
+    student, teacher = model_of(), model_of(seed=5, vocab_size=40)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for padding in (3, 50):
+            tokens = TOKENS.clamp(max=39).masked_fill(ATTENTION == 0, padding)
+            losses.append(
+                distill_loss(student, tokens, teacher, mask=MASK, attention_mask=ATTENTION, k=K)
+            )
+    assert losses[0] > 0
+    assert_same(losses[1], losses[0])
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused_and_checked_once(

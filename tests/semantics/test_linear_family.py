@@ -420,6 +420,16 @@ def test_a_log_sum_exp_that_is_given_changes_nothing(linear_backend: str) -> Non
 
 
 @composed
+def test_a_teacher_may_be_float64() -> None:
+    for reduction in ("mean", "none"):
+        case = plain_calls(outside="bucket", reduction=reduction)
+        case = case._replace(
+            teacher=select_topk(case.teacher.double(), K, with_logsumexp=True, temperature=0.8)
+        )
+        assert_same(case)
+
+
+@composed
 def test_masked_rows_may_have_any_temperature(linear_backend: str) -> None:
     for background, reduction in itertools.product(("exact", "sampled"), ("mean", "none")):
         case = calls(
