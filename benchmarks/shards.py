@@ -101,7 +101,7 @@ def modelopt(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 
 
 def logsumexp(logits: Tensor) -> Tensor:
-    """Of the columns of all ranks: a maximum and a sum."""
+    """The log-sum-exp of all ranks' columns: one maximum and one sum over the group."""
     most = logits.amax(-1, keepdim=True).detach()
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most + all_reduce((logits - most).exp().sum(-1, keepdim=True)).log()
@@ -157,7 +157,7 @@ def timed(call: Call) -> Seconds:
 
 
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[Seconds]]:
-    """Of each call in turn: the slowest rank's time, and the processor's of all together."""
+    """Times the calls in turn: the slowest rank's clock, and the processor time of all ranks."""
     times: dict[str, list[Seconds]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -193,7 +193,7 @@ def report(title: str, ours: dict[str, list[Seconds]], others: dict[str, list[Se
 
 
 def medians(pairs: Iterable[Iterable[float]]) -> list[float]:
-    """Of the clock's and of the processor's."""
+    """Medians of the clock and of the processor time."""
     return [statistics.median(some) for some in zip(*pairs, strict=True)]
 
 

@@ -123,7 +123,7 @@ def check(some: Given, backend: str) -> dict[str, Any]:
 
 
 def ours(some: Given, backend: str) -> Runs:
-    """What is timed of a backend, forward and backward; gradients are allocated anew."""
+    """The calls to time, forward and backward. Each call allocates its gradients."""
     frozen = LinearLogits(some.hidden.detach(), some.weight.detach())
     scored = functools.partial(score_ids, frozen, some.support.ids, backend=backend)
     runs: Runs = {(backend, "score_ids"): lambda: scored}

@@ -13,7 +13,7 @@ from opd_kernels.testing.inputs import Head, Inputs
 
 
 class Logits(NamedTuple):
-    """Of each logit z: a bound on its error, the slope dz / d(W h + b), a bound on the slope's.
+    """For each logit z: its error bound, the slope dz / d(W h + b), and the slope's error bound.
 
     All are (N, V).
     """

@@ -22,7 +22,7 @@ from causal_models import ATTENTION, MASK, TOKENS, B, K, T, V, assert_same, grad
 from opd_kernels import distill_loss
 
 WORLD = 2
-# Of three sequences, of which the last has nothing that counts.
+# Three sequences; no token of the last one counts.
 SPLITS = {"two and one": [slice(2), slice(2, 3)], "one and two": [slice(1), slice(1, 3)]}
 LOSSES: dict[str, dict[str, Any]] = {
     "renormalize": {},

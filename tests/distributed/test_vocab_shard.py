@@ -134,7 +134,7 @@ def test_contents_that_are_hard(outside: str, pool: Pool) -> None:
 
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_heads(outside: str, pool: Pool) -> None:
-    """Of the student, and of the teacher; scale, bias and softcap; frozen or trained."""
+    """Heads of both sides, with scale, bias and softcap, frozen or trained."""
     drawn = []
     for seed, layout in enumerate(layouts(20)):
         teacher = ("linear", "logits", "topk_int32")[seed % 3]
