@@ -13,10 +13,12 @@ PYTHON312 ?= PYENV_VERSION=$$(pyenv whence python3.12 2> /dev/null | tail -n 1) 
 HOST := build/host
 SANITIZED := build/sanitized
 OLDEST := build/triton-$(OLDEST_TRITON)
+# Trainers whose packages tests/peers runs, each in an environment of its own.
+PEERS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/peers/*/requirements.txt)))
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host cubins lint fuzz sanitize sanitize-numbers sanitize-calls sanitized bench clean
+.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host test-peers $(PEERS:%=test-peer-%) cubins lint fuzz sanitize sanitize-numbers sanitize-calls sanitized bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +75,12 @@ test-gpu-host: $(HOST)/.built ## the suite on the software of the GPU machines, 
 	PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest tests/tools/test_benchmark.py tests/tools/test_gpu_run.py
 	TRITON_INTERPRET=1 PYTHONPATH=$(HOST)/numpy $(HOST)/bin/python -m pytest \
 	  tests/semantics/test_semantics.py tests/semantics/test_memory.py tests/semantics/test_linear.py
+
+# Adapters against the trainers' own packages, which need versions that exclude one another. Not in
+# `make test`: hundreds of MB to download.
+test-peers: $(PEERS:%=test-peer-%) ## the adapters to trainers against the trainers' own packages
+$(PEERS:%=test-peer-%): test-peer-%: build/peers/%/.installed
+	OPD_KERNELS_PEER=$* build/peers/$*/bin/python -m pytest tests/peers/$*
 
 cubins: $(VENV)/.test ## registers, resident blocks and instructions of the CUDA kernels, without a GPU
 	$(BIN)/python tests/helpers/cubins.py
@@ -134,6 +142,14 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 	  $(BIN)/pip install -q $(NVCC)
 	OPD_KERNELS_REQUIRE_NATIVE=1 OPD_KERNELS_BUILD_CUDA=1 \
 	  $(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+# What a trainer's pins do not name comes from .venv, torch and this package with it.
+build/peers/%/.installed: tests/peers/%/requirements.txt | $(VENV)/.test
+	$(BIN)/python -m venv --clear build/peers/$*
+	build/peers/$*/bin/pip install -q --no-deps -r $<
+	printf '%s\n' "$(CURDIR)" "$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  > "$$(build/peers/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/opd_kernels.pth"
 	touch $@
 
 # Triton 3.6's interpreter, which the benchmarks' tests run as well, needs the numpy in a folder.
