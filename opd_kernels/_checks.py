@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,10 @@ DTENSOR_BUFFER = (
 DTENSOR_PARAMETER = (
     "of which this rank holds a part; under FSDP2 compute the loss in the forward of the module "
     "that fully_shard wraps, where its parameters are whole (docs/recipes/sharded-parameters.md). "
-    "Under tensor parallelism, where each rank holds rows of it, pass .to_local() and vocab_shard. "
-    "Pass .full_tensor() of a frozen one only: a trained one's gradient would lack the other "
-    "ranks' share"
+    "Under tensor parallelism, where each rank holds rows of it, pass .to_local() and vocab_shard, "
+    "or hidden states that are a DTensor of the same mesh, too, Replicate where the weight has "
+    "Shard(0). Pass .full_tensor() of a frozen one only: a trained one's gradient would lack the "
+    "other ranks' share"
 )
 
 
@@ -333,21 +335,60 @@ def autocasts(device_type: str) -> bool:
         return False
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is one; nobody has made any where their module is not loaded."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
 def check_local(tensor: object, name: str, remedy: str = DTENSOR_ROWS) -> None:
     """No DTensor: kernels read the memory of this rank only."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+    if is_dtensor(tensor):
         raise ValueError(f"{name} is a DTensor, {remedy}")
+
+
+def vocabulary_dimension(hidden: Any, weight: Any, bias: Any, prefix: str) -> int:
+    """Which dimension of the mesh shards a head of DTensors, once they fit.
+
+    The hidden states say that its ranks hold the same rows, so that these are no ranks of FSDP.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    parts = [weight] if bias is None else [weight, bias]
+    over = [i for i, place in enumerate(weight.placements) if type(place) is Shard]
+    fits = all(isinstance(part, DTensor) for part in parts) and len(over) == 1
+    if fits:
+        [dim] = over
+        expected: list[object] = [Replicate()] * weight.device_mesh.ndim
+        expected[dim] = Shard(0)
+        fits = all(list(part.placements) == expected for part in parts)
+        fits = fits and all(part.device_mesh == hidden.device_mesh for part in parts)
+        fits = fits and hidden.placements[dim].is_replicate()
+        rows = [place for place in hidden.placements if not place.is_replicate()]
+        fits = fits and all(type(place) is Shard and place.dim < hidden.ndim - 1 for place in rows)
+    if not fits:
+        shown = "None" if bias is None else getattr(bias, "placements", "no DTensor")
+        raise ValueError(
+            f"{prefix}hidden, {prefix}weight and {prefix}bias are DTensors with placements "
+            f"{hidden.placements}, {weight.placements} and {shown}; expected DTensors of one mesh: "
+            "weight and bias with Shard(0) on one of its dimensions, on which the hidden states "
+            "are Replicate, and Replicate on all others, on which the hidden states may shard rows"
+        )
+    return dim
 
 
 def check_head(hidden: object, weight: object, bias: object, prefix: str, least: int = 1) -> None:
     """Hidden states (..., H), weight (V, H) and bias (V,) or None, as ``linear`` takes them.
 
-    ``least`` is the smallest V.
+    ``least`` is the smallest V. Of DTensors the weight's rows have to be sharded.
     """
-    check_local(hidden, f"{prefix}hidden")
-    hidden = _check_part(hidden, f"{prefix}hidden", "hidden states (..., H)")
-    weight = _check_part(weight, f"{prefix}weight", "a head's weight (V, H)")
+    local = not (is_dtensor(hidden) and is_dtensor(weight))
+    if local:
+        check_local(hidden, f"{prefix}hidden")
+    else:
+        vocabulary_dimension(hidden, weight, bias, prefix)
+    hidden = _check_part(hidden, f"{prefix}hidden", "hidden states (..., H)", local)
+    weight = _check_part(weight, f"{prefix}weight", "a head's weight (V, H)", local)
     if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden has shape {tuple(hidden.shape)} and {prefix}weight "
@@ -367,7 +408,7 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str, least:
     _check_same_kind(weight, hidden, f"{prefix}weight", f"{prefix}hidden")
     if bias is None:
         return
-    bias = _check_part(bias, f"{prefix}bias", "a head's bias (V,)")
+    bias = _check_part(bias, f"{prefix}bias", "a head's bias (V,)", local)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{prefix}bias has shape {tuple(bias.shape)}, expected one per id: "
@@ -376,11 +417,12 @@ def check_head(hidden: object, weight: object, bias: object, prefix: str, least:
     _check_same_kind(bias, hidden, f"{prefix}bias", f"{prefix}hidden")
 
 
-def _check_part(tensor: object, name: str, expected: str) -> Tensor:
-    """A dense, unsharded tensor of a dtype that kernels read."""
+def _check_part(tensor: object, name: str, expected: str, local: bool) -> Tensor:
+    """A dense tensor of a dtype that kernels read; no DTensor if it has to be ``local``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected {expected}")
-    check_local(tensor, name, DTENSOR_PARAMETER)
+    if local:
+        check_local(tensor, name, DTENSOR_PARAMETER)
     check_dense(tensor, name)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(

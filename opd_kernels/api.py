@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from opd_kernels import _checks
-from opd_kernels.distributed import Sharded, Source, VocabShard, as_shards, from_dtensor
+from opd_kernels.distributed import Sharded, Source, VocabShard, as_shards, from_dtensor, of_shards
 from opd_kernels.entries import check_teacher, row_losses
 from opd_kernels.head import LinearLogits
 from opd_kernels.options import (
@@ -485,9 +485,9 @@ def linear_topk_rkl(
     Kept for backward: ids, 8 bytes per row and entry (4 more with a softcap), and references to
     hidden states and weight. Differentiating twice raises ``RuntimeError``.
 
-    Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a sharded
-    (DTensor) weight: under FSDP2 call it inside of the wrapped module's forward, under tensor
-    parallelism pass ``weight.to_local()`` and ``vocab_shard``.
+    Errors: ``ValueError`` or ``TypeError`` as in ``topk_rkl``; ``ValueError`` for a DTensor weight,
+    unless the hidden states are a DTensor as well, as ``LinearLogits`` describes: under FSDP2 call
+    it inside of the wrapped module's forward.
 
     Example::
 
@@ -507,9 +507,10 @@ def linear_topk_rkl(
     if logit_softcap is not None:
         _checks.check_factor(logit_softcap, "logit_softcap")
     check_names(options, "linear_topk_rkl")
-    student = LinearLogits._unchecked(
+    head = LinearLogits._unchecked(
         student_hidden, student_weight, student_bias, logit_softcap, logit_scale
     )
+    student = from_dtensor(head, "student")
     loss, _, stats = _topk_divergence(student, teacher, k, return_stats, options)
     return loss if stats is None else (loss, stats)
 
@@ -542,7 +543,7 @@ def _topk_divergence(
     names = _stats_names(return_stats)
     device = student.device
     rows = student.shape[:-1] if isinstance(student, Tensor) else student.shape
-    of_head = isinstance(student, LinearLogits)
+    of_head = not (isinstance(student, Tensor) or of_shards(student))
     student, teacher = as_shards(
         student, teacher, options.get("vocab_shard"), options.get("teacher_vocab_shard")
     )

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -225,31 +225,60 @@ def sharded(source: Any, shard: object, name: str) -> Any:
 
 
 def from_dtensor(source: Any, name: str, inplace: object = False) -> Any:
-    """A DTensor of logits as the columns that are here; anything else as it is.
+    """A DTensor of logits, or a head of DTensors, as the columns that are here; else as it is.
 
     One dimension of its mesh shards the vocabulary. The rows that the others shard or replicate are
     as local as those of plain tensors, and the gradient has the DTensor's placements.
     """
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not isinstance(source, distributed.DTensor):
+    if isinstance(source, LinearLogits) and _checks.is_dtensor(source.weight):
+        return _head_from_dtensors(source)
+    if not _checks.is_dtensor(source):
         return source
-    mesh, placements = source.device_mesh, source.placements
+    placements = source.placements
     last = (source.ndim - 1, -1)
     # Not is_shard(), which does not know of strided shards in every torch.
     over = [i for i, placement in enumerate(placements) if getattr(placement, "dim", None) in last]
     partial = any(placement.is_partial() for placement in placements)
-    if partial or len(over) != 1 or type(placements[over[0]]) is not distributed.Shard:
+    shard = sys.modules["torch.distributed.tensor"].Shard
+    if partial or len(over) != 1 or type(placements[over[0]]) is not shard:
         raise ValueError(f"{name} is a DTensor, {_checks.DTENSOR_LOGITS}")
     if inplace:
         raise ValueError(
             "inplace_grad=True would overwrite a DTensor's memory where autograd does not see "
             "it; leave it out, or pass .to_local() and vocab_shard"
         )
-    [dim], vocab = over, source.shape[-1]
+    local = _checks.check_logits(source.to_local(), name, least=0)
+    return Sharded(local, _shard_of(source, over[0], source.shape[-1]))
+
+
+def _head_from_dtensors(head: LinearLogits) -> Sharded:
+    """This rank's rows of the weight; DTensors sum what the ranks' parts of a gradient are."""
+    tensors = sys.modules["torch.distributed.tensor"]
+    hidden, weight = cast(Any, head.hidden), cast(Any, head.weight)
+    bias = cast(Any, head.bias)
+    _checks.check_head(hidden, weight, bias, "LinearLogits ")
+    dim = _checks.vocabulary_dimension(hidden, weight, bias, "LinearLogits ")
+    to_hidden, to_weight = list(hidden.placements), list(weight.placements)
+    to_hidden[dim] = tensors.Partial()
+    for other, placement in enumerate(hidden.placements):
+        if not placement.is_replicate():  # other rows, so another part of the weight's gradient
+            to_weight[other] = tensors.Partial()
+    local = LinearLogits._unchecked(
+        hidden.to_local(grad_placements=to_hidden),
+        weight.to_local(grad_placements=to_weight),
+        None if bias is None else bias.to_local(grad_placements=to_weight),
+        head.softcap,
+        head.scale,
+    )
+    return Sharded(local, _shard_of(weight, dim, head.vocab, reduce_hidden_grad=False))
+
+
+def _shard_of(tensor: Any, dim: int, vocab: int, *, reduce_hidden_grad: bool = True) -> VocabShard:
+    """The columns that are here of a DTensor whose vocabulary a dimension of the mesh shards."""
+    mesh = tensor.device_mesh
     step = -(-vocab // mesh.size(dim))  # as Shard splits; the last ranks may hold fewer or none
     start = min(mesh.get_local_rank(dim) * step, vocab)
-    local = _checks.check_logits(source.to_local(), name, least=0)
-    return Sharded(local, VocabShard(start, vocab, mesh.get_group(dim)))
+    return VocabShard(start, vocab, mesh.get_group(dim), reduce_hidden_grad)
 
 
 def widened(student: Source, teacher: Source | TopK) -> tuple[Source, Source | TopK]:

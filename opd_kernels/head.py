@@ -41,8 +41,13 @@ class LinearLogits:
     Memory: one workspace for the logits of a few hundred rows, 256 MB on GPUs and 64 MB on CPUs, or
     the logits of 128 rows if these are more. Autocast copies tensors of another dtype.
 
+    DTensors are taken under tensor parallelism: weight and bias with Shard(0) on one dimension of
+    their mesh, on which the hidden states are Replicate; other dimensions may shard rows of the
+    hidden states. Gradients have the placements that torch's own ``linear`` leaves.
+
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for shapes and devices that do
-    not fit, for a sharded (DTensor) weight, for a scale or softcap that is not above 0.
+    not fit, for other DTensors, such as a weight that FSDP2 shards over other rows' ranks, for a
+    scale or softcap that is not above 0.
 
     Example::
 

@@ -96,12 +96,6 @@ CALLS: dict[str, tuple[Callable[[Distribute], Any], str, Tensor, list[str]]] = {
     ),
     "teacher's hidden states": (lambda d: LinearLogits(d(H), W), "LinearLogits hidden", H, ROWS),
     "teacher's head": (lambda d: LinearLogits(H, d(W)), "LinearLogits weight", W, PARAMETER),
-    "mapped head": (
-        lambda d: linear_topk_rkl(H, W, pytree.tree_map(d, HEAD)),
-        "LinearLogits hidden",
-        B,
-        ROWS,
-    ),
     "gradient": (lambda d: EntryGradient(IDS, LOGITS).add_to_(d(S)), "grad", S, ROWS),
     "gradient's ids": (lambda d: EntryGradient(d(IDS), LOGITS).add_to_(S), "ids", IDS, ROWS),
     "entry gradients": (
@@ -166,6 +160,67 @@ def test_pending_sums_and_two_shards_of_the_vocabulary_are_refused(
     for logits in wrong:
         with pytest.raises(ValueError, match=rf"^{side} is a DTensor, .* Shard\(-1\) on one dim"):
             topk_rkl(*((logits, T) if side == "student" else (S, logits)))
+
+
+HIDDEN = "LinearLogits hidden, LinearLogits weight and LinearLogits bias are DTensors"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias"),
+    [
+        (Replicate(), Replicate(), Replicate()),
+        (Shard(0), Shard(0), Shard(0)),  # rows and vocabulary over the same ranks, as FSDP has them
+        (Replicate(), Shard(1), Replicate()),
+        (Partial(), Shard(0), Shard(0)),
+        (Replicate(), Shard(0), Replicate()),
+        (Replicate(), Shard(0), None),
+    ],
+)
+def test_a_head_of_other_placements_is_refused(
+    mesh: DeviceMesh, hidden: Placement, weight: Placement, bias: Placement | None
+) -> None:
+    parts = [DTensor.from_local(x, mesh, [p]) for x, p in ((H, hidden), (W, weight))]
+    plain = bias is None
+    parts.append(B if plain else DTensor.from_local(B, mesh, [bias]))
+    with pytest.raises(ValueError, match=f"^{HIDDEN} .*; expected DTensors of one mesh"):
+        LinearLogits(*parts)
+
+
+def test_a_head_on_another_mesh_is_refused(mesh: DeviceMesh) -> None:
+    square = init_device_mesh("cpu", (1, 1))
+    hidden = DTensor.from_local(H, square, [Replicate(), Replicate()])
+    with pytest.raises(ValueError, match=r"^student_hidden, .* expected DTensors of one mesh"):
+        linear_topk_rkl(hidden, distribute_tensor(W, mesh, [Shard(0)]), T)
+
+
+def head_of_dtensors(mesh: DeviceMesh) -> LinearLogits:
+    hidden = distribute_tensor(H, mesh, [Replicate()]).requires_grad_()
+    weight, bias = (distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (W, B))
+    return LinearLogits(hidden, weight, bias)
+
+
+def test_a_head_of_dtensors_is_taken_and_compiles_to_one_graph(mesh: DeviceMesh) -> None:
+    def loss(head: LinearLogits, teacher: LinearLogits) -> Tensor:
+        best, scored = select_topk(teacher, 8), score_ids(teacher, IDS)
+        return topk_divergence(head, teacher, 8, outside="bucket") + sum(
+            topk_divergence(head, support) for support in (best, scored)
+        )
+
+    teacher = head_of_dtensors(mesh)
+    eager, traced = head_of_dtensors(mesh), head_of_dtensors(mesh)
+    expected = loss(eager, teacher)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(traced, teacher)
+    found.backward()
+    expected.backward()
+    assert torch.equal(found, expected)
+    for part in ("hidden", "weight", "bias"):
+        assert torch.equal(
+            getattr(traced, part).grad.full_tensor(), getattr(eager, part).grad.full_tensor()
+        )
+    with pytest.raises(ValueError, match="inplace_grad=True reuses the memory of logits"):
+        topk_rkl(eager, teacher, inplace_grad=True)
+    with pytest.raises(ValueError, match=r"^vocab_shard goes with plain tensors"):
+        topk_rkl(eager, teacher, vocab_shard=VocabShard(0, 50))
 
 
 def test_a_dtensor_and_a_shard_option_exclude_each_other(mesh: DeviceMesh) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from opd_kernels import (
+    LinearLogits,
     VocabShard,
     linear_topk_rkl,
     score_ids,
@@ -61,6 +62,8 @@ class Model(nn.Module):
         weight = self.head.weight
         if self.shard is not None:
             weight = weight.to_local()
+        elif isinstance(weight, DTensor):
+            x = DTensor.from_local(x, weight.device_mesh, [Replicate()])
         return linear_topk_rkl(x, weight, teacher, K, vocab_shard=self.shard, **options)
 
 
@@ -125,6 +128,55 @@ def of_placements(rank: Rank, kind: str) -> dict[str, Any]:
         "placements": student.grad.placements == student.placements,
         "loss": distance(total, expected),
         "gradient": distance(student.grad, gradient),
+    }
+
+
+def of_heads(rank: Rank, kind: str) -> dict[str, Any]:
+    """Heads of DTensors, beside one process and the placements that torch's product leaves.
+
+    The hidden states are gathered from a sequence that the ranks of a vocabulary share.
+    """
+    torch.manual_seed(4)
+    leaves = torch.randn(SEQUENCES, T, H), torch.randn(V, H), torch.randn(V)
+    mesh, weights, rows, whole = {
+        "one dimension": (rank.line, [Shard(0)], [Shard(1)], [Replicate()]),
+        "rows": (rank.mesh, [Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Replicate()]),
+        "copies": (rank.mesh, [Shard(0), Replicate()], [Shard(1), Replicate()], [Replicate()] * 2),
+    }[kind]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Any, tokens: Tensor) -> Tensor:
+        student, other = (LinearLogits(hidden, x, bias, 9.0) for x in (weight, teacher))
+        few = linear_topk_rkl(
+            hidden, weight, other, K, student_bias=bias, logit_softcap=9.0, reduction="sum"
+        )
+        full = topk_divergence(student, other, K, outside="bucket", reduction="sum")
+        return few + full + token_logprobs(student, tokens).sum()
+
+    single = [x.clone().requires_grad_() for x in leaves]
+    teacher = torch.randn(V, H)
+    expected = loss(*single, teacher, rank.tokens)
+    expected.backward()
+    placements = (rows, weights, weights)
+    ours, theirs = (
+        [
+            distribute_tensor(x, mesh, p).requires_grad_()
+            for x, p in zip(leaves, placements, strict=True)
+        ]
+        for _ in range(2)
+    )
+    tokens = distribute_tensor(rank.tokens, mesh, whole).to_local()
+    hidden = ours[0].redistribute(mesh, whole)
+    found = loss(hidden, *ours[1:], distribute_tensor(teacher, mesh, weights), tokens)
+    found.backward()
+    torch.nn.functional.linear(theirs[0].redistribute(mesh, whole), *theirs[1:]).sum().backward()
+    total = summed(found, rank.data.get_group()) if kind == "rows" else found
+    return {
+        "placements": [x.grad.placements for x in ours] == [x.grad.placements for x in theirs],
+        "loss": distance(total, expected),
+        **{
+            name: distance(a.grad, b.grad)
+            for name, a, b in zip(("hidden", "weight", "bias"), ours, single, strict=True)
+        },
     }
 
 
@@ -340,6 +392,7 @@ def compiled(rank: Rank) -> dict[str, Any]:
 
 BACKENDS = ("aot_eager", "inductor")
 PLACEMENTS = ("one dimension", "copies", "rows", "vocabulary first")
+HEADS = ("one dimension", "rows", "copies")
 PAIRS = [
     ("DTensor", "shard"),
     ("DTensor", "whole"),
@@ -349,11 +402,13 @@ PAIRS = [
 SAME: dict[str, Callable[[Rank], dict[str, Any]]] = {
     **{kind: lambda rank, kind=kind: of_placements(rank, kind) for kind in PLACEMENTS},
     **{" and ".join(pair): lambda rank, pair=pair: mixed(rank, *pair) for pair in PAIRS},
+    **{f"head, {kind}": lambda rank, kind=kind: of_heads(rank, kind) for kind in HEADS},
     "an empty shard": empty,
     "redistributed": redistributed,
     "read": read,
     "FSDP2, logits": lambda rank: trained(rank, "logits"),
     "FSDP2, hidden states": lambda rank: trained(rank, "hidden states"),
+    "FSDP2, a head of DTensors": lambda rank: trained(rank, "DTensors"),
     "sequence parallelism": lambda rank: sequences(rank, False),
     "context parallelism": contexts,
 }
