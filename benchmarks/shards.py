@@ -40,7 +40,7 @@ from torch.nn.functional import linear
 from opd_kernels import (
     LinearLogits,
     VocabShard,
-    distributed,
+    _collectives,
     linear_topk_rkl,
     topk_divergence,
     topk_rkl,
@@ -127,11 +127,11 @@ def of_head(peer: Loss, hidden: Tensor, weight: Tensor, teacher: Tensor, k: int)
 def recorded(call: Call) -> list[Call]:
     """Calls of the collectives that a call makes, with as many bytes each."""
     found: list[Call] = []
-    gather, total = distributed._gather, distributed._sum
+    gather, total = _collectives._gather, _collectives._sum
 
     def note_gather(shard: VocabShard, words: Tensor) -> Tensor:
         sent, received = torch.zeros_like(words), words.new_empty(shard.ranks * len(words))
-        found.append(lambda: distributed._all_gather(received, sent))
+        found.append(lambda: _collectives._all_gather(received, sent))
         return gather(shard, words)
 
     def note_sum(shard: VocabShard, values: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def recorded(call: Call) -> list[Call]:
         found.append(lambda: dist.all_reduce(summed))
         return total(shard, values)
 
-    distributed._gather, distributed._sum = note_gather, note_sum
+    _collectives._gather, _collectives._sum = note_gather, note_sum
     try:
         call()
     finally:
-        distributed._gather, distributed._sum = gather, total
+        _collectives._gather, _collectives._sum = gather, total
     return found
 
 

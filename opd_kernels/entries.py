@@ -15,9 +15,11 @@ from torch import Tensor
 from opd_kernels import _checks
 from opd_kernels._arguments import Allowed
 from opd_kernels._autograd import BackgroundLoss, Request, TopKReverseKL
+from opd_kernels._collectives import agree
 from opd_kernels._linear_autograd import GatherDot
+from opd_kernels._shards import gathered
 from opd_kernels.backends import plain
-from opd_kernels.distributed import Parted, Sharded, Source, agree, gathered, of_shards, widened
+from opd_kernels.distributed import Parted, Sharded, Source, of_shards, widened
 from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import losses_of_head
@@ -97,7 +99,7 @@ def _losses(
     ids, values = support.entries()
     backend, objective = call.backend, call.objective
     if not isinstance(student, Tensor):
-        logits, slots = _gathered(student, ids, values, side.values, allowed, given, call)
+        logits, slots = _gathered(student, ids, values, support.known, allowed, given, call)
         among_slots = allowed._replace(limit=ids.shape[-1], banned=None)
         request = Request(slots, among_slots, objective, False, backend)
         return RowLosses(*TopKReverseKL.apply(logits, values, k, request))

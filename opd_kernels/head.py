@@ -103,6 +103,12 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tensors if wide else tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
+def in_autocast(head: LinearLogits) -> LinearLogits:
+    """The head with its tensors in autocast's dtype, where that is on."""
+    tensors = as_autocast(head.hidden, head.weight, head.bias)
+    return LinearLogits._unchecked(*tensors, head.softcap, head.scale)
+
+
 def head_as_operand(head: LinearLogits) -> Head:
     """A head as operators take it, without gradients, in autocast's dtype where that is on."""
     # Checked again: autocast may have allowed mixed dtypes there and be off here.

@@ -32,7 +32,8 @@ from opd_kernels._arguments import (
 from opd_kernels._autograd import BackgroundLoss, Request, Token
 from opd_kernels._linear_autograd import HeadLoss, Rows
 from opd_kernels._ordering import first_places, repeats
-from opd_kernels.distributed import Parted, attached
+from opd_kernels._shards import attached
+from opd_kernels.distributed import Parted
 from opd_kernels.head import LinearLogits, as_autocast, head_as_operand
 from opd_kernels.options import Call
 from opd_kernels.sides import Support, read_side, values_at
@@ -141,7 +142,7 @@ def _invalid(listed: Tensor, mask: Tensor | None) -> Tensor:
 def _listed(support: Support, width: int, call: Call) -> Tensor:
     """The ids (..., C) whose logits are wanted of the student: the support's, and the token's."""
     ids = support.ids
-    if not (call.with_logprobs or call.background == "sampled"):
+    if not call.lists_token:
         return ids
     assert call.token_ids is not None
     token = call.token_ids

@@ -8,7 +8,8 @@ from torch import Tensor
 from opd_kernels import _checks, _ops, debugging
 from opd_kernels._arguments import Allowed, Tail
 from opd_kernels._autograd import BackgroundLoss, Request, Token
-from opd_kernels.distributed import Sharded, VocabShard, agree, from_dtensor, sharded
+from opd_kernels._collectives import agree
+from opd_kernels.distributed import Sharded, VocabShard, from_dtensor, sharded
 from opd_kernels.head import LinearLogits
 from opd_kernels.linear import token_logprobs_of_head
 from opd_kernels.options import Call, resolve

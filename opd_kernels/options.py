@@ -107,6 +107,11 @@ class Call(NamedTuple):
         return self.include_token or self.objective.outside == "sample"
 
     @property
+    def lists_token(self) -> bool:
+        """Whether the loss of a head wants the sampled token's logit beside its entries."""
+        return self.with_logprobs or (self.full and self.background == "sampled")
+
+    @property
     def needs_tails(self) -> bool:
         """Whether loss or gradient depend on full softmaxes, which not every backend has."""
         return self.full or self.with_logprobs

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from opd_kernels import _checks, _ops
 from opd_kernels._arguments import Allowed, Reading, Tail, Temperature, no_tail
+from opd_kernels._collectives import agree
 from opd_kernels._ordering import repeats
+from opd_kernels._shards import read as read_shards
 from opd_kernels.distributed import (
     Parted,
     Sharded,
     Source,
     VocabShard,
-    agree,
     from_dtensor,
     sharded,
 )
-from opd_kernels.distributed import read as read_shards
 from opd_kernels.head import LinearLogits, head_as_operand
 from opd_kernels.options import allowed, backend_name, bool_mask
 from opd_kernels.support import TopK
@@ -222,11 +222,14 @@ def _inside(ids: Tensor, width: int, mask: Tensor | None) -> Tensor:
 
 
 def read(
-    source: Parted, reading: Reading, backend: str
+    source: Parted, reading: Reading, backend: str, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``_ops.read_linear`` returns: everything that is asked for, from one pass."""
+    """What ``_ops.read_linear`` returns: everything that is asked for, from one pass.
+
+    ``exact`` values are those of ``read_shards``.
+    """
     if isinstance(source, Sharded):
-        return read_shards(source, reading, backend)
+        return read_shards(source, reading, backend, exact=exact)
     return _ops.read_linear(head_as_operand(source), reading, backend)
 
 
@@ -315,15 +318,19 @@ def select(
     listed: Tensor | None = None,
     *,
     joined: bool = False,
+    exact: bool = False,
 ) -> Selected:
     """The k best and what else is asked for; a head's logits are computed once.
 
     A logit at a listed id is -inf where the id is outside of [0, limit) and [0, tail's width). The
-    tail of a shard leaves out listed ids that are ``joined`` to the k best.
+    tail of a shard leaves out listed ids that are ``joined`` to the k best, and its values may be
+    ``exact``.
     """
     if isinstance(logits, Sharded):
         reading = Reading(k, allowed, tail, listed)
-        ids, values, found, *sums = read_shards(logits, reading, backend, joined=joined)
+        ids, values, found, *sums = read_shards(
+            logits, reading, backend, joined=joined, exact=exact
+        )
         return Selected(ids, values, None if listed is None else found, *sums)
     if not isinstance(logits, Tensor):
         ids, values, found, *sums = read(logits, Reading(k, allowed, tail, listed), backend)

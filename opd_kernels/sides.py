@@ -25,9 +25,9 @@ from opd_kernels._arguments import (
 )
 from opd_kernels._autograd import Token
 from opd_kernels._ordering import repeats
-from opd_kernels.backends import plain
-from opd_kernels.distributed import Parted, Sharded, Source, of_shards
-from opd_kernels.head import as_autocast
+from opd_kernels._shards import values_of_head
+from opd_kernels.distributed import Parted, Sharded, Source
+from opd_kernels.head import in_autocast
 from opd_kernels.options import Call
 from opd_kernels.selection import read, select, vocab_of
 from opd_kernels.stats import Side, Stats, measure
@@ -39,7 +39,8 @@ class Support(NamedTuple):
 
     The sides' sums are outside of the first ``inside`` ids; None where nobody needs them.
     ``invalid`` (..., 1) says in which rows the sampled token does not exist; it has id -1 there.
-    ``repeats``: an id may be there twice, unlike in a selection.
+    ``repeats``: an id may be there twice, unlike in a selection. ``known`` (..., K): the student's
+    logits at the ids, where the ranks of a shard have exchanged them already.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Support(NamedTuple):
     teacher: Side
     invalid: Tensor | None = None
     repeats: bool = True
+    known: Tensor | None = None
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Ids and values as the loss takes them: a token that does not exist makes its row NaN."""
@@ -90,25 +92,29 @@ def find_support(
         student, teacher = student.detach().double(), teacher.double()  # both tails in float64
     mine = yours = Side()
     at_token: Tensor | None = None
+    at_mine: Tensor | None = None
+    known: Tensor | None = None
     token = _existing(call, width) if call.with_token else None
     if isinstance(teacher, TopK):
         ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
         if debugging.on_outside_of_operators():
             _look_at_fields(teacher, allowed, call)
     elif call.support == "student":
-        whole = joins and isinstance(student, Sharded)
-        tail = no_tail() if joins and not whole else _tail(student, "student", call)
-        there = token if whole else None
-        ids, z, at_joined, *sums = select(
-            student, k, allowed, tail, call.backend, there, joined=whole
-        )
+        apart = isinstance(student, Sharded)
+        tail = no_tail() if joins and not apart else _tail(student, "student", call)
+        there = _existing(call, width) if apart and (call.with_token or call.lists_token) else None
+        ids, z, at_mine, *sums = select(
+            student, k, allowed, tail, call.backend, there,
+            joined=there is not None and call.needs_tails, exact=not call.needs_tails,
+        )  # fmt: skip
         mine = _side(tail, sums)
-        if at_joined is not None:
-            z = torch.cat((z, at_joined), -1)
         # Without a tail a head's entries are computed again: the product has rounded these.
-        if of_shards(student) or (not isinstance(student, Tensor) and tail.width):
+        if apart or (not isinstance(student, Tensor) and tail.width):
             mine = mine._replace(values=z)
-        if not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width:
+        known = z
+        if isinstance(teacher, Sharded) or (
+            not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width
+        ):
             listed = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
             inside = listed.shape[-1] if joins else k
             yours = _read(teacher, "teacher", k, listed, inside, allowed, call)
@@ -128,6 +134,13 @@ def find_support(
     invalid: Tensor | None = None
     if call.with_token:
         ids, values, invalid = _with_token(teacher, ids, values, at_token, allowed, call, width)
+    if at_mine is not None:
+        assert known is not None
+        if call.with_token:  # as an entry, which it is not where its id is -1
+            known = torch.cat((known, at_mine.masked_fill(ids[..., -1:] < 0, -torch.inf)), -1)
+        if call.needs_tails:
+            values_listed = torch.cat((known, at_mine), -1) if call.lists_token else known
+            mine = mine._replace(values=values_listed)
     inside = ids.shape[-1] if joins else k
     if isinstance(teacher, TopK):
         if call.full:
@@ -135,15 +148,21 @@ def find_support(
             if joins:
                 tail_of_given = _without_token(tail_of_given, ids, values, teacher.temperature)
             yours = Side(tail=tail_of_given)
-    elif yours.tail is None:
+    elif yours.tail is None and yours.values is None:
         yours = _read(teacher, "teacher", k, ids[..., :inside], inside, allowed, call)
     # Where the loss wants a head's tail, it reads the head itself.
     apart = not isinstance(student, Tensor) and call.needs_tails
     needed = call.watches("student") or call.support == "teacher"
     if mine.tail is None and needed and not apart:
-        mine = _read(student, "student", k, ids[..., :inside], inside, allowed, call)
+        listed = ids if isinstance(student, Sharded) else ids[..., :inside]
+        mine = _read(student, "student", k, listed, inside, allowed, call)
+        if isinstance(student, Sharded) and mine.values is not None:
+            known = mine.values
+            mine = mine._replace(values=mine.values[..., :inside])
+    if known is not None and invalid is not None:  # a row that is NaN anyway
+        known = known.masked_fill(invalid, 0)
     given = isinstance(teacher, TopK) or call.with_token
-    return Support(ids, values, inside, mine, yours, invalid, given)
+    return Support(ids, values, inside, mine, yours, invalid, given, known)
 
 
 def _existing(call: Call, width: int) -> Tensor:
@@ -183,19 +202,21 @@ def _read(
     """
     tail = _tail(source, side, call)._replace(ids=listed[..., :inside])
     best = k if side != call.support and call.wants("overlap") else 0
-    if not (tail.width or best):
+    wanted = isinstance(source, Sharded) and side == "teacher" != call.support
+    if not (tail.width or best or wanted):
         return Side()
     if not isinstance(source, Tensor):
-        return read_side(source, Reading(best, allowed, tail, listed), call.backend)
+        exact = side == "student" and not call.needs_tails
+        return read_side(source, Reading(best, allowed, tail, listed), call.backend, exact=exact)
     if best:
         found, _, _, *sums = select(source, k, allowed, tail, call.backend)
         return _side(tail, sums)._replace(best=found)
     return _side(tail, _ops.tail_logsumexp(source.detach(), allowed.mask, tail, call.backend))
 
 
-def read_side(source: Parted, reading: Reading, backend: str) -> Side:
+def read_side(source: Parted, reading: Reading, backend: str, *, exact: bool = False) -> Side:
     """A side whose logits are a head's or lie on several ranks, from one pass over them."""
-    best, _, values, *sums = read(source, reading, backend)
+    best, _, values, *sums = read(source, reading, backend, exact=exact)
     return _side(reading.tail, sums)._replace(values=values, best=best if reading.k else None)
 
 
@@ -283,15 +304,9 @@ def values_at(source: Source, ids: Tensor, allowed: Allowed, backend: str) -> Te
     if isinstance(source, Sharded):
         _, _, values, *_ = read(source, Reading(0, allowed, no_tail(), ids), backend)
         return values.masked_fill(~allowed_ids(ids, allowed), -torch.inf)
-    if isinstance(source, Tensor):
-        values, slots = _ops.gather(source.detach(), ids, allowed, backend)
-    else:
-        hidden, weight, bias = as_autocast(source.hidden, source.weight, source.bias)
-        bias = None if bias is None else bias.detach()
-        values, slots = _ops.gather_dot(
-            hidden.detach(), weight.detach(), bias, ids, allowed, backend
-        )
-        values = plain.shaped(values, source.scale, source.softcap)
+    if not isinstance(source, Tensor):
+        return values_of_head(in_autocast(source), ids, allowed, backend)
+    values, slots = _ops.gather(source.detach(), ids, allowed, backend)
     return values.masked_fill(slots < 0, -torch.inf)
 
 

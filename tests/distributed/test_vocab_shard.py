@@ -292,20 +292,19 @@ def test_the_gradient_of_hidden_states_can_be_left_to_the_caller(pool: Pool) -> 
     assert not torch.equal(first, whole)
 
 
-# The options of a call, and how many collectives its forward takes at most.
-CALLS: list[tuple[dict[str, Any], int]] = [
-    ({}, 2),
-    ({"outside": "bucket"}, 2),
-    ({"outside": "truncate", "divergence": "jsd"}, 2),
-    ({"outside": "generalize"}, 2),
-    ({"outside": "sample"}, 2),
-    ({"include_token": True}, 2),
-    ({"support": "student", "outside": "bucket"}, 2),
-    ({"outside": "bucket", "return_token_logprobs": True}, 2),
-    ({"outside": "bucket", "return_stats": ("student_mass", "student_entropy")}, 2),
-    ({"support": "student"}, 2),
-    ({"outside": "bucket", "include_token": True}, 2),
-    ({"support": "student", "outside": "bucket", "include_token": True}, 2),
+CALLS: list[dict[str, Any]] = [
+    {},
+    {"outside": "bucket"},
+    {"outside": "truncate", "divergence": "jsd"},
+    {"outside": "generalize"},
+    {"outside": "sample"},
+    {"include_token": True},
+    {"support": "student", "outside": "bucket"},
+    {"outside": "bucket", "return_token_logprobs": True},
+    {"outside": "bucket", "return_stats": ("student_mass", "student_entropy")},
+    {"support": "student"},
+    {"outside": "bucket", "include_token": True},
+    {"support": "student", "outside": "bucket", "include_token": True},
 ]
 
 
@@ -319,7 +318,7 @@ def test_what_is_sent(ranks: int, of_head: bool, teacher: str, pool: Pool) -> No
     A token is one more entry. Backward sums the gradient of hidden states alone.
     """
     rows, k = 6, 8
-    for options, most in CALLS:
+    for options in CALLS:
         if teacher == "topk" and options.get("support") == "student":
             continue
         sent, larger = (
@@ -330,18 +329,26 @@ def test_what_is_sent(ranks: int, of_head: bool, teacher: str, pool: Pool) -> No
         assert sent == sent[:1] * ranks
         forward = [each.size for each in sent[0] if each.phase == "forward"]
         backward = [each for each in sent[0] if each.phase == "backward"]
-        if teacher == "topk":  # which takes no selection
-            most = 1
-        elif of_head and options == {"support": "student"}:  # whose entries are computed again
-            most = 3
+        most = 1 if teacher == "topk" else 2  # which takes no selection
         assert len(forward) <= most, options
         tokens = options.get("include_token") or options.get("return_token_logprobs")
         tokens = tokens or options.get("outside") == "sample"
         entries = k + (1 if tokens else 0)
-        each = 16 if most == 3 else 12
+        # The student's values as they order, and as the loss takes them.
+        each = 16 if of_head and options == {"support": "student"} else 12
         assert sum(forward) <= (each * rows * entries + 32 * rows) * ranks, options
         assert [each.name for each in backward] == ["reduce"] * of_head, options
         assert sum(each.size for each in backward) == of_head * rows * 5 * 4 * ranks
+
+
+def test_no_call_takes_more_than_two_collectives(pool: Pool) -> None:
+    """Nor more than 24 N (K + 2) + 32 N bytes from each rank, with everything that there is."""
+    counts = pool.run(sharded_calls.collectives, ranks=2)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) > 150
+    for call, (count, size) in counts[0].items():
+        assert count == (1 if "topk" in call else 2), call
+        assert size <= (24 * 3 * (5 + 2) + 32 * 3) * 2, call
 
 
 def test_the_overlap_sends_the_student_s_own_best_ids_as_well(pool: Pool) -> None:

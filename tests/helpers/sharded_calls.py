@@ -12,6 +12,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed import all_reduce
 
 import opd_kernels
-from opd_kernels import LinearLogits, TopK, VocabShard, distributed, testing
+from opd_kernels import LinearLogits, TopK, VocabShard, _collectives, testing
 from opd_kernels.testing import Case
 
 KINDS = ("padded", "uneven", "one")
@@ -192,7 +193,7 @@ def instead(shards: Shards) -> Iterator[None]:
     more: by that the budget of this gradient grows.
     """
     parts: list[Tensor] = []
-    total, close = distributed._whole_gradient, testing._check_close
+    total, close = _collectives.whole_gradient, testing._check_close
     slopes = testing.watched._check_slopes
 
     def recorded(shard: VocabShard, values: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def instead(shards: Shards) -> Iterator[None]:
         slopes(got, wanted, budget, label)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(distributed, "_whole_gradient", recorded))
+        stack.enter_context(mock.patch.object(_collectives, "whole_gradient", recorded))
         stack.enter_context(mock.patch.object(testing, "_check_close", checked))
         stack.enter_context(mock.patch.object(testing.watched, "_check_slopes", checked_slopes))
         for name in ("topk_rkl", "topk_divergence", "linear_topk_rkl", "select_topk"):
@@ -395,9 +396,9 @@ def traffic(
         sent.append(Sent(phase, "reduce", values.numel() * values.element_size() * ranks))
         all_reduce(values, group=group)
 
-    all_gather = distributed._all_gather
+    all_gather = _collectives._all_gather
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(distributed, "_all_gather", gather))
+        stack.enter_context(mock.patch.object(_collectives, "_all_gather", gather))
         stack.enter_context(mock.patch.object(dist, "all_reduce", reduce))
         for turn in range(2):
             sent.clear()
@@ -418,6 +419,58 @@ def traffic(
             phase = "backward"
             sum(x.sum() for x in outputs if isinstance(x, Tensor)).backward()
     return sent
+
+
+def collectives(group: Any) -> dict[str, tuple[int, int]]:
+    """How many collectives the forward of a call takes, and the bytes that all ranks get.
+
+    By what is asked for, of 3 rows and 5 entries.
+    """
+    warnings.simplefilter("ignore")
+    rows, size, vocab, k = 3, 4, 24, 5
+    width = vocab // dist.get_world_size(group)
+    start = width * dist.get_rank(group)
+    mine, shard = slice(start, start + width), VocabShard(start, vocab, group)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (rows,), generator=generator)
+    hidden = torch.randn(rows, size, generator=generator)
+    weight = torch.randn(vocab, size, generator=generator)
+    logits = hidden @ weight.T
+    topk = opd_kernels.select_topk(logits, k, with_logsumexp=True, token_ids=tokens)
+    sides = {"logits": logits[:, mine], "head": LinearLogits(hidden, weight[mine])}
+    counts = {}
+    for (student, ours), (teacher, theirs), support, outside, token, logprobs, stats in product(
+        sides.items(),
+        {**sides, "topk": topk}.items(),
+        ("teacher", "student"),
+        ("renormalize", "bucket", "sample"),
+        (False, True),
+        (False, True),
+        ((), ("student_mass",), ("overlap", "teacher_entropy")),
+    ):
+        if (support == "student" and teacher == "topk") or (token and outside == "sample"):
+            continue  # refused
+        options: Any = {"support": support, "outside": outside, "include_token": token}
+        options |= {"return_token_logprobs": logprobs, "vocab_shard": shard, "token_ids": tokens}
+        options["return_stats"] = stats or False
+
+        def call(ours: Any = ours, theirs: Any = theirs, options: Any = options) -> None:
+            opd_kernels.topk_divergence(
+                ours, theirs, None if isinstance(theirs, TopK) else k, **options
+            )
+
+        call()  # on which the ranks agree
+        exchanged = mock.patch.object(_collectives, "exchanged", wraps=_collectives.exchanged)
+        with (
+            mock.patch.object(_collectives, "_run", wraps=_collectives._run) as run,
+            exchanged as each,
+        ):
+            call()
+        sent = [x for one in each.call_args_list for x in (*one.args[1], one.args[2])]
+        size = sum(x.numel() * x.element_size() for x in sent) * shard.ranks
+        said = (student, teacher, support, outside, token, logprobs, *stats)
+        counts[" ".join(map(str, said))] = run.call_count, size
+    return counts
 
 
 OTHERS = [

@@ -34,27 +34,30 @@ ALLOWED = {
         "_autograd", "_library", "_ops", "_signature", "backends", *VALUES,
     },
     "_shard_autograd": {"_autograd", "_checks", "_linear_autograd", "_ops", *VALUES},
-    "distributed": {
-        "_checks", "_linear_autograd", "_ops", "_ordering", "_shard_autograd", "backends",
-        "debugging", "head", "support", *VALUES,
+    "distributed": {"_checks", "head", "support", *VALUES},
+    "_collectives": {"backends", "debugging", "distributed"},
+    "_shards": {
+        "_collectives", "_linear_autograd", "_ops", "_ordering", "_shard_autograd", "backends",
+        "distributed", "head", *VALUES,
     },
     # Of distributed a type only.
     "options": {"_checks", "backends", "debugging", "distributed", *VALUES},
     "selection": {
-        "_checks", "_ops", "_ordering", "distributed", "head", "options", "support", *VALUES,
+        "_checks", "_collectives", "_ops", "_ordering", "_shards", "distributed", "head", "options",
+        "support", *VALUES,
     },
     "stats": {"_ordering", *VALUES},
     "sides": {
-        "_autograd", "_ops", "_ordering", "backends", "debugging", "distributed", "head", "options",
+        "_autograd", "_ops", "_ordering", "_shards", "debugging", "distributed", "head", "options",
         "selection", "stats", "support", *VALUES,
     },
     "linear": {
-        "_autograd", "_linear_autograd", "_ops", "_ordering", "distributed", "head", "options",
-        "sides", "stats", *VALUES,
+        "_autograd", "_linear_autograd", "_ops", "_ordering", "_shards", "distributed", "head",
+        "options", "sides", "stats", *VALUES,
     },
     "entries": {
-        "_autograd", "_checks", "_linear_autograd", "backends", "distributed", "head", "linear",
-        "options", "selection", "sides", "stats", "support", *VALUES,
+        "_autograd", "_checks", "_collectives", "_linear_autograd", "_shards", "backends",
+        "distributed", "head", "linear", "options", "selection", "sides", "stats", "support", *VALUES,
     },
     "backends": VALUES,
 }  # fmt: skip
