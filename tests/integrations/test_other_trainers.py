@@ -84,7 +84,7 @@ def roll_config(objective: str) -> SimpleNamespace:
 
 
 def roll_own(config: SimpleNamespace) -> Callable[..., Tensor]:
-    """ROLL's VariousDivergence: -inf is filled with 0 after the products."""
+    """ROLL's VariousDivergence: what -inf has made of a product is filled with 0."""
 
     def divergence(
         logits: Tensor,
@@ -206,7 +206,8 @@ def test_rolls_absent_entries_take_no_part(objective: str) -> None:
     student, teacher, labels = roll_inputs(absent=2)
     few = teacher.isinf().any(-1)
     sides = strategy.op_compute_topk_probs_and_indices(teacher, K, config)
-    assert sides[3].any() and not sides[3].all()
+    assert sides[3].any()
+    assert not sides[3].all()
     found = graded(lambda z: roll_ours(config)(z, *sides, labels), student)
 
     def expected(z: Tensor) -> Tensor:
@@ -370,7 +371,8 @@ def axolotl_inputs(dtype: torch.dtype) -> SimpleNamespace:
     batch.hidden = logits(2, 6, HIDDEN, seed=0, dtype=dtype)
     batch.weight = (logits(V, HIDDEN, seed=1) / 4).to(dtype)
     batch.bias = logits(V, seed=2, dtype=dtype)
-    batch.valid = torch.arange(K) < torch.tensor([[1, 3, K, 0, 5, 2], [K, 2, 0, 4, 1, 6]])[..., None]
+    entries = torch.tensor([[1, 3, K, 0, 5, 2], [K, 2, 0, 4, 1, 6]])
+    batch.valid = torch.arange(K) < entries[..., None]
     raw, batch.ids = (logits(2, 6, V, seed=3) / TEMPERATURE).topk(K)
     normalised = raw.masked_fill(~batch.valid, -math.inf).log_softmax(-1)
     batch.logq = normalised.masked_fill(~batch.valid, 0.0)  # what the collator pads with
@@ -403,9 +405,10 @@ def axolotl(
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*truncate")
-def test_axolotl_is_float64s(beta: float, normalize: bool) -> None:
-    batch = axolotl_inputs(torch.float32)
+def test_axolotl_is_float64s(beta: float, normalize: bool, dtype: torch.dtype) -> None:
+    batch = axolotl_inputs(dtype)
     leaves = (batch.hidden, batch.weight, batch.bias)
     exact = graded(lambda *x: axolotl(batch, beta, normalize, *x), *wide(*leaves))
     module = page("Axolotl")["TopKLogprobLoss"](
@@ -416,7 +419,7 @@ def test_axolotl_is_float64s(beta: float, normalize: bool) -> None:
         return module(weight, hidden, batch.ids, batch.logq, batch.valid.int(), batch.labels, bias)
 
     found = graded(ours, *leaves)
-    assert_axolotl(found, exact, batch, torch.float32)
+    assert_axolotl(found, exact, batch, dtype)
 
 
 def assert_axolotl(found: Any, exact: Any, batch: SimpleNamespace, dtype: torch.dtype) -> None:
@@ -436,10 +439,13 @@ def assert_axolotl(found: Any, exact: Any, batch: SimpleNamespace, dtype: torch.
         )
 
 
-def test_axolotl_with_nothing_to_learn_is_0() -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_axolotl_with_nothing_to_learn_is_0(normalize: bool) -> None:
     batch = axolotl_inputs(torch.bfloat16)
-    batch.valid[:], batch.labels[:] = False, -100
-    module = page("Axolotl")["TopKLogprobLoss"](temperature=TEMPERATURE, beta=0.0)
+    batch.valid[:], batch.labels[:], batch.hidden[:] = False, -100, math.nan
+    module = page("Axolotl")["TopKLogprobLoss"](
+        temperature=TEMPERATURE, beta=0.0, normalize_topk=normalize
+    )
     rest = (batch.ids, batch.logq, batch.valid, batch.labels)
     loss, grads = graded(lambda h, w: module(w, h, *rest), batch.hidden, batch.weight)
     assert loss == 0
@@ -467,7 +473,9 @@ def sum_of_sample_mean(batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
 
     def reduce(x: Tensor) -> Tensor:
         parts = zip(x.split(batch["response_lengths"]), batch["loss_masks"], strict=True)
-        return torch.stack([(part * mask).sum() / mask.sum().clamp(min=1) for part, mask in parts]).sum()
+        return sum(
+            ((part * mask).sum() / mask.sum().clamp(min=1) for part, mask in parts), x[:0].sum()
+        )
 
     return reduce
 
@@ -496,12 +504,14 @@ def test_slime_is_float64s() -> None:
     assert grad[:, 20:].eq(0).all()
     # A served tail is what rounded log-probs leave, so its logarithm is off by eps / tail.
     least = min((1 - f[:, 1].double().exp().sum(-1)).min().item() for f in fields)
-    error = bound(student[:, :20], *fields, temperature=0.7) + K * torch.finfo(torch.float32).eps / least
+    of_tail = K * torch.finfo(torch.float32).eps / least
+    error = bound(student[:, :20], *(f[:, 1] for f in fields), temperature=0.7) + of_tail
     assert_agree((loss, [grad[:, :20]]), exact, error)
 
 
 def test_slimes_metrics_are_detached_and_context_parallelism_raises() -> None:
     args, batch, student, _ = slime_inputs()
+    student.requires_grad_()
     loss, metrics = page("slime")["topk_loss"](args, batch, student, sum_of_sample_mean(batch))
     assert all(torch.equal(value, loss) and not value.requires_grad for value in metrics.values())
     args.context_parallel_size = 2
@@ -664,8 +674,13 @@ def test_gkd_at_tp_2_loses_the_gradient_of_the_token_at_local_column_0() -> None
     assert lost > 0.1
 
     teacher = TopK(ids, logq, logsumexp=torch.zeros(8, dtype=torch.float64))
-    options: dict[str, Any] = {"divergence": "forward_kl", "outside": "truncate", "reduction": "sum"}
-    found = graded(lambda z: topk_divergence(z, teacher, **options), student)
+
+    def ours(z: Tensor) -> Tensor:
+        return topk_divergence(
+            z, teacher, divergence="forward_kl", outside="truncate", reduction="sum"
+        )
+
+    found = graded(ours, student)
     exact = graded(lambda z: gkd_loss(z, logq, ids), student)
     assert_agree(found, exact, bound(student, logq, dtype=torch.float64))
 
