@@ -530,8 +530,6 @@ TEACHER = logits(3, 9, V, seed=6)
 class Policy(torch.nn.Module):
     """Both trainers' model. Its parameters are its logits."""
 
-    temperature = TEMPERATURE
-
     def __init__(self, student: Tensor) -> None:
         super().__init__()
         self.student = student
@@ -539,7 +537,7 @@ class Policy(torch.nn.Module):
     def forward(self, sequences: Tensor, actions: Any, attention_mask: Tensor) -> Any:
         logits = self.student * 1.0
         output = {"logits": logits}
-        logits.div_(self.temperature)
+        logits.div_(TEMPERATURE)
         return torch.zeros(ACTIONS.shape), output
 
 
@@ -560,7 +558,8 @@ def reverse_kl_of_actions(z: Tensor) -> Tensor:
 
 def openrlhf(student: Tensor, **info: Any) -> Tensor:
     trainer = SimpleNamespace(actor=Policy(student))
-    page("OpenRLHF")["TopKPolicyLoss"](teacher_topk).attach(trainer)
+    loss_class = page("OpenRLHF and SkyRL")["OpenRLHFLoss"]
+    trainer.actor_loss_fn = loss_class(teacher_topk, trainer.actor, TEMPERATURE)
     log_probs, _ = trainer.actor(SEQUENCES, ACTIONS, attention_mask=torch.ones(3, 9))
     loss, clip_ratio, ppo_kl, vllm_kl = trainer.actor_loss_fn(
         log_probs, log_probs, log_probs, action_mask=ACTIONS, rollout_log_probs=None, **info
@@ -588,14 +587,14 @@ def test_openrlhf_is_float64s(tokens: float | None, dtype: torch.dtype) -> None:
 
 def skyrl(student: Tensor, weight: Tensor, **config: Any) -> Tensor:
     worker = SimpleNamespace(model=Policy(student))
-    page("SkyRL")["TopKPolicyLoss"](teacher_topk).attach(worker)
+    loss_class = page("OpenRLHF and SkyRL")["SkyRLLoss"]
+    worker.policy_loss_fn = loss_class(teacher_topk, worker.model, TEMPERATURE)
     log_probs, _ = worker.model(SEQUENCES, 4, attention_mask=torch.ones(3, 9))
-    config = {"temperature": TEMPERATURE, "use_kl_loss": False, **config}
     loss, _ = worker.policy_loss_fn(
         log_probs,
         log_probs,
         weight,
-        config=SimpleNamespace(**config),
+        config=SimpleNamespace(**{"use_kl_loss": False, **config}),
         loss_mask=ACTIONS.float(),
         rollout_logprobs=None,
     )
@@ -623,9 +622,9 @@ def test_skyrl_is_float64s(reduction: str) -> None:
 
 def test_what_openrlhf_and_skyrl_cannot_do_raises() -> None:
     packed = logits(1, 27, V, seed=7).requires_grad_()
-    with pytest.raises(NotImplementedError, match="packing_samples"):
+    with pytest.raises(NotImplementedError, match="packed"):
         openrlhf(packed)
-    with pytest.raises(NotImplementedError, match="remove_microbatch_padding"):
+    with pytest.raises(NotImplementedError, match="packed"):
         skyrl(packed, skyrl_weight("token_mean"))
     student = logits(3, 9, V, seed=7).requires_grad_()
     with pytest.raises(NotImplementedError, match="use_kl_loss"):
