@@ -1,8 +1,8 @@
 """The classes of docs/trainers.md against the trainers' formulas in float64.
 
 Each is taken from the page as it stands and called as its trainer calls it. No trainer is imported.
-ROLL and verl-recipe's gkd are on no package index, so their own losses are restated here, and what
-is wrong with them is shown.
+The losses of ROLL and of verl-recipe's gkd are restated as they are, and what is wrong with them is
+shown.
 """
 
 from __future__ import annotations
@@ -631,25 +631,38 @@ def test_what_openrlhf_and_skyrl_cannot_do_raises() -> None:
         skyrl(student, skyrl_weight("token_mean"), use_kl_loss=True)
 
 
-# verl-recipe's gkd, restated: (rows, V / ranks) logits of one rank, whose softmax is over all
-# ranks' columns. Its forward KL is truncated; its backward is written by hand.
+# verl-recipe's gkd: "kl" is truncated, "rkl" renormalised. Its backward is written by hand, for one
+# rank's columns. Entries of other ranks are worth 0, and at column 0.
+
+GKD = {
+    "kl": {"divergence": "forward_kl", "outside": "truncate"},
+    "rkl": {"divergence": "reverse_kl", "outside": "renormalize"},
+}
 
 
-def gkd_loss(z: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
-    """The sum over rows of the sum over the K entries of q (log q - log p)."""
-    return (logq.exp() * (logq - z.log_softmax(-1).gather(-1, ids))).sum()
+def gkd_loss(name: str, z: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
+    """The sum over rows."""
+    if name == "kl":
+        return (logq.exp() * (logq - z.log_softmax(-1).gather(-1, ids))).sum()
+    return jensen_shannon(z.gather(-1, ids).log_softmax(-1), logq.log_softmax(-1), 1.0).sum()
 
 
-def gkd_gradient(z: Tensor, logq: Tensor, ids: Tensor, ranks: int) -> Tensor:
-    """p - q by gkd's lines: entries of other ranks are at local column 0, with q = 0."""
-    width = z.shape[-1] // ranks
+def gkd_gradient(name: str, z: Tensor, logq: Tensor, ids: Tensor, ranks: int) -> Tensor:
+    """As the lines of gkd write it on each rank, side by side."""
+    if name == "kl":
+        dense, entries = z.softmax(-1), -logq.exp()
+    else:
+        logp = z.gather(-1, ids).log_softmax(-1)
+        slope = logp - logq.log_softmax(-1)
+        entries = logp.exp() * (slope - (logp.exp() * slope).sum(-1, keepdim=True))
+        dense = torch.zeros_like(z)
+    width, row = z.shape[-1] // ranks, torch.arange(len(z))[:, None]
     shards = []
     for start in range(0, z.shape[-1], width):
         inside = (ids >= start) & (ids < start + width)
-        local, q = (ids - start).masked_fill(~inside, 0), logq.exp().masked_fill(~inside, 0.0)
-        shard = z.softmax(-1)[:, start : start + width].clone()
-        row = torch.arange(len(z))[:, None]
-        shard[row, local] -= q
+        shard = dense[:, start : start + width].clone()
+        # An id that is there twice is written twice; it is not added up.
+        shard[row, (ids - start).masked_fill(~inside, 0)] += entries.masked_fill(~inside, 0.0)
         shards.append(shard)
     return torch.cat(shards, -1)
 
@@ -663,32 +676,43 @@ def gkd_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return student, logq, ids
 
 
-def test_gkd_at_tp_2_loses_the_gradient_of_the_token_at_local_column_0() -> None:
+def ours_on_a_rank(group: Any, name: str) -> tuple[Tensor, Tensor]:
     student, logq, ids = gkd_inputs()
-    whole, halves = (gkd_gradient(student, logq, ids, ranks) for ranks in (1, 2))
+    start = 30 * torch.distributed.get_rank(group)
+    teacher = TopK(ids, logq, logsumexp=torch.zeros(len(ids), dtype=torch.float64))
+    options: dict[str, Any] = {**GKD[name], "vocab_shard": VocabShard(start, 60, group)}
+    loss, (grad,) = graded(
+        lambda z: topk_divergence(z, teacher, reduction="sum", **options),
+        student[:, start : start + 30],
+    )
+    return loss, grad
+
+
+@pytest.mark.parametrize("name", GKD)
+def test_gkd_at_tp_2_loses_the_gradient_of_the_token_at_local_column_0(
+    pool: Pool, name: str
+) -> None:
+    student, logq, ids = gkd_inputs()
+    whole, halves = (gkd_gradient(name, student, logq, ids, ranks) for ranks in (1, 2))
     other = torch.arange(60) != 30
     torch.testing.assert_close(halves[:, other], whole[:, other])
-    torch.testing.assert_close(halves[:, 30], student.softmax(-1)[:, 30])  # p, without q
-    lost = (halves - whole).norm() / whole.norm()
-    assert lost > 0.1
+    without = student.softmax(-1)[:, 30] if name == "kl" else torch.zeros(8, dtype=torch.float64)
+    torch.testing.assert_close(halves[:, 30], without)
+    assert (halves - whole).norm() > 0.1 * whole.norm()
 
-    teacher = TopK(ids, logq, logsumexp=torch.zeros(8, dtype=torch.float64))
-
-    def ours(z: Tensor) -> Tensor:
-        return topk_divergence(
-            z, teacher, divergence="forward_kl", outside="truncate", reduction="sum"
-        )
-
-    found = graded(ours, student)
-    exact = graded(lambda z: gkd_loss(z, logq, ids), student)
+    exact = graded(lambda z: gkd_loss(name, z, logq, ids), student)
+    ranks = pool.run(ours_on_a_rank, name)
+    found = (ranks[0][0], [torch.cat([grad for _, grad in ranks], -1)])
     assert_agree(found, exact, bound(student, logq, dtype=torch.float64))
 
 
-def test_gkds_gradient_is_not_that_of_its_loss() -> None:
-    """Which is Q p - q: the entries hold Q < 1 of the teacher."""
+def test_gkds_forward_gradient_is_not_that_of_its_loss() -> None:
+    """Which is Q p - q: the entries hold Q < 1 of the teacher. gkd's is p - q."""
     student, logq, ids = gkd_inputs()
-    (exact,) = graded(lambda z: gkd_loss(z, logq, ids), student)[1]
+    (exact,) = graded(lambda z: gkd_loss("kl", z, logq, ids), student)[1]
     held = logq.exp().sum(-1, keepdim=True)
     assert held.max() < 0.999
-    difference = gkd_gradient(student, logq, ids, 1) - exact
+    difference = gkd_gradient("kl", student, logq, ids, 1) - exact
     torch.testing.assert_close(difference, (1 - held) * student.softmax(-1))
+    (exact,) = graded(lambda z: gkd_loss("rkl", z, logq, ids), student)[1]
+    torch.testing.assert_close(gkd_gradient("rkl", student, logq, ids, 1), exact)
