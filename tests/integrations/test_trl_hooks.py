@@ -296,7 +296,7 @@ def test_trls_jsd_is_not_finite_where_the_teacher_gives_minus_infinity(beta: flo
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_reductions_over_the_vocabulary_are_refused(reduction: str) -> None:
     student, teacher = pair()
-    with pytest.raises(ValueError, match="reduction is .*allowed are 'batchmean', 'sum'"):
+    with pytest.raises(ValueError, match=r"reduction is .*allowed are 'batchmean', 'sum'"):
         topk_jsd_loss(student, teacher, reduction=reduction, k=K)
     topk_jsd_loss(student, teacher, reduction=reduction, num_items_in_batch=5, k=K)
 
