@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("trl", reason="what is replaced is TRL's")
 
@@ -131,7 +133,36 @@ def test_a_row_that_is_masked_afterwards_has_gradient_zero() -> None:
     assert (gradient[counted] != 0).any(-1).all()
 
 
-# What TRL gets wrong there.
+class Copies(TorchDispatchMode):
+    """Sizes of the tensors that are made, other than views of what there is."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **kwargs or {})
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(leaf.numel())
+        return result
+
+
+def test_slices_are_not_copied() -> None:
+    student, teacher = pair()
+    student.requires_grad_()
+    calls: list[Callable[[], Tensor]] = [
+        lambda: topk_jsd_loss(student[KEPT], teacher[KEPT], labels(), k=K),
+        lambda: topk_self_distillation_loss(student[KEPT], teacher[KEPT], **options(0.5, "bucket")),
+    ]
+    for call in calls:
+        with Copies(student, teacher) as copies:
+            call()
+        assert 0 < max(copies.sizes) < student[KEPT].numel()
+
+
+# What TRL gets wrong in SDFT and SDPO.
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
@@ -374,8 +405,15 @@ def test_the_parameters_and_defaults_are_trls() -> None:
 
 @pytest.mark.parametrize("trainer", [DistillationTrainer, IWOPDTrainer, dict])
 def test_other_classes_are_refused(trainer: Any) -> None:
-    with pytest.raises(TypeError, match=f"trainer is {trainer.__name__}, expected GKDTrainer, "):
+    expected = "expected the class GKDTrainer, GOLDTrainer, SDFTTrainer, SDPOTrainer"
+    with pytest.raises(TypeError, match=f"trainer is {trainer.__name__}, {expected}"):
         use_topk_loss(trainer)
+
+
+def test_an_object_is_refused() -> None:
+    made = object.__new__(GKDTrainer)
+    with pytest.raises(TypeError, match="trainer is an object of class GKDTrainer, expected the"):
+        use_topk_loss(made)
 
 
 def test_options_are_checked_before_the_training() -> None:

@@ -228,11 +228,13 @@ def topk_self_distillation_loss(
 
 def _known(trainer: type) -> type:
     """The class of TRL that a trainer is or extends."""
-    for base in inspect.getmro(trainer):
+    is_class = isinstance(trainer, type)
+    for base in inspect.getmro(trainer) if is_class else ():
         if base.__name__ in REPLACED and base.__module__.startswith("trl."):
             return base
+    given = trainer.__name__ if is_class else f"an object of class {type(trainer).__name__}"
     raise TypeError(
-        f"trainer is {trainer.__name__}, expected {', '.join(REPLACED)} of TRL or a subclass; in "
+        f"trainer is {given}, expected the class {', '.join(REPLACED)} of TRL or a subclass; in "
         "place of DistillationTrainer use TopKDistillationTrainer"
     )
 
