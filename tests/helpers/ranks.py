@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,17 @@ def as_rank(measured: Callable[[int], dict[str, Any]], world: int) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the other ranks wait for this one
+
+
+def outcomes(checks: Mapping[str, Callable[[int], None]], rank: int) -> dict[str, str]:
+    """The traceback of each check that fails, and "" of the others."""
+    found = dict.fromkeys(checks, "")
+    for name, check in checks.items():
+        try:
+            check(rank)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
 
 
 def leave() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from cached_logits import READ_BACK, B, S, V, cached, exact, logits
 from peers import assert_agree, bound, graded
-from ranks import as_rank, run_ranks
+from ranks import as_rank, outcomes, run_ranks
 from torch import Tensor, nn
 
 from opd_kernels import VocabShard
@@ -426,18 +425,6 @@ CHECKS: dict[str, Any] = {
 }
 
 
-def measured(rank: int) -> dict[str, Any]:
-    """What went wrong in each check, or nothing."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(rank)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(__file__, tmp_path_factory.mktemp("megatron"), WORLD)
@@ -452,4 +439,4 @@ def test_on_two_ranks_loss_and_gradient_are_those_of_one(
 
 
 if __name__ == "__main__":
-    as_rank(measured, WORLD)
+    as_rank(partial(outcomes, CHECKS), WORLD)
