@@ -38,8 +38,9 @@ def install() -> None:
     teacher's files, the mask, ``--logits-load-kd-loss-alpha``, reductions and reports stay
     Megatron's. A second call changes nothing.
 
-    The captured logits are copied where they are float32, as in training without ``--bf16`` and
-    ``--fp16``: there Megatron's cross-entropy overwrites them before the distillation reads them.
+    The captured logits are copied where the cross-entropy overwrites their memory: Megatron's does
+    in float32 (training without ``--bf16`` and ``--fp16``), Transformer Engine's in any dtype
+    (``--cross-entropy-fusion-impl te``).
 
     Errors: ``ImportError`` for a Megatron-LM without ``megatron.training.distillation``, or where
     what is replaced takes other parameters.
@@ -280,13 +281,24 @@ def _report(total: Tensor, num_tokens: Tensor) -> Tensor:
 
 
 def _with_copies(capture: Any) -> Any:
-    """Megatron's hook, which then keeps a copy of float32 logits."""
+    """Megatron's hook, which then keeps a copy of logits that the cross-entropy overwrites."""
 
     @functools.wraps(capture)
     def captured(self: Any, module: nn.Module, input: Any, output: Any) -> None:
         before = self._logits
         capture(self, module, input, output)
-        if self._logits is not before and self._logits.dtype == torch.float32:
+        if self._logits is not before and _overwritten(module, self._logits):
             self._logits = self._logits.clone()
 
     return captured
+
+
+def _overwritten(output_layer: nn.Module, logits: Tensor) -> bool:
+    """Whether the cross-entropy writes into the memory of these logits.
+
+    Transformer Engine's does so unseen by autograd's version counter.
+    """
+    config = getattr(output_layer, "config", None)
+    fused = getattr(config, "cross_entropy_loss_fusion", False)
+    engine = fused and getattr(config, "cross_entropy_fusion_impl", "native") == "te"
+    return engine or logits.dtype == torch.float32

@@ -18,7 +18,9 @@ from pages import ROOT
 TIMEOUT = 120  # seconds: ten are usual
 
 
-def run_ranks(script: str, folder: Path, world: int) -> list[dict[str, Any]]:
+def run_ranks(
+    script: str, folder: Path, world: int, timeout: float = TIMEOUT
+) -> list[dict[str, Any]]:
     """Runs a script that ends in ``as_rank`` once per rank; what each found."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -31,7 +33,7 @@ def run_ranks(script: str, folder: Path, world: int) -> list[dict[str, Any]]:
                 processes.append(
                     subprocess.Popen(command, env=environment, stdout=file, stderr=file)
                 )
-        codes = [process.wait(TIMEOUT) for process in processes]
+        codes = [process.wait(timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()

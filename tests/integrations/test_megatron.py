@@ -334,21 +334,36 @@ def test_install_refuses_another_signature(cached_loss: Any, what: str) -> None:
     assert cached_loss.topk_kl_div is before
 
 
-def test_captured_float32_logits_survive_what_overwrites_them(cached_loss: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "fused", "copies"),
+    [
+        (torch.float32, None, True),
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, "native", False),
+        (torch.bfloat16, "te", True),
+    ],
+)
+def test_captured_logits_survive_what_overwrites_them(
+    cached_loss: Any, dtype: torch.dtype, fused: str | None, copies: bool
+) -> None:
     megatron.install()
+    capture, module = cached_loss.StudentLogitsCapture(), Model()
+    module.config = SimpleNamespace(
+        cross_entropy_loss_fusion=fused is not None, cross_entropy_fusion_impl=fused or "te"
+    )
     weight = torch.randn(4, V, requires_grad=True)
-    for dtype, kept in ((torch.float32, True), (torch.bfloat16, False)):
-        capture, module = cached_loss.StudentLogitsCapture(), Model()
-        output = torch.ones(S, B, 4, dtype=dtype) @ weight.to(dtype)
-        before = output.detach().clone()
-        capture._capture_logits(module, (), output)
-        with torch.no_grad():
-            output.exp_()
-        assert torch.equal(capture._logits, before) is kept
-        assert (capture._logits is output) is not kept
-        capture._logits.sum().backward()  # the copy is not cut off from the model
-        assert weight.grad is not None
-        capture._capture_logits(module.eval(), (), None)  # not captured: nothing to copy
+    output = torch.ones(S, B, 4, dtype=dtype) @ weight.to(dtype)
+    before = output.detach().clone()
+    capture._capture_logits(module, (), output)
+    assert (capture._logits is output) is not copies
+    with torch.no_grad():
+        output.exp_()
+    assert torch.equal(capture._logits, before) is copies
+    capture._logits.sum().backward()  # a copy is not cut off from the model
+    assert weight.grad is not None
+    kept = capture._logits
+    capture._capture_logits(module.eval(), (), None)  # not captured: nothing to copy
+    assert capture._logits is kept
 
 
 # Two ranks that share the vocabulary.
