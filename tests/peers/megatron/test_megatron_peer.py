@@ -7,6 +7,7 @@ is named for the fault, and ours agrees with float64.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from functools import partial
@@ -19,7 +20,9 @@ import torch.distributed as dist
 from cached_logits import READ_BACK, B, K, S, V, as_megatron, cached, exact, logits
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from peers import assert_agree, bound, graded
 from ranks import as_rank, outcomes, run_ranks
@@ -141,6 +144,47 @@ def check_cross_entropy(rank: int) -> None:
         assert_agree(graded(loss, mine(student, rank)), wanted, bound(student))
 
 
+def check_model(rank: int) -> None:
+    """A ``GPTModel`` without labels, its vocabulary padded to 64: its logits get the gradient."""
+    padded, mask = 64, mask_of()
+    logprobs, ids = (x.transpose(0, 1) for x in cached())
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        tensor_model_parallel_size=WORLD,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    layers = get_gpt_layer_local_spec(normalization="LayerNorm")
+    model = GPTModel(config, layers, padded, S, position_embedding_type="learned_absolute")
+    positions = torch.arange(S).expand(B, S)
+    causal = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1)
+    output = model(labels_of(), positions, causal)
+    output.retain_grad()
+    teacher = {"teacher_logprobs": logprobs, "teacher_ids": ids, "vocab_size": V}
+    loss_func = partial(megatron.loss_func, mask, model=model, **teacher)
+    config.calculate_per_token_loss = True
+    loss, tokens = schedules.forward_step_calc_loss(
+        model, output, loss_func, config, None, False, 2, []
+    )
+    loss.backward()
+
+    parts = [torch.empty_like(output) for _ in range(WORLD)]
+    dist.all_gather(parts, output.detach())
+    student = torch.cat(parts, -1)
+    wanted, [gradient] = graded(
+        lambda x: (exact(x[..., :V], logprobs, ids) * mask).sum(), student.double()
+    )
+    columns = gradient[..., rank * padded // WORLD : (rank + 1) * padded // WORLD]
+    assert output.grad is not None
+    assert_agree((loss.detach(), [output.grad]), (wanted, [columns]), bound(student))
+    assert tokens == mask.sum()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # Where it is not.
 
 
@@ -225,6 +269,7 @@ CHECKS: dict[str, Any] = {
         check_ours_is_megatrons, dtype=torch.float32, ghost=False
     ),
     "loss_func in Megatron's schedule": check_schedule,
+    "loss_func on a GPTModel": check_model,
     "alpha 0 is Megatron's cross-entropy": check_cross_entropy,
     "fault: float32 logits are overwritten": check_overwritten_logits,
     "fault: an entry of -inf is NaN": check_minus_infinity,
@@ -235,6 +280,9 @@ CHECKS: dict[str, Any] = {
 
 def on_rank(rank: int) -> dict[str, str]:
     """What went wrong in each check."""
+    # Megatron's layers ask CUDA for a device and for the random state of dropout, which is off.
+    torch.cuda.current_device = lambda: "cpu"
+    tensor_parallel.random.CudaRNGStatesTracker.fork = lambda *name: contextlib.nullcontext()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=WORLD)
     return outcomes(CHECKS, rank)
 
