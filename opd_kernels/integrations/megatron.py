@@ -137,8 +137,8 @@ def loss_func(
     output_tensor: Tensor,
     model: nn.Module | None = None,
     *,
-    teacher_logprobs: Tensor,
-    teacher_ids: Tensor,
+    teacher_logprobs: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
     labels: Tensor | None = None,
     kd_loss_alpha: float = 1.0,
     add_ghost_token: bool = True,
@@ -165,7 +165,7 @@ def loss_func(
         output_tensor: the logits.
         model: as Megatron's schedules pass it; where it is in evaluation mode, the loss is the
             cross-entropy alone, as under ``--logits-load-dir``.
-        teacher_logprobs: the cached log-probs, at temperature 1.
+        teacher_logprobs: the cached log-probs, at temperature 1; not needed in evaluation.
         teacher_ids: their ids.
         labels: needed for the cross-entropy: with an alpha below 1, and in evaluation.
         kd_loss_alpha: alpha, as ``--logits-load-kd-loss-alpha``.
@@ -183,8 +183,8 @@ def loss_func(
 
     Gradients: ``output_tensor``, of the rank's own columns.
 
-    Errors: ``ValueError`` for an alpha outside [0, 1] and for missing labels; ``ImportError``
-    without megatron-core where it is asked; and those of ``topk_divergence``.
+    Errors: ``ValueError`` for an alpha outside [0, 1] and for tensors that are missing;
+    ``ImportError`` without megatron-core where it is asked; and those of ``topk_divergence``.
 
     Example::
 
@@ -199,21 +199,25 @@ def loss_func(
     check_number(kd_loss_alpha, "kd_loss_alpha", "a number from 0 to 1")
     if not 0 <= kd_loss_alpha <= 1:
         raise ValueError(f"kd_loss_alpha is {kd_loss_alpha}, allowed is 0 to 1")
-    distils = model is None or model.training
-    if labels is None and (kd_loss_alpha < 1 or not distils):
-        raise ValueError(
-            "the cross-entropy needs labels (in evaluation, and with kd_loss_alpha below 1); pass "
-            "labels= to loss_func"
-        )
     rows = loss_mask.T if sequence_first else loss_mask
     tokens = labels.T if labels is not None and sequence_first else labels
     where: dict[str, Any] = {"mask": rows != 0, **_columns(output_tensor, vocab_size, vocab_shard)}
     weight = rows.float()
     num_tokens = loss_mask.sum().detach().to(torch.int)
-    if not distils:
-        assert tokens is not None
+    distils = model is None or model.training
+    if tokens is None and (kd_loss_alpha < 1 or not distils):
+        raise ValueError(
+            "the cross-entropy needs labels (in evaluation, and with kd_loss_alpha below 1); pass "
+            "labels= to loss_func"
+        )
+    if tokens is not None and not distils:
         loss = -(token_logprobs(output_tensor, tokens, **where) * weight).sum()
         return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
+    if teacher_logprobs is None or teacher_ids is None:
+        raise ValueError(
+            "the distillation needs the cached log-probs and their ids; pass teacher_logprobs= and "
+            "teacher_ids= to loss_func"
+        )
     announce(TRAINER, f"loss_func{', ghost token' if add_ghost_token else ''}")
     found: Any = topk_divergence(
         output_tensor,

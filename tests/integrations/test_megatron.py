@@ -221,14 +221,12 @@ class Model(nn.Module):
 
 
 def test_in_evaluation_the_loss_is_the_cross_entropy() -> None:
-    student, (logprobs, ids), mask = logits(3.0, 0, torch.float32), cached(), mask_of()
+    student, mask = logits(3.0, 0, torch.float32), mask_of()
     model = Model().eval()
     loss, tokens, report = megatron.loss_func(
         mask,
         student,
         model,
-        teacher_logprobs=logprobs,
-        teacher_ids=ids,
         labels=labels_of(),
         sequence_first=True,
         **WHOLE,
@@ -245,6 +243,7 @@ def test_in_evaluation_the_loss_is_the_cross_entropy() -> None:
         ({"kd_loss_alpha": 1.5}, ValueError, "allowed is 0 to 1"),
         ({"kd_loss_alpha": 0.5}, ValueError, "pass labels="),
         ({"model": Model().eval()}, ValueError, "pass labels="),
+        ({"teacher_ids": None}, ValueError, "pass teacher_logprobs= and teacher_ids="),
         ({"vocab_shard": "all"}, ValueError, 'allowed are a VocabShard, "whole" and None'),
         ({"vocab_shard": None}, ImportError, "install megatron-core, or pass vocab_shard="),
     ],
