@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -194,6 +194,34 @@ def test_strided_slices_of_padded_logits() -> None:
     found = graded(ours, wide)
     assert_agree(found, graded(wanted, wide.double()), bound(wide))
     assert (found[1][0][..., V:] == 0).all()
+
+
+def test_context_parallel_parts_and_packed_rows_sum_to_the_whole() -> None:
+    """The ranks of a context-parallel group hold the ends and the middle of each sequence."""
+    mask, labels = mask_of(), labels_of()
+    x, logprobs, ids = (
+        tensor.transpose(0, 1) for tensor in (logits(3.0, 0, torch.float32), *cached())
+    )
+
+    def sums(of: Callable[[Tensor], Tensor]) -> Tensor:
+        """(loss, tokens) of some rows, or of all in another shape."""
+        loss, tokens, _ = megatron.loss_func(
+            of(mask),
+            of(x),
+            teacher_logprobs=of(logprobs),
+            teacher_ids=of(ids),
+            labels=of(labels),
+            kd_loss_alpha=0.5,
+            **WHOLE,
+        )
+        return torch.stack([loss.double(), tokens.double()])
+
+    whole = sums(lambda tensor: tensor)
+    ends, middle = torch.tensor([0, 1, 5, 6]), torch.tensor([2, 3, 4])
+    parts = sums(lambda tensor: tensor[:, ends]) + sums(lambda tensor: tensor[:, middle])
+    packed = sums(lambda tensor: tensor.flatten(0, 1)[None])
+    for found in (parts, packed):
+        torch.testing.assert_close(found, whole, rtol=1e-6, atol=bound(x) * S * B)
 
 
 def test_entries_of_minus_infinity_are_absent() -> None:
