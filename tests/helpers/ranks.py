@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from pages import ROOT
 TIMEOUT = 120  # seconds: ten are usual
 
 
-def run_ranks(script: str, folder: Path, world: int) -> list[dict[str, Any]]:
+def run_ranks(
+    script: str, folder: Path, world: int, timeout: float = TIMEOUT
+) -> list[dict[str, Any]]:
     """Runs a script that ends in ``as_rank`` once per rank; what each found."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -31,7 +33,7 @@ def run_ranks(script: str, folder: Path, world: int) -> list[dict[str, Any]]:
                 processes.append(
                     subprocess.Popen(command, env=environment, stdout=file, stderr=file)
                 )
-        codes = [process.wait(TIMEOUT) for process in processes]
+        codes = [process.wait(timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -55,6 +57,17 @@ def as_rank(measured: Callable[[int], dict[str, Any]], world: int) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the other ranks wait for this one
+
+
+def outcomes(checks: Mapping[str, Callable[[int], None]], rank: int) -> dict[str, str]:
+    """The traceback of each check that fails, and "" of the others."""
+    found = dict.fromkeys(checks, "")
+    for name, check in checks.items():
+        try:
+            check(rank)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
 
 
 def leave() -> None:
