@@ -189,8 +189,10 @@ def _support(teacher_output: Any, labels: Tensor) -> TopK:
     ours, theirs = (x.flatten() != -100 for x in (labels, theirs))
     # The teacher's rows that count, first; a student's row takes the one of its rank.
     order = (~theirs).to(torch.uint8).argsort(stable=True)
-    rows = order[(ours.cumsum(0) - 1).clamp(0, order.numel() - 1)]
-    ids, logprobs = (x.flatten(0, -2)[rows].unflatten(0, labels.shape) for x in (ids, logprobs))
+    rows = order.index_select(0, (ours.cumsum(0) - 1).clamp(0, order.numel() - 1))
+    ids, logprobs = (
+        x.flatten(0, -2).index_select(0, rows).unflatten(0, labels.shape) for x in (ids, logprobs)
+    )
     return TopK(ids, logprobs.masked_fill(ours.sum() != theirs.sum(), torch.nan))
 
 
