@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pages import ROOT
 from peers import assert_agree, bound, graded
 from ranks import as_rank, run_ranks
 from swift.rlhf_trainers import gkd_loss as peer
@@ -75,13 +76,18 @@ def both(
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the trainer on transformers, with the adapter put in."""
-    from swift.rlhf_trainers import gkd_trainer
+    trainer = as_it_was(monkeypatch)
+    swift.install()
+    return trainer
 
-    for module in (peer, gkd_trainer):
+
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the trainer on transformers, loaded, with ms-swift's own functions."""
+    trainer = import_module("swift.rlhf_trainers.gkd_trainer")
+    for module in (peer, trainer):
         monkeypatch.setattr(module, "gkd_loss", OWN)
     monkeypatch.setattr(TeacherOutput, "to_topk", OWN_TO_TOPK)
-    swift.install()
-    return gkd_trainer
+    return trainer
 
 
 def test_the_importers_are_all_modules_that_import_the_loss_by_name() -> None:
@@ -101,6 +107,19 @@ def test_install_meets_the_parameters_it_knows(installed: Any) -> None:
 
     gathers = (peer.default_gather, shards.tp_gather_topk)
     assert [f"{f.__module__}.{f.__qualname__}" for f in gathers] == [swift.WHOLE, swift.SHARDS]
+
+
+def test_a_plugin_file_puts_the_loss_into_the_loaded_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--external_plugins``, as the page has it."""
+    trainer = as_it_was(monkeypatch)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    page = (ROOT / "docs" / "recipes" / "ms-swift.md").read_text(encoding="utf-8")
+    file = tmp_path / "opd.py"
+    file.write_text(page.partition("```python no-run\n")[2].partition("```")[0], encoding="utf-8")
+    import_module("swift.utils").import_external_file(str(file))
+    assert trainer.gkd_loss is peer.gkd_loss is swift.gkd_loss
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
