@@ -89,6 +89,7 @@ def gkd_loss(
     beta: float,
     temperature: float,
     gather_fn: Callable[..., Any] | None = None,
+    *,
     log_softmax_fn: Callable[..., Any] | None = None,
     kl_div_fn: Callable[..., Any] | None = None,
     chunk_size: int = 512,
@@ -111,7 +112,8 @@ def gkd_loss(
         temperature: divides both sides; a float above 0.
         gather_fn: ms-swift's own say whether logits are whole or split over Megatron's
             tensor-parallel group. None: they are whole.
-        log_softmax_fn, kl_div_fn, chunk_size: not used, as in ms-swift with a top-K.
+        log_softmax_fn, kl_div_fn, chunk_size: not used, as in ms-swift with a top-K. By name alone,
+            as its trainers pass them.
 
     Without a top-K (ms-swift's ``gkd_logits_topk`` unset), and with another ``gather_fn``,
     ms-swift's own function runs, and a warning says so once.

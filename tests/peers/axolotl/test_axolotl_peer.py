@@ -183,7 +183,7 @@ def test_so_they_are_with_the_students_full_softmax(beta: float) -> None:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_at_temperature_2_axolotls_gradient_is_a_quarter_of_its_losss(beta: float) -> None:
+def test_at_temperature_2_axolotls_gradient_is_a_quarter_of_that_of_its_loss(beta: float) -> None:
     batch = Batch(temperature=2.0)
     exact, theirs = batch.exact(beta), batch.theirs(beta)
     agree(batch.ours(beta), exact, batch.error())
