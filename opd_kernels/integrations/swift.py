@@ -203,10 +203,8 @@ def _vocab_shard(gather_fn: Callable[..., Any] | None, width: int) -> VocabShard
     if gather_fn is None or _name(gather_fn) == WHOLE:
         return None
     mpu = import_module("megatron.core.parallel_state")
-    ranks, rank = (
-        mpu.get_tensor_model_parallel_world_size(),
-        mpu.get_tensor_model_parallel_rank(),
-    )
+    ranks = mpu.get_tensor_model_parallel_world_size()
+    rank = mpu.get_tensor_model_parallel_rank()
     if ranks == 1:
         return None
     return VocabShard(rank * width, ranks * width, mpu.get_tensor_model_parallel_group())
@@ -222,10 +220,9 @@ def _to_topk(self: Any, k: int, topk_fn: Callable[..., Any] | None = None) -> An
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Of a function with its module; of another callable its representation."""
-    if hasattr(function, "__qualname__"):
-        return f"{function.__module__}.{function.__qualname__}"
-    return repr(function)
+    """Of a function with its module; of another callable its type's."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @cache

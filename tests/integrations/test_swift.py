@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -236,6 +237,9 @@ def test_another_gather_gets_ms_swifts_own_loss(
     )
     assert found[0] == (mine, torch.softmax, 512)
     assert "mine" in caplog.text
+    for _ in range(2):  # a new one at each step is logged once
+        swift.gkd_loss(logits(0, B, T), served(), some_labels(), 0.5, 1.0, partial(mine))
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (4, 2)])
