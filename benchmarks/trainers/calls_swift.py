@@ -1,4 +1,8 @@
-"""ms-swift's GKD step with a local teacher: its top-K of whole logits, its loss, a backward."""
+"""ms-swift's GKD step with a local teacher: its top-K of whole logits, its loss, a backward.
+
+The adapter selects first and then matches rows by their labels, so it makes two passes where the
+bare call makes one.
+"""
 
 from __future__ import annotations
 
