@@ -134,7 +134,11 @@ def check_own_logits(model: Any, device: torch.device) -> Tensor:
     tokens = torch.arange(min(PROBE, vocab_size_of(model)), device=device)[None]
     probe = Sequences(tokens, torch.ones_like(tokens), {})
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        # On CPUs bitsandbytes packs 4-bit weights for inference in evaluation mode, for good; no
+        # gradient passes them after that.
+        if not type(module).__module__.startswith("bitsandbytes"):
+            module.training = False
     try:
         own = own_logits(model, probe, tokens.shape[1])
         hidden = hidden_states(model, probe)
