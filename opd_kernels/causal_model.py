@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from opd_kernels.model_head import Head
+from opd_kernels.model_head import Head, head_of
 from opd_kernels.support import TopK
 
 # Tokens that a model reads when its head is checked: few, with ids that every model has.
@@ -82,6 +82,18 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def gathered_head(model: Any) -> Head:
+    """The model's head, inside of its forward.
+
+    Whoever shards the head apart from the model, as accelerate does, gathers it when the head's own
+    module runs, which never happens here.
+    """
+    module = model.get_output_embeddings()
+    if _fully_sharded(module):
+        module.unshard()
+    return head_of(model)
+
+
 def hidden_states(model: Any, sequences: Sequences) -> Tensor:
     """What the head gets at every position, (B, T, H)."""
     base = without_adapters(model)
@@ -114,19 +126,24 @@ def own_logits(model: Any, sequences: Sequences, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_own_logits(model: Any, head: Head, device: torch.device) -> Tensor:
+def check_own_logits(model: Any, device: torch.device) -> Tensor:
     """The model's own logits of a few tokens; ``ValueError`` unless they are its body's and head's.
 
     Runs both on a few tokens, in evaluation mode, and leaves every module in the mode it had.
     """
-    tokens = torch.arange(min(PROBE, len(head.weight)), device=device)[None]
+    tokens = torch.arange(min(PROBE, vocab_size_of(model)), device=device)[None]
     probe = Sequences(tokens, torch.ones_like(tokens), {})
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        # On CPUs bitsandbytes packs 4-bit weights for inference in evaluation mode, for good; no
+        # gradient passes them after that.
+        if not type(module).__module__.startswith("bitsandbytes"):
+            module.training = False
     try:
-        hidden = hidden_states(model, probe)
         own = own_logits(model, probe, tokens.shape[1])
-        head.check(hidden, own)
+        hidden = hidden_states(model, probe)
+        # Last: where the head is sharded apart, it was freed when its own module had run.
+        gathered_head(model).check(hidden, own)
         return own
     finally:
         for module, training in modes:
@@ -137,11 +154,11 @@ def check_own_logits(model: Any, head: Head, device: torch.device) -> Tensor:
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
-def check_own_logits_once(model: nn.Module, head: Head, device: torch.device) -> None:
+def check_own_logits_once(model: nn.Module, device: torch.device) -> None:
     """``check_own_logits`` of a model that has not passed it; not while a compiler traces."""
     if torch.compiler.is_compiling() or model in _checked:
         return
-    check_own_logits(model, head, device)
+    check_own_logits(model, device)
     _checked.add(model)
 
 
@@ -161,13 +178,13 @@ def is_wrapped(model: Any) -> bool:
     return model is not unwrapped(model) or _fully_sharded(model)
 
 
-def _fully_sharded(model: Any) -> bool:
-    """Whether ``fully_shard`` has made the model's class."""
+def _fully_sharded(module: Any) -> bool:
+    """Whether ``fully_shard`` has made the module's class."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule)
+    return isinstance(module, FSDPModule)
 
 
 def inside(model: Any, call: Callable[[], Result]) -> Result:

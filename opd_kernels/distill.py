@@ -17,6 +17,7 @@ from opd_kernels.api import spelled, topk_divergence
 from opd_kernels.causal_model import (
     Sequences,
     check_own_logits_once,
+    gathered_head,
     hidden_states,
     inside,
     is_wrapped,
@@ -319,13 +320,14 @@ def _logits(model: Any, sequences: Sequences, name: str) -> LinearLogits:
     """The model's logits (B, T), each token's those that predict it; inside of its forward."""
     inner = unwrapped(model)
     with _named(name):
-        head = head_of(inner)
+        gathered_head(inner)  # a head that cannot be read is told before the body runs
         _check_prompts(inner)
         try:
-            check_own_logits_once(inner, head, sequences.tokens.device)
+            check_own_logits_once(inner, sequences.tokens.device)
         except ValueError as error:
             raise ValueError(f"{error}; {INSTEAD}") from error
         hidden = hidden_states(inner, sequences)
+        head = gathered_head(inner)
     return head(_at_predicted(hidden).to(head.weight.device))
 
 

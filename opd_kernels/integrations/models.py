@@ -58,7 +58,7 @@ def model_head(model: Any, role: str) -> Head:
 def check_logits(model: Any, role: str, device: torch.device) -> Tensor:
     """Raises unless the model's own logits are those of its hidden states and head."""
     with usable_head(role):
-        return check_own_logits(model, head_of(model), device)
+        return check_own_logits(model, device)
 
 
 def hidden_states(model: Any, sequences: Sequences, keep: int) -> Tensor:

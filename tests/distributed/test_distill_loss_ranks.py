@@ -39,11 +39,19 @@ CASES = [
     ("fsdp2", "one and two", "statistics"),
     ("fsdp2, teacher resharded", "one and two", "renormalize"),
     ("fsdp2, teacher resharded", "two and one", "rows"),
+    ("fsdp2, head apart", "two and one", "bucket"),
+    ("fsdp2, head apart, teacher resharded", "one and two", "rows"),
+    ("fsdp2, head with the norm", "one and two", "bucket"),
 ]
 
 
-def sharded(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
+def sharded(model: Any, mesh: DeviceMesh, wrapper: str, **options: Any) -> Any:
     fully_shard(model.model.layers[0], mesh=mesh, **options)
+    if "head apart" in wrapper:
+        fully_shard(model.lm_head, mesh=mesh, **options)
+    if "head with the norm" in wrapper:  # as accelerate 1.15 does
+        tail = [model.model.norm, model.lm_head]
+        fully_shard(tail, mesh=mesh, reshard_after_forward=False)
     return fully_shard(model, mesh=mesh, **options)
 
 
@@ -62,7 +70,8 @@ def trained_apart(
     wrapper: str, rows: slice, options: dict[str, Any], mesh: DeviceMesh
 ) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
     """Loss and gradients of one process, and of both ranks together, twice."""
-    student = model_of(tie_word_embeddings=True)
+    # A weight that two modules share cannot be sharded apart.
+    student = model_of(tie_word_embeddings="head" not in wrapper)
     teacher = model_of(seed=5, vocab_size=V + 8)
     expected = loss_of(student, teacher, slice(None), None, **options)
     results = [(expected.detach(), gradients(expected, student))]
@@ -71,7 +80,8 @@ def trained_apart(
         wrapped: Any = DistributedDataParallel(ours)
     else:
         resharded = {"reshard_after_forward": True} if "resharded" in wrapper else {}
-        wrapped, teacher = sharded(ours, mesh), sharded(teacher, mesh, **resharded)
+        wrapped = sharded(ours, mesh, wrapper)
+        teacher = sharded(teacher, mesh, wrapper, **resharded)
     counted = MASK[rows, 1:].sum()
     dist.all_reduce(counted)
     for _ in range(2):

@@ -323,6 +323,27 @@ def test_ids_that_the_student_lacks_take_no_place_in_a_sharded_teachers_support(
     assert_same(loss, expected)
 
 
+def test_modules_of_bitsandbytes_never_run_in_evaluation_mode() -> None:
+    class Packs(torch.nn.Linear):
+        """Loses its gradient for good, as Linear4bit does on CPUs."""
+
+        packed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.packed |= not self.training
+            result = super().forward(x)
+            return result.detach() if self.packed else result
+
+    Packs.__module__ = "bitsandbytes.nn.modules"
+    student = model_of().train()
+    layer = student.model.layers[0].mlp
+    packs = Packs(layer.up_proj.in_features, layer.up_proj.out_features, bias=False).double()
+    layer.up_proj = packs
+    distill_loss(student, TOKENS, model_of(seed=5), mask=MASK, k=K).backward()
+    assert not packs.packed
+    assert packs.weight.grad.any()
+
+
 @pytest.mark.parametrize("shown", ["text", "images"])
 @pytest.mark.parametrize("family", ["Llava", "Qwen2VL"])
 def test_models_that_see_images_have_the_loss_of_their_own_logits(family: str, shown: str) -> None:
