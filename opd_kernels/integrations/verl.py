@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels._arguments import Allowed
+from opd_kernels._ordering import in_order
 from opd_kernels.api import topk_divergence
 from opd_kernels.distributed import Sharded, VocabShard
 from opd_kernels.divergences import Divergence, forward_kl, jsd, reverse_kl
@@ -138,7 +139,7 @@ def topk_losses(
         return_stats=WATCHED,
     )
     stats = stats._replace(**{name: torch.where(mask, getattr(stats, name), 0) for name in WATCHED})
-    count = (stats.overlap * stats.valid_k).round()
+    count = (stats.overlap * stats.valid_k).round().long()
     student = student_logits.detach()
     source = student if vocab_shard is None else Sharded(student, vocab_shard)
     entries = values_at(source, support.ids, _whole(source, mask), backend_name(None))
@@ -146,7 +147,7 @@ def topk_losses(
         LOSSES: losses,
         "student_mass": stats.student_mass,
         "teacher_mass": stats.teacher_mass,
-        "overlap_count": count.long(),
+        "overlap_count": count,
         "overlap_token_advantage": _overlap_advantage(entries, support, stats, count, floor),
     }
 
@@ -159,21 +160,21 @@ def _whole(source: Tensor | Sharded, mask: Tensor) -> Allowed:
 def _overlap_advantage(
     entries: Tensor, support: TopK, stats: Stats, count: Tensor, floor: float | None
 ) -> Tensor:
-    """The mean (...) of -q (log q - log p) over the entries that the student has among its best.
+    """The mean (...) of e^b (a - b) over the entries that the student has among its best.
 
     ``entries`` (..., K): the student's logits at the support. Those among its best are the first
-    ``count`` of them by (logit descending, id ascending). p follows from the mass on the support.
+    ``count`` of them by (logit descending, id ascending). Their log-probs follow from the mass.
     """
-    logp = entries.log_softmax(-1) + stats.student_mass.log()[..., None]
-    logq = support.logits
+    student = entries.log_softmax(-1) + stats.student_mass.log()[..., None]
+    teacher = support.logits
     if floor is not None:
-        logp, logq = logp.clamp(min=floor), logq.clamp(min=floor)
-    gain = logq.exp() * (logp - logq)
-    by_id = support.ids.argsort(dim=-1)
-    best = entries.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True)
-    gain = gain.gather(-1, by_id.gather(-1, best))
-    shared = torch.arange(gain.shape[-1], device=gain.device) < count[..., None]
-    return torch.where(shared, gain, 0).sum(-1) / count.clamp(min=1)
+        student, teacher = student.clamp(min=floor), teacher.clamp(min=floor)
+    gain = teacher.exp() * (student - teacher)
+    ids, ordered = in_order(support.ids, entries, support.k)
+    last = (count - 1).clamp(min=0)[..., None]
+    last_id, least = ids.gather(-1, last), ordered.gather(-1, last)
+    shared = (entries > least) | ((entries == least) & (support.ids <= last_id))
+    return torch.where(shared & (count[..., None] > 0), gain, 0).sum(-1) / count.clamp(min=1)
 
 
 def _dispatching(own: Callable[..., Any]) -> Callable[..., Any]:
