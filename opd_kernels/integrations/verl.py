@@ -165,7 +165,8 @@ def _overlap_advantage(
     ``entries`` (..., K): the student's logits at the support. Those among its best are the first
     ``count`` of them by (logit descending, id ascending). Their log-probs follow from the mass.
     """
-    student = entries.log_softmax(-1) + stats.student_mass.log()[..., None]
+    logsumexp = entries.logsumexp(-1) - stats.student_mass.log()  # over the vocabulary
+    student = entries - logsumexp[..., None]
     teacher = support.logits
     if floor is not None:
         student, teacher = student.clamp(min=floor), teacher.clamp(min=floor)
