@@ -1,9 +1,9 @@
 """The loss modes against verl 0.9.1 itself: its engines, its loss and its metrics.
 
 Faults of verl's loss that tests here show, each named for it: the clamp at 0 drops gradients; the
-truncated forward KL is negative; an entry of -inf makes
-the loss NaN; Megatron counts floored probabilities
-in student_mass; Megatron's logits are overwritten in place while another loss still needs them.
+truncated forward KL is negative; an entry of -inf makes the loss NaN; an id that the student does
+not have raises; Megatron counts floored probabilities in student_mass, and its cross entropy
+overwrites logits that another loss may still need.
 """
 
 from __future__ import annotations
