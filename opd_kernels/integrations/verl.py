@@ -80,9 +80,9 @@ def register(modes: Mapping[str, Mode] = MODES) -> None:
     new = {name: mode for name, mode in modes.items() if _registered.get(name) != mode}
     settings = losses.DistillationLossSettings(names=list(new), use_topk=True)
     losses.register_distillation_loss(settings)(_final_loss)
-    _registered.update(new)
-    if not hasattr(losses.compute_topk_loss, "__wrapped__"):
+    if not _registered:
         losses.compute_topk_loss = _dispatching(losses.compute_topk_loss)
+    _registered.update(new)
 
 
 def topk_losses(
@@ -111,8 +111,8 @@ def topk_losses(
     int64.
 
     Entries with a log-prob of -inf or at most -1000 and ids outside of the vocabulary take no part.
-    Rows that verl fills up, with log-prob 0 at more than one entry, have all zeros and are not
-    read. Gradients: ``student_logits``, from the losses alone. No value is read on the host.
+    Rows that verl fills up, with log-prob 0 at all of two or more entries, have all zeros and are
+    not read. Gradients: ``student_logits``, from the losses alone. No value is read on the host.
 
     Errors: those of ``topk_divergence`` and ``TopK.from_tensors``.
 
@@ -126,8 +126,9 @@ def topk_losses(
     """
     floor = log_prob_min_clamp
     support = TopK.from_tensors(teacher_logprobs, teacher_ids, k=topk)
-    # Two entries of probability 1 are no distribution: what verl pads with.
-    mask = support.present & ((teacher_logprobs == 0).sum(-1) < 2)
+    mask = support.present
+    if teacher_logprobs.shape[-1] > 1:  # all of probability 1 are no distribution, but filler
+        mask = mask & (teacher_logprobs != 0).any(-1)
     losses, stats = topk_divergence(
         student_logits,
         support,

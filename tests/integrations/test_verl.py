@@ -196,11 +196,16 @@ def test_only_filler_has_loss_and_gradient_zero() -> None:
     assert all((values == 0).all() for values in (*found.values(), grad))
 
 
-def test_a_teacher_that_is_certain_is_no_filler() -> None:
+@pytest.mark.parametrize("k", [1, K])
+def test_a_teacher_that_is_certain_is_no_filler(k: int) -> None:
+    """Its sampled token may be listed twice."""
     student, logprobs, ids = inputs()
     logprobs[..., 0], logprobs[..., 1:] = 0.0, -40.0
-    found = topk_losses(student, logprobs, ids, MODES["opd_topk_forward_kl_truncate"])
-    assert (found[LOSSES] > 0).all()
+    logprobs[..., 1], ids[..., 1] = logprobs[..., 0], ids[..., 0]
+    mode = MODES["opd_topk_forward_kl_truncate"]
+    found = topk_losses(student, logprobs[..., :k], ids[..., :k], mode)
+    expected = -full(student, ids[..., :1].long())[..., 0]
+    torch.testing.assert_close(found[LOSSES], expected, rtol=0, atol=bound(student, logprobs))
 
 
 @pytest.mark.parametrize("mode", MODES)
