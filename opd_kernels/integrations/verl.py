@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_kernels._arguments import Allowed
+from opd_kernels._arguments import Allowed, exp
 from opd_kernels._ordering import in_order
 from opd_kernels.api import topk_divergence
 from opd_kernels.distributed import Sharded, VocabShard
@@ -20,7 +20,7 @@ from opd_kernels.divergences import Divergence, forward_kl, jsd, reverse_kl
 from opd_kernels.integrations._hooks import announce, check_parameters
 from opd_kernels.options import backend_name
 from opd_kernels.sides import values_at
-from opd_kernels.stats import Stats
+from opd_kernels.stats import Stats, logsumexp
 from opd_kernels.support import TopK
 
 __all__ = ["MODES", "Mode", "register", "topk_losses"]
@@ -166,12 +166,12 @@ def _overlap_advantage(
     ``entries`` (..., K): the student's logits at the support. Those among its best are the first
     ``count`` of them by (logit descending, id ascending). Their log-probs follow from the mass.
     """
-    logsumexp = entries.logsumexp(-1) - stats.student_mass.log()  # over the vocabulary
-    student = entries - logsumexp[..., None]
+    total = logsumexp(entries) - stats.student_mass.log()  # over the vocabulary
+    student = entries - total[..., None]
     teacher = support.logits
     if floor is not None:
         student, teacher = student.clamp(min=floor), teacher.clamp(min=floor)
-    gain = teacher.exp() * (student - teacher)
+    gain = exp(teacher) * (student - teacher)
     ids, ordered = in_order(support.ids, entries, support.k)
     last = (count - 1).clamp(min=0)[..., None]
     last_id, least = ids.gather(-1, last), ordered.gather(-1, last)
