@@ -77,7 +77,7 @@ class Stats(NamedTuple):
 NAMES = Stats._fields[:-1]
 
 
-def _logsumexp(x: Tensor) -> Tensor:
+def logsumexp(x: Tensor) -> Tensor:
     """That of the last dimension, without MKL as well; -inf of only -inf."""
     top = x.amax(-1, keepdim=True)
     # The largest adds exactly 1.
@@ -115,7 +115,7 @@ class Side(NamedTuple):
         if self.logsumexp is not None:
             total = self.logsumexp.to(wide)
         elif self.tail is not None:
-            total = torch.logaddexp(_logsumexp(self.once(scaled)), self.tail.to(wide))
+            total = torch.logaddexp(logsumexp(self.once(scaled)), self.tail.to(wide))
         else:
             total = scaled.new_full(scaled.shape[:-1], torch.nan)
         total = torch.where(total.isfinite(), total, torch.nan)
