@@ -57,7 +57,8 @@ ALLOWED = {
     },
     "entries": {
         "_autograd", "_checks", "_collectives", "_linear_autograd", "_shards", "backends",
-        "distributed", "head", "linear", "options", "selection", "sides", "stats", "support", *VALUES,
+        "distributed", "head", "linear", "options", "selection", "sides", "stats", "support",
+        *VALUES,
     },
     "backends": VALUES,
 }  # fmt: skip
