@@ -4,9 +4,9 @@
 
 256 rows of 151936 logits in bfloat16 and a support of 64, forward and backward. Each module
 ``calls_<trainer>`` has one function, ``calls(shape)``: the three calls by name, on the same inputs;
-``make test-peers`` makes the environments. Calls are timed in turn, round by round, with cold
-caches; a ratio is the median of the rounds' ratios. ``--quick`` runs the path on tiny shapes; its
-figures mean nothing.
+``make test-peers`` makes the environments. Calls are timed round by round, in random order, with
+cold caches; a ratio is the median of the rounds' ratios. ``--quick`` runs the path on tiny shapes;
+its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
+import random
 import statistics
 import sys
 import time
@@ -62,7 +63,7 @@ def main() -> None:
     for name in NAMES:
         calls[name]()
     for _ in range(arguments.rounds):
-        for name in NAMES:
+        for name in random.sample(NAMES, len(NAMES)):  # what runs after the trainer's is slower
             times[name].append(seconds(calls[name]))
     print(f"{arguments.trainer}, {shape}, torch {torch.__version__}, {platform.machine()}")
     for name in NAMES:
