@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
-import random
 import statistics
 import sys
 import time
