@@ -46,7 +46,7 @@ def agree(sides: Sequence[tuple[str, object]], call: Mapping[str, object]) -> No
         if isinstance(side, Sharded) and not of_shards(side):
             facts[f"{name} reduce_hidden_grad"] = side.shard.reduce_hidden_grad
     # Nothing of this rank alone: all ranks look, or none does.
-    groups = tuple(side.shard.group for _, side in shards)
+    groups = tuple(side.shard.group or dist.group.WORLD for _, side in shards)
     key = (groups, shard.ranks, tuple(facts.values()))
     if key in _AGREED and not debugging.on_outside_of_operators():
         return

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cached_logits import READ_BACK, B, S, V, cached, exact, logits
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from ranks import as_rank, outcomes, run_ranks
 from torch import Tensor, nn
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from rank_pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from pages import DOCS, snippets
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from rank_pool import Pool
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from torch import Tensor
 
 from opd_kernels.integrations import swift

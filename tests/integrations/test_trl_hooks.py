@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("trl", reason="what is replaced is TRL's")
 
 from formulas import kl, mixture, renormalised, with_tail
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from trl import DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gold import GOLDTrainer

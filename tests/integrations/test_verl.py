@@ -14,7 +14,7 @@ import pytest
 import torch
 import verl_standin
 from formulas import full, kl, mixture, renormalised, with_tail
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from rank_pool import Pool
 from torch import Tensor
 from verl_standin import OWN, Engine, LossConfig

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobLoss
-from peers import bound, graded
+from peer_checks import bound, graded
 from torch import Tensor
 
 from opd_kernels import LinearLogits, TopK, topk_divergence

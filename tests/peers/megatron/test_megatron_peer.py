@@ -24,7 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from ranks import as_rank, outcomes, run_ranks
 from torch import Tensor, nn
 

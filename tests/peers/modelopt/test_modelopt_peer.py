@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from modelopt.torch.distill.plugins.megatron import DistillationConfig, TopKLogitsKLLoss
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from ranks import as_rank, outcomes, run_ranks
 from torch import Tensor, nn
 

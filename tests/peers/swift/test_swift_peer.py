@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pages import ROOT
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from ranks import as_rank, run_ranks
 from swift.rlhf_trainers import gkd_loss as peer
 from swift.rlhf_trainers.gkd_loss import TeacherOutput

@@ -17,7 +17,7 @@ from engines import (
     under_megatron,
 )
 from megatron.core import parallel_state
-from peers import bound
+from peer_checks import bound
 from ranks import as_rank
 from torch import Tensor
 

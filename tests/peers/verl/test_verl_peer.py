@@ -32,7 +32,7 @@ from engines import (
     under_fsdp,
 )
 from pages import ROOT
-from peers import assert_agree, bound, graded
+from peer_checks import assert_agree, bound, graded
 from ranks import run_ranks
 from torch import Tensor
 from verl.trainer.distillation import losses
