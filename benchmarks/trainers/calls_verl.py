@@ -1,15 +1,22 @@
-"""verl's forward KL with its metrics, its adapter, and a bare call with the same statistics."""
+"""verl's forward KL with its metrics, its adapter, and a bare call with the same statistics.
+
+verl runs under autocast. That of GPUs computes ``log_softmax`` in float32, that of CPUs does not:
+here it is as on GPUs.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
 
 import torch
+from torch.nn.functional import log_softmax
 
 from opd_kernels import TopK, topk_divergence
 from opd_kernels.integrations import verl
@@ -19,6 +26,9 @@ if TYPE_CHECKING:
 
 OWN, OURS = "forward_kl_topk", "opd_topk_forward_kl_truncate"
 FLOOR = -10.0  # verl's default
+AS_ON_GPUS = mock.patch(
+    "torch.nn.functional.log_softmax", partial(log_softmax, dtype=torch.float32)
+)
 
 
 def calls(shape: Shape) -> dict[str, Callable[[], object]]:
@@ -47,7 +57,7 @@ def calls(shape: Shape) -> dict[str, Callable[[], object]]:
         config = DistillationConfig(distillation_loss=loss)
 
         def call() -> object:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), AS_ON_GPUS:
                 found = losses.compute_topk_loss(
                     SimpleNamespace(strategy="fsdp2"), config, data, student, "thd"
                 )
