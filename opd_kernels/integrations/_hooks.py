@@ -1,4 +1,4 @@
-"""What adapters to trainers share: one log line, checks of what they replace, names of losses."""
+"""What adapters to trainers share: one log line, checks of what they replace, losses, shards."""
 
 from __future__ import annotations
 
