@@ -1,4 +1,4 @@
-"""What adapters to trainers share: one log line, checks of what they replace, names of losses."""
+"""What adapters to trainers share: one log line, checks of what they replace, losses, shards."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
+from opd_kernels.distributed import VocabShard
 from opd_kernels.divergences import Divergence, forward_kl, jsd, reverse_kl
 
 LOG = logging.getLogger("opd_kernels")
@@ -42,3 +44,17 @@ def generalized_jsd(beta: float) -> Divergence:
     teacher.
     """
     return {0.0: forward_kl(), 1.0: reverse_kl()}.get(float(beta)) or jsd(beta)
+
+
+def megatron_shard(width: int, vocab_size: int | None = None) -> VocabShard | None:
+    """The columns of this rank of Megatron's tensor-parallel group; None where it holds all.
+
+    ``width`` is how many it holds; ``vocab_size`` the number of real ids, None: all columns.
+    """
+    state: Any = import_module("megatron.core.parallel_state")
+    ranks = state.get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return None
+    start = state.get_tensor_model_parallel_rank() * width
+    group = state.get_tensor_model_parallel_group()
+    return VocabShard(start, vocab_size or ranks * width, group)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opd_kernels._checks import check_number
 from opd_kernels.api import topk_divergence
 from opd_kernels.distributed import VocabShard
-from opd_kernels.integrations._hooks import announce, check_parameters
+from opd_kernels.integrations._hooks import announce, check_parameters, megatron_shard
 from opd_kernels.logprobs import token_logprobs
 from opd_kernels.support import TopK
 
@@ -257,21 +257,15 @@ def _columns(
     if isinstance(shard, VocabShard):
         return {"vocab_shard": shard, "vocab_size": vocab_size}
     if shard is None:
-        state = _parallel_state()
-        ranks = state.get_tensor_model_parallel_world_size()
-        if ranks > 1:
-            width = logits.shape[-1]
-            start = state.get_tensor_model_parallel_rank() * width
-            group = state.get_tensor_model_parallel_group()
-            return {"vocab_shard": VocabShard(start, vocab_size or ranks * width, group)}
-    elif shard != "whole":
+        return {"vocab_shard": _own_columns(logits.shape[-1], vocab_size), "vocab_size": vocab_size}
+    if shard != "whole":
         raise ValueError(f'vocab_shard is {shard!r}, allowed are a VocabShard, "whole" and None')
     return {"vocab_size": vocab_size}
 
 
-def _parallel_state() -> Any:
+def _own_columns(width: int, vocab_size: int | None) -> VocabShard | None:
     try:
-        return importlib.import_module("megatron.core.parallel_state")
+        return megatron_shard(width, vocab_size)
     except ModuleNotFoundError as error:
         raise ImportError(
             "loss_func asks megatron.core which columns the logits are, and it is not installed; "

@@ -78,7 +78,7 @@ class DistillationLossFn:
                 "outside of the support, which no loss of this package has; keep the loss_fn that "
                 'NeMo-RL\'s setup() returns, or set kl_type to "forward"'
             )
-        if "nemo_rl" in sys.modules:  # on the driver: before workers start
+        if "nemo_rl" in sys.modules:  # on the driver: before the first step
             _interfaces()
 
     @property

@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 
 from opd_kernels.api import topk_divergence
-from opd_kernels.distributed import VocabShard
-from opd_kernels.integrations._hooks import LOG, announce, check_parameters, generalized_jsd
+from opd_kernels.integrations._hooks import (
+    LOG,
+    announce,
+    check_parameters,
+    generalized_jsd,
+    megatron_shard,
+)
 from opd_kernels.selection import select_topk
 from opd_kernels.support import TopK
 
@@ -153,8 +158,9 @@ def gkd_loss(
         )
         return total, count
     announce("ms-swift", f"gkd_loss on the teacher's top-K, beta {beta}")
-    topk = _support(teacher_output, labels)
+    topk, factor = _support(teacher_output, labels)
     mask = (labels != -100) & ~topk.logits.isinf().all(-1)
+    whole = gather_fn is None or _name(gather_fn) == WHOLE
     total = topk_divergence(
         student_logits,
         topk,
@@ -162,9 +168,9 @@ def gkd_loss(
         temperature=temperature,
         mask=mask,
         reduction="sum",
-        vocab_shard=_vocab_shard(gather_fn, student_logits.shape[-1]),
+        vocab_shard=None if whole else megatron_shard(student_logits.shape[-1]),
     )
-    return total, mask.sum()
+    return total * factor, mask.sum()
 
 
 def _refusal(teacher_output: Any, gather_fn: Callable[..., Any] | None) -> str | None:
@@ -182,12 +188,12 @@ def _announce_own(why: str) -> None:
     LOG.warning("ms-swift: its own gkd_loss runs, not opd_kernels': %s", why)
 
 
-def _support(teacher_output: Any, labels: Tensor) -> TopK:
-    """The teacher's entries at the student's rows."""
+def _support(teacher_output: Any, labels: Tensor) -> tuple[TopK, Tensor | float]:
+    """(the teacher's entries at the student's rows, 1, or NaN unless both have as many rows)."""
     logprobs, ids = teacher_output.topk_logprobs, teacher_output.topk_indices
     theirs = teacher_output.labels
     if theirs is None or theirs is labels:
-        return TopK(ids, logprobs)
+        return TopK(ids, logprobs), 1.0
     ours, theirs = (x.flatten() != -100 for x in (labels, theirs))
     # The teacher's rows that count, first; a student's row takes the one of its rank.
     order = (~theirs).to(torch.uint8).argsort(stable=True)
@@ -195,19 +201,7 @@ def _support(teacher_output: Any, labels: Tensor) -> TopK:
     ids, logprobs = (
         x.flatten(0, -2).index_select(0, rows).unflatten(0, labels.shape) for x in (ids, logprobs)
     )
-    return TopK(ids, logprobs.masked_fill(ours.sum() != theirs.sum(), torch.nan))
-
-
-def _vocab_shard(gather_fn: Callable[..., Any] | None, width: int) -> VocabShard | None:
-    """Which columns Megatron's rank holds; None where it holds all."""
-    if gather_fn is None or _name(gather_fn) == WHOLE:
-        return None
-    mpu = import_module("megatron.core.parallel_state")
-    ranks = mpu.get_tensor_model_parallel_world_size()
-    rank = mpu.get_tensor_model_parallel_rank()
-    if ranks == 1:
-        return None
-    return VocabShard(rank * width, ranks * width, mpu.get_tensor_model_parallel_group())
+    return TopK(ids, logprobs), torch.where(ours.sum() == theirs.sum(), 1.0, torch.nan)
 
 
 def _to_topk(self: Any, k: int, topk_fn: Callable[..., Any] | None = None) -> Any:

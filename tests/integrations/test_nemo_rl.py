@@ -301,7 +301,7 @@ def test_packed_sequences(loss_module: ModuleType) -> None:
     assert_agree(found, expected, bound(logits) * B * S / TOKS, 1 / TOKS)
 
 
-def test_another_convention_is_refused_before_workers_start(loss_module: ModuleType) -> None:
+def test_another_convention_is_refused_on_the_driver(loss_module: ModuleType) -> None:
     loss_module.prepare_loss_input = lambda logits, data: None
     with pytest.raises(ImportError, match=r"tested with NeMo-RL 0\.7\.0"):
         DistillationLossFn(config(*MIXED))

@@ -179,6 +179,8 @@ def test_other_numbers_of_rows_make_the_sum_nan() -> None:
     assert swift.gkd_loss(student, teacher, labels, 0.5, 1.0)[0].isfinite()
     teacher.labels[0, 2] = IGNORED
     assert swift.gkd_loss(student, teacher, labels, 0.5, 1.0)[0].isnan()
+    nothing = torch.full_like(labels, IGNORED)
+    assert swift.gkd_loss(student, teacher, nothing, 0.5, 1.0)[0].isnan()
 
 
 @pytest.mark.parametrize("nothing", ["labels", "entries"])
