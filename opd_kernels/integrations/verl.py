@@ -17,7 +17,7 @@ from opd_kernels._ordering import in_order
 from opd_kernels.api import topk_divergence
 from opd_kernels.distributed import Sharded, VocabShard
 from opd_kernels.divergences import Divergence, forward_kl, jsd, reverse_kl
-from opd_kernels.integrations._hooks import announce, check_parameters
+from opd_kernels.integrations._hooks import announce, check_parameters, megatron_shard
 from opd_kernels.options import backend_name
 from opd_kernels.sides import values_at
 from opd_kernels.stats import Stats, logsumexp
@@ -191,7 +191,9 @@ def _dispatching(own: Callable[..., Any]) -> Callable[..., Any]:
             return own(config, distillation_config, data, student_logits, data_format)
         _check_options(loss_config)
         if config.strategy == "megatron":
-            teacher, shard = _megatron_teacher(data, data_format), _megatron_shard(student_logits)
+            teacher = _megatron_teacher(data, data_format)
+            # Columns that pad the vocabulary are in verl's softmax, too.
+            shard = megatron_shard(student_logits.shape[-1])
         elif config.strategy in ("fsdp", "fsdp2", "veomni"):
             teacher, shard = _fsdp_teacher(data), None
         else:
@@ -278,15 +280,3 @@ def _megatron_teacher(data: Any, data_format: str) -> tuple[Tensor, Tensor]:
     split = preprocess_thd_engine if data_format == "thd" else preprocess_bshd_engine
     logprobs, ids = (split(data[name])[0] for name in ("teacher_logprobs", "teacher_ids"))
     return logprobs, ids
-
-
-def _megatron_shard(student_logits: Tensor) -> VocabShard | None:
-    """Which columns this rank holds. Those that pad the vocabulary are in verl's softmax, too."""
-    from megatron.core import parallel_state
-
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    if ranks == 1:
-        return None
-    width, rank = student_logits.shape[-1], parallel_state.get_tensor_model_parallel_rank()
-    group = parallel_state.get_tensor_model_parallel_group()
-    return VocabShard(rank * width, ranks * width, group)
