@@ -57,7 +57,7 @@ def install(patch: pytest.MonkeyPatch, engine: Engine | None = None) -> ModuleTy
             "preprocess_thd_engine": lambda x: (_packed(x, engine.tensor_parallel[1]), None),
             "preprocess_bshd_engine": lambda x: (x.to_padded_tensor(0), None),
         },
-        "megatron.core": {"parallel_state": _parallel_state(engine)},
+        "megatron.core.parallel_state": vars(_parallel_state(engine)),
     }
     for name, contents in modules.items():
         module = ModuleType(name)
