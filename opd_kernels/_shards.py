@@ -205,13 +205,15 @@ def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple
 def _joined_apart(
     part: Tensor | LinearLogits, reading: Reading, backend: str
 ) -> tuple[Tensor, ...]:
-    """``_local`` whose tail is outside of the listed ids as well: that takes a second read."""
+    """``_local`` whose tail is outside of the listed ids as well: that takes a second read.
+
+    It reads the listed logits, as far as the tail goes: the K best may end before.
+    """
     tail, listed = reading.tail, reading.listed
     assert listed is not None
-    ids, values, at_listed, *_ = _local(part, reading._replace(tail=no_tail()), backend)
+    ids, values, *_ = _local(part, reading._replace(tail=no_tail(), listed=None), backend)
     tail = tail._replace(ids=torch.cat((ids, listed), -1))
-    rest = Reading(0, reading.allowed, tail, None)
-    return ids, values, at_listed, *_local(part, rest, backend)[3:]
+    return ids, values, *_local(part, Reading(0, reading.allowed, tail, listed), backend)[2:]
 
 
 def gathered(

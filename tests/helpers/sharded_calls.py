@@ -262,6 +262,7 @@ def beside_one_rank(
     rows, vocab, size = 5, 33, 7
     hidden, weight, bias = normal(rows, size), normal(vocab, size), normal(vocab)
     teacher, tokens = normal(rows, vocab) * 2, torch.tensor([0, 3, 12, 31, 32])
+    teacher, k = teacher[:, : options.pop("teacher_vocab", vocab)], options.pop("k", 9)
     if options.pop("given", False):
         z = 2 * torch.tanh((hidden @ weight.t() + bias) / 2)
         options["student_logsumexp"] = z.logsumexp(-1)
@@ -270,7 +271,7 @@ def beside_one_rank(
     found = []
     for function in (opd_kernels.topk_divergence, shards.topk_divergence):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        outputs = function(LinearLogits(*leaves, softcap=2.0), teacher, 9, **options)
+        outputs = function(LinearLogits(*leaves, softcap=2.0), teacher, k, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         factors = torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
         total = sum((x * factors).sum() for x in outputs if isinstance(x, Tensor))
