@@ -219,6 +219,8 @@ def test_a_head_of_dtensors_is_taken_and_compiles_to_one_graph(mesh: DeviceMesh)
         )
     with pytest.raises(ValueError, match="inplace_grad=True reuses the memory of logits"):
         topk_rkl(eager, teacher, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad=True reuses the memory of logits"):
+        token_logprobs(eager, IDS[:, 0], inplace_grad=True)
     with pytest.raises(ValueError, match=r"^vocab_shard goes with plain tensors"):
         topk_rkl(eager, teacher, vocab_shard=VocabShard(0, 50))
 
