@@ -395,6 +395,9 @@ WRONG = {
     "whole": r"^teacher_vocab_shard=\"whole\" goes with a vocab_shard",
     "head's option": r"^student_logsumexp saves products with a head, and student is logits",
     "head's background": r"^background=\"sampled\" saves products with a head, and student is",
+    "backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
+    "head's backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
+    "gather's backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
     "type": r"^vocab_shard is a int, expected a VocabShard or None",
 }
 SECONDS = 2.0  # that a rank waits in a collective of these tests

@@ -570,6 +570,16 @@ def _wrong(group: Any, what: str, later: bool) -> None:
     elif what == "head's background":
         tokens = torch.zeros(4, dtype=torch.long)
         call(outside="bucket", background="sampled", token_ids=tokens)
+    elif what == "backend":  # rank 1 has no columns to read
+        call(start=20 * rank, end=20, backend="cuda")
+    elif what in ("head's backend", "gather's backend"):
+        shard = VocabShard(20 * rank, 20, group)
+        head = LinearLogits(z[:, :6].clone().requires_grad_(), t.T[20 * rank :, :3].repeat(1, 2))
+        support = opd_kernels.select_topk(t, 5, with_logsumexp=True)
+        outside = "bucket" if what == "head's backend" else "renormalize"
+        opd_kernels.topk_divergence(
+            head, support, outside=outside, vocab_shard=shard, backend="cuda"
+        ).backward()
     elif what == "raises":
         if rank:
             raise ValueError("the data ran out")
