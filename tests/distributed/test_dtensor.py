@@ -147,6 +147,16 @@ def test_logits_sharded_over_the_vocabulary_are_taken(mesh: DeviceMesh, name: st
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_no_rows_are_taken(mesh: DeviceMesh) -> None:
+    """Of a plain student, too, whose kernel wants the teacher's entries side by side."""
+    student = S[:0].clone().requires_grad_()
+    teacher = distribute_tensor(T[:0], mesh, [Shard(1)])
+    for support in (teacher, select_topk(teacher, 8, with_logsumexp=True)):
+        loss = topk_divergence(student, support, outside="bucket", reduction="none")
+        assert loss.shape == (0,)
+        loss.sum().backward()
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_pending_sums_and_two_shards_of_the_vocabulary_are_refused(
     mesh: DeviceMesh, side: str
