@@ -109,7 +109,7 @@ def exchanged(shard: VocabShard, parts: Sequence[Tensor], own: Tensor) -> list[T
         # Of floats: inductor cannot write the sum of their bits into a view of them.
         return [*(part.new_empty(shard.ranks, *part.shape) for part in parts), _sum(shard, own)]
     tensors = (*parts, own)
-    words = [tensor.reshape(-1).view(torch.int32) for tensor in tensors]
+    words = [tensor.contiguous().view(-1).view(torch.int32) for tensor in tensors]
     everywhere = _gather(shard, torch.cat(words)).split([len(some) for some in words], -1)
     found = [
         _words_as(some, tensor).view(shard.ranks, *tensor.shape)

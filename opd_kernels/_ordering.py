@@ -100,7 +100,8 @@ def in_order(ids: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _sorted(keys: Tensor) -> Tensor:
     """Rows of int64 in rising order. NumPy is ten times as fast as torch where it can be used."""
-    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+    # NumPy's strides of no rows are 0.
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling() and keys.numel():
         try:
             return torch.from_numpy(np.sort(keys.numpy(), -1))
         except RuntimeError:  # no memory of its own: under vmap, or a fake tensor

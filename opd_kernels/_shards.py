@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from opd_kernels import _collectives, _ops
+from opd_kernels import _collectives, _ops, backends
 from opd_kernels._arguments import (
     Allowed,
     Reading,
@@ -99,6 +99,7 @@ def _read_part(
     k, allowed, tail, listed = reading
     exact = exact and isinstance(source.part, LinearLogits)
     if not source.below(_reach(reading)):
+        _look_for(backend, source, max(k, 0 if listed is None else listed.shape[-1], 1))
         found = _no_part(source, reading)
         return *found, found[1] if exact else found[1].new_empty(0)
     kept, width = min(k, source.columns), source.below(tail.width)
@@ -167,6 +168,15 @@ def _no_sums(source: Sharded, tail: Tail) -> tuple[Tensor, Tensor]:
     return rest, rest.new_zeros(rest.shape if tail.with_entropy else (0,))
 
 
+def _look_for(backend: str, source: Sharded, k: int, *, hidden: bool = False) -> None:
+    """Raises on a rank without columns what a backend raises on the others, lest it wait for them.
+
+    One that is not asked for by name serves every call.
+    """
+    if backend != backends.AUTO and not torch.compiler.is_compiling():
+        backends.resolve(backend, source.device, (source.tensor.dtype,), k, hidden=hidden)
+
+
 def _reach(reading: Reading) -> int:
     """Below which ids anything is read."""
     return max(reading.allowed.limit, reading.tail.width)
@@ -205,13 +215,15 @@ def _local(part: Tensor | LinearLogits, reading: Reading, backend: str) -> tuple
 def _joined_apart(
     part: Tensor | LinearLogits, reading: Reading, backend: str
 ) -> tuple[Tensor, ...]:
-    """``_local`` whose tail is outside of the listed ids as well: that takes a second read."""
+    """``_local`` whose tail is outside of the listed ids as well: that takes a second read.
+
+    It reads the listed logits, as far as the tail goes: the K best may end before.
+    """
     tail, listed = reading.tail, reading.listed
     assert listed is not None
-    ids, values, at_listed, *_ = _local(part, reading._replace(tail=no_tail()), backend)
+    ids, values, *_ = _local(part, reading._replace(tail=no_tail(), listed=None), backend)
     tail = tail._replace(ids=torch.cat((ids, listed), -1))
-    rest = Reading(0, reading.allowed, tail, None)
-    return ids, values, at_listed, *_local(part, rest, backend)[3:]
+    return ids, values, *_local(part, Reading(0, reading.allowed, tail, listed), backend)[2:]
 
 
 def gathered(
@@ -242,6 +254,7 @@ def gathered(
             z, found = GatherDot.apply(hidden, part.weight, part.bias, here, mine, backend)
             z = plain.shaped(z.masked_fill(found < 0, 0), part.scale, part.softcap)
         else:
+            _look_for(backend, source, ids.shape[-1], hidden=True)
             z = _nothing(source, hidden).expand(ids.shape)
         if known is None:
             (merged,) = _collectives.exchanged(source.shard, (), z.detach())
@@ -255,6 +268,7 @@ def gathered(
             z, found = _ops.gather(part.detach(), here, mine, backend)
             z = z.masked_fill(found < 0, 0)
         else:
+            _look_for(backend, source, ids.shape[-1])
             z = torch.zeros(ids.shape, dtype=source.dtype, device=source.device)
         (merged,) = _collectives.exchanged(source.shard, (), z)
     if repeated:  # their gradient is that of the first

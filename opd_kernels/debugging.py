@@ -156,9 +156,18 @@ def check_divergence(
     if ids is None:
         _check_logits(teacher, allowed, rows, "teacher logits")
     else:
-        _check_ids(ids, teacher, student.shape[-1], rows)
+        vocab, count = student.shape[-1], ids.shape[-1]
+        if vocab <= count + 2:  # a head's listed logits: what takes no part has ids just beyond
+            vocab += count
+        _check_ids(ids, teacher, vocab, rows)
         _check_entries(teacher, ids, allowed, rows)
     _check_logits(student, allowed, rows, "student")
+
+
+@_looks
+def check_support(ids: Tensor, values: Tensor, vocab: int, mask: Tensor | None) -> None:
+    """A given support's ids, of a student whose vocabulary may be spread over ranks."""
+    _check_ids(ids, values, vocab, _rows(ids, mask))
 
 
 @_looks

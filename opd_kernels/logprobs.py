@@ -77,12 +77,12 @@ def token_logprobs(
     """
     least = 1 if vocab_shard is None else 0
     given = from_dtensor(logits, "logits", inplace_grad)
+    if isinstance(logits, LinearLogits) and inplace_grad:
+        raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
     if isinstance(given, Sharded):
         rows = given.shape
     elif isinstance(logits, LinearLogits):
         _checks.check_head(logits.hidden, logits.weight, logits.bias, "LinearLogits ", least)
-        if inplace_grad:
-            raise ValueError("inplace_grad=True reuses the memory of logits; leave it out")
         rows = logits.shape
     else:
         rows = _checks.check_logits(logits, "logits", least=least).shape[:-1]

@@ -98,6 +98,7 @@ def find_support(
     if isinstance(teacher, TopK):
         ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
         if debugging.on_outside_of_operators():
+            debugging.check_support(ids, values, vocab_of(student), allowed.mask)
             _look_at_fields(teacher, allowed, call)
     elif call.support == "student":
         apart = isinstance(student, Sharded)

@@ -147,6 +147,16 @@ def test_logits_sharded_over_the_vocabulary_are_taken(mesh: DeviceMesh, name: st
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_no_rows_are_taken(mesh: DeviceMesh) -> None:
+    """Of a plain student, too, whose kernel wants the teacher's entries side by side."""
+    student = S[:0].clone().requires_grad_()
+    teacher = distribute_tensor(T[:0], mesh, [Shard(1)])
+    for support in (teacher, select_topk(teacher, 8, with_logsumexp=True)):
+        loss = topk_divergence(student, support, outside="bucket", reduction="none")
+        assert loss.shape == (0,)
+        loss.sum().backward()
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_pending_sums_and_two_shards_of_the_vocabulary_are_refused(
     mesh: DeviceMesh, side: str
@@ -219,6 +229,8 @@ def test_a_head_of_dtensors_is_taken_and_compiles_to_one_graph(mesh: DeviceMesh)
         )
     with pytest.raises(ValueError, match="inplace_grad=True reuses the memory of logits"):
         topk_rkl(eager, teacher, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad=True reuses the memory of logits"):
+        token_logprobs(eager, IDS[:, 0], inplace_grad=True)
     with pytest.raises(ValueError, match=r"^vocab_shard goes with plain tensors"):
         topk_rkl(eager, teacher, vocab_shard=VocabShard(0, 50))
 

@@ -132,6 +132,20 @@ def test_contents_that_are_hard(outside: str, pool: Pool) -> None:
     check(pool, drawn)
 
 
+@pytest.mark.parametrize("support", inputs.SUPPORTS)
+def test_vocabularies_of_two_widths(support: str, pool: Pool) -> None:
+    """A sampled token that only the student knows has a log-prob, and is in its tail."""
+    drawn = []
+    for seed, layout in enumerate(layouts(20, "own")):
+        outside, vocabs = OUTSIDE[seed % 5], ((33, 20), (20, 33))[seed % 3 == 2]
+        case = member(
+            outside, seed, seed, student_vocab=vocabs[0], teacher_vocab=vocabs[1], support=support,
+            k=(1, 9, 20)[seed % 3], watched=True, token="any", include_token=False,
+        )  # fmt: skip
+        drawn.append((case, layout))
+    check(pool, drawn)
+
+
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_heads(outside: str, pool: Pool) -> None:
     """Heads of both sides, with scale, bias and softcap, frozen or trained."""
@@ -260,6 +274,9 @@ FROM_HEADS: list[dict[str, Any]] = [
     {"support": "student", "return_stats": True},
     {"support": "student", "outside": "bucket", "return_token_logprobs": True},
     {"include_token": True, "outside": "bucket", "return_stats": True},
+    {"support": "student", "include_token": True, "k": 1},
+    # Tokens that the teacher's vocabulary lacks.
+    {"support": "student", "outside": "bucket", "return_token_logprobs": True, "teacher_vocab": 20},
 ]
 
 
@@ -378,6 +395,9 @@ WRONG = {
     "whole": r"^teacher_vocab_shard=\"whole\" goes with a vocab_shard",
     "head's option": r"^student_logsumexp saves products with a head, and student is logits",
     "head's background": r"^background=\"sampled\" saves products with a head, and student is",
+    "backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
+    "head's backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
+    "gather's backend": r"^backend 'cuda' cannot serve this call: the tensors are on cpu",
     "type": r"^vocab_shard is a int, expected a VocabShard or None",
 }
 SECONDS = 2.0  # that a rank waits in a collective of these tests

@@ -262,6 +262,7 @@ def beside_one_rank(
     rows, vocab, size = 5, 33, 7
     hidden, weight, bias = normal(rows, size), normal(vocab, size), normal(vocab)
     teacher, tokens = normal(rows, vocab) * 2, torch.tensor([0, 3, 12, 31, 32])
+    teacher, k = teacher[:, : options.pop("teacher_vocab", vocab)], options.pop("k", 9)
     if options.pop("given", False):
         z = 2 * torch.tanh((hidden @ weight.t() + bias) / 2)
         options["student_logsumexp"] = z.logsumexp(-1)
@@ -270,7 +271,7 @@ def beside_one_rank(
     found = []
     for function in (opd_kernels.topk_divergence, shards.topk_divergence):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        outputs = function(LinearLogits(*leaves, softcap=2.0), teacher, 9, **options)
+        outputs = function(LinearLogits(*leaves, softcap=2.0), teacher, k, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         factors = torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
         total = sum((x * factors).sum() for x in outputs if isinstance(x, Tensor))
@@ -569,6 +570,16 @@ def _wrong(group: Any, what: str, later: bool) -> None:
     elif what == "head's background":
         tokens = torch.zeros(4, dtype=torch.long)
         call(outside="bucket", background="sampled", token_ids=tokens)
+    elif what == "backend":  # rank 1 has no columns to read
+        call(start=20 * rank, end=20, backend="cuda")
+    elif what in ("head's backend", "gather's backend"):
+        shard = VocabShard(20 * rank, 20, group)
+        head = LinearLogits(z[:, :6].clone().requires_grad_(), t.T[20 * rank :, :3].repeat(1, 2))
+        support = opd_kernels.select_topk(t, 5, with_logsumexp=True)
+        outside = "bucket" if what == "head's backend" else "renormalize"
+        opd_kernels.topk_divergence(
+            head, support, outside=outside, vocab_shard=shard, backend="cuda"
+        ).backward()
     elif what == "raises":
         if rank:
             raise ValueError("the data ran out")

@@ -311,6 +311,28 @@ def test_what_takes_no_part_may_hold_anything() -> None:
         sampled("logprobs", -INF)
 
 
+def test_a_head_s_full_softmax_takes_entries_that_take_no_part() -> None:
+    """A support's banned ids and those from vocab_size on; not ids that the student lacks."""
+    support = select_topk(TEACHER, K, with_logsumexp=True)
+    tokens = support.ids[..., 0]
+    calls: list[dict[str, Any]] = [
+        {"banned_ids": tokens.unique()},
+        {"vocab_size": V // 2},
+        {"banned_ids": tokens.unique(), "include_token": True, "token_ids": tokens},
+    ]
+    beyond = TopK(with_ids(V).ids, support.logits, support.logsumexp)
+    for call in calls:
+        teacher = TEACHER if "token_ids" in call else support
+        k = K if "token_ids" in call else None
+        expected = topk_divergence(HEAD, teacher, k, outside="bucket", **call)
+        with debug():
+            assert torch.equal(
+                topk_divergence(HEAD, teacher, k, outside="bucket", **call), expected
+            )
+    with debug(), pytest.raises(ValueError, match=f"the student has a vocabulary of {V}"):
+        topk_divergence(HEAD, beyond, outside="bucket")
+
+
 @pytest.mark.parametrize("vocab", [5, 5000])
 def test_masked_rows_and_padded_vocabulary_are_not_read(vocab: int) -> None:
     mask = torch.tensor([True, False, True, False])
