@@ -67,6 +67,21 @@ class Support(NamedTuple):
         return Tails(self.teacher.tail, self.student.tail, width)
 
 
+class _Picked(NamedTuple):
+    """A support, and what the reads that found it have found besides.
+
+    ``at_token`` is the teacher's value at the sampled token, ``student_at_token`` the student's.
+    """
+
+    ids: Tensor
+    values: Tensor
+    student: Side = Side()
+    teacher: Side = Side()
+    known: Tensor | None = None
+    at_token: Tensor | None = None
+    student_at_token: Tensor | None = None
+
+
 def find_support(
     student: Source,
     teacher: Source | TopK,
@@ -77,10 +92,10 @@ def find_support(
     """The support, selected or given; nothing differentiates through it.
 
     Each side is read once, unless a token joins the support: that leaves the tails, but of a shard,
-    whose ranks have one exchange in any case. A student's
-    head whose tail the loss wants is left to the loss, but for a support that it selects.
+    whose ranks have one exchange in any case. A student's head whose tail the loss wants is left to
+    the loss, but for a support that it selects.
     """
-    width, joins = call.range(vocab_of(student)), call.full and call.include_token
+    width = call.range(vocab_of(student))
     if debugging.on_outside_of_operators():
         _look_at_student(student, allowed, call, width)
     if (
@@ -90,65 +105,25 @@ def find_support(
         and compute_dtype(student, teacher) == torch.float64
     ):
         student, teacher = student.detach().double(), teacher.double()  # both tails in float64
-    mine = yours = Side()
-    at_token: Tensor | None = None
-    at_mine: Tensor | None = None
-    known: Tensor | None = None
-    token = _existing(call, width) if call.with_token else None
     if isinstance(teacher, TopK):
-        ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
-        if debugging.on_outside_of_operators():
-            debugging.check_support(ids, values, vocab_of(student), allowed.mask)
-            _look_at_fields(teacher, allowed, call)
+        picked = _given(student, teacher, allowed, call)
     elif call.support == "student":
-        apart = isinstance(student, Sharded)
-        tail = no_tail() if joins and not apart else _tail(student, "student", call)
-        there = _existing(call, width) if apart and (call.with_token or call.lists_token) else None
-        ids, z, at_mine, *sums = select(
-            student, k, allowed, tail, call.backend, there,
-            joined=there is not None and call.needs_tails, exact=not call.needs_tails,
-        )  # fmt: skip
-        mine = _side(tail, sums)
-        # Without a tail a head's entries are computed again: the product has rounded these.
-        if apart or (not isinstance(student, Tensor) and tail.width):
-            mine = mine._replace(values=z)
-        known = z
-        if isinstance(teacher, Sharded) or (
-            not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width
-        ):
-            listed = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
-            inside = listed.shape[-1] if joins else k
-            yours = _read(teacher, "teacher", k, listed, inside, allowed, call)
-            assert yours.values is not None
-            values, at_token = yours.values[..., :k], yours.values[..., k:]
-            values = values.masked_fill(~allowed_ids(ids, allowed), -torch.inf)
-        else:
-            values = values_at(teacher, ids, allowed, call.backend)
+        picked = _picked_by_student(student, teacher, k, allowed, call)
     else:
-        whole = joins and isinstance(teacher, Sharded)
-        tail = no_tail() if joins and not whole else _tail(teacher, "teacher", call)
-        there = None if isinstance(teacher, Tensor) else token
-        ids, values, at_token, *sums = select(
-            teacher, k, allowed, tail, call.backend, there, joined=whole
-        )
-        yours = _side(tail, sums)
+        picked = _picked_by_teacher(teacher, k, allowed, call, width)
     invalid: Tensor | None = None
     if call.with_token:
-        ids, values, invalid = _with_token(teacher, ids, values, at_token, allowed, call, width)
-    if at_mine is not None:
-        assert known is not None
-        if call.with_token:  # as an entry, which it is not where its id is -1
-            known = torch.cat((known, at_mine.masked_fill(ids[..., -1:] < 0, -torch.inf)), -1)
-        if call.needs_tails:
-            values_listed = torch.cat((known, at_mine), -1) if call.lists_token else known
-            mine = mine._replace(values=values_listed)
-    inside = ids.shape[-1] if joins else k
+        ids, values, invalid = _with_token(
+            teacher, picked.ids, picked.values, picked.at_token, allowed, call, width
+        )
+        picked = picked._replace(ids=ids, values=values)
+    if picked.student_at_token is not None:
+        picked = _listing_token(picked, call)
+    ids, values, mine, yours, known, *_ = picked
+    inside = ids.shape[-1] if _joins(call) else k
     if isinstance(teacher, TopK):
         if call.full:
-            tail_of_given = _given_tail(teacher, call)
-            if joins:
-                tail_of_given = _without_token(tail_of_given, ids, values, teacher.temperature)
-            yours = Side(tail=tail_of_given)
+            yours = Side(tail=_given_tail(teacher, ids, values, call))
     elif yours.tail is None and yours.values is None:
         yours = _read(teacher, "teacher", k, ids[..., :inside], inside, allowed, call)
     # Where the loss wants a head's tail, it reads the head itself.
@@ -164,6 +139,81 @@ def find_support(
         known = known.masked_fill(invalid, 0)
     given = isinstance(teacher, TopK) or call.with_token
     return Support(ids, values, inside, mine, yours, invalid, given, known)
+
+
+def _joins(call: Call) -> bool:
+    """Whether a sampled token is outside of the tails."""
+    return call.full and call.include_token
+
+
+def _given(student: Source, teacher: TopK, allowed: Allowed, call: Call) -> _Picked:
+    """The teacher's own support."""
+    ids, values = _adjacent(teacher.ids), _adjacent(teacher.logits.detach())
+    if debugging.on_outside_of_operators():
+        debugging.check_support(ids, values, vocab_of(student), allowed.mask)
+        _look_at_fields(teacher, allowed, call)
+    return _Picked(ids, values)
+
+
+def _picked_by_teacher(
+    teacher: Source, k: int, allowed: Allowed, call: Call, width: int
+) -> _Picked:
+    """The teacher's k best."""
+    joined = _joins(call) and isinstance(teacher, Sharded)
+    tail = no_tail() if _joins(call) and not joined else _tail(teacher, "teacher", call)
+    listed = None
+    if call.with_token and not isinstance(teacher, Tensor):
+        listed = _existing(call, width)
+    ids, values, at_token, *sums = select(
+        teacher, k, allowed, tail, call.backend, listed, joined=joined
+    )
+    return _Picked(ids, values, teacher=_side(tail, sums), at_token=at_token)
+
+
+def _picked_by_student(
+    student: Source, teacher: Source, k: int, allowed: Allowed, call: Call
+) -> _Picked:
+    """The student's k best, and the teacher's values there.
+
+    The ranks of a shard exchange all that the loss wants of the student's entries here.
+    """
+    apart, width = isinstance(student, Sharded), call.range(vocab_of(student))
+    tail = no_tail() if _joins(call) and not apart else _tail(student, "student", call)
+    token = _existing(call, width) if call.with_token else None
+    listed = _existing(call, width) if apart and (token is not None or call.lists_token) else None
+    ids, z, at_listed, *sums = select(
+        student, k, allowed, tail, call.backend, listed,
+        joined=listed is not None and call.needs_tails, exact=not call.needs_tails,
+    )  # fmt: skip
+    mine, yours, at_token = _side(tail, sums), Side(), None
+    # Without a tail a head's entries are computed again: the product has rounded these.
+    if apart or (not isinstance(student, Tensor) and tail.width):
+        mine = mine._replace(values=z)
+    if isinstance(teacher, Sharded) or (
+        not isinstance(teacher, Tensor) and _tail(teacher, "teacher", call).width
+    ):
+        wanted = ids if token is None else torch.cat((ids, token.to(ids.dtype)), -1)
+        inside = wanted.shape[-1] if _joins(call) else k
+        yours = _read(teacher, "teacher", k, wanted, inside, allowed, call)
+        assert yours.values is not None
+        values, at_token = yours.values[..., :k], yours.values[..., k:]
+        values = values.masked_fill(~allowed_ids(ids, allowed), -torch.inf)
+    else:
+        values = values_at(teacher, ids, allowed, call.backend)
+    return _Picked(ids, values, mine, yours, z if apart else None, at_token, at_listed)
+
+
+def _listing_token(picked: _Picked, call: Call) -> _Picked:
+    """With the student's value at the sampled token as often as the loss lists it."""
+    known, token = picked.known, picked.student_at_token
+    assert known is not None
+    assert token is not None
+    if call.with_token:  # as an entry, which it is not where its id is -1
+        known = torch.cat((known, token.masked_fill(picked.ids[..., -1:] < 0, -torch.inf)), -1)
+    mine = picked.student
+    if call.needs_tails:
+        mine = mine._replace(values=torch.cat((known, token), -1) if call.lists_token else known)
+    return picked._replace(student=mine, known=known)
 
 
 def _existing(call: Call, width: int) -> Tensor:
@@ -369,14 +419,16 @@ def _look_at_fields(teacher: TopK, allowed: Allowed, call: Call) -> None:
         debugging.check_token_logits(call.token_ids, teacher.token_logits, ids, logits, mask)
 
 
-def _given_tail(teacher: TopK, call: Call) -> Tensor:
+def _given_tail(teacher: TopK, ids: Tensor, values: Tensor, call: Call) -> Tensor:
     """A given support's tail, a number where the row has no entries.
 
     Servers and ``TopK.pad`` give no log-sum-exp there. The tail is the whole row then, so the loss
     is 0 whatever it is; unless the sampled token takes part, whose share is unknown.
     """
     tail = teacher.tail()
-    return tail if call.with_token else tail.masked_fill(~(tail < torch.inf) & ~teacher.present, 0)
+    if not call.with_token:
+        tail = tail.masked_fill(~(tail < torch.inf) & ~teacher.present, 0)
+    return _without_token(tail, ids, values, teacher.temperature) if _joins(call) else tail
 
 
 def _without_token(tail: Tensor, ids: Tensor, values: Tensor, temperature: float) -> Tensor:
