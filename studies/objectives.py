@@ -38,7 +38,7 @@ try:
         student_path,
     )
     from choosing.plan import Plan
-    from choosing.records import Records, add_file
+    from choosing.records import Records
     from choosing.report import report
     from choosing.runs import run, timed
     from comparison.jobs import Job, work_through
@@ -56,6 +56,7 @@ FULL = Sizes(
     tune_problems=128,
     judge_problems=256,
 )
+SLOWER = 1.15
 SMOKE = Sizes(
     teacher_steps=2,
     student_steps=2,
@@ -63,10 +64,12 @@ SMOKE = Sizes(
     batch=4,
     tune_problems=4,
     judge_problems=4,
-    teacher_width=16,
-    student_width=16,
+    teacher_shape=(16, 1),
+    student_shape=(16, 1),
     curve_points=2,
     probe_every=2,
+    timed_steps=1,
+    new_tokens=6,
 )
 
 
@@ -128,7 +131,8 @@ def settle(options: argparse.Namespace, sizes: Sizes, plan: Plan) -> dict[str, A
         ValueError: if the results were begun with other sizes or models.
     """
     path = options.results / "settings.json"
-    fixed = {"sizes": asdict(sizes), "models": checksums(options.output / "models")}
+    found = {"sizes": asdict(sizes), "models": checksums(options.output / "models")}
+    fixed = json.loads(json.dumps(found))  # as it is read
     if path.exists():
         settings = json.loads(path.read_text())
         for name, value in fixed.items():
@@ -168,36 +172,33 @@ def measure_arms(
 
 
 def decided(times: dict[str, tuple[float, float]], planned: int) -> dict[str, Any]:
-    """How many steps a run has: as planned, or what fits if the slowest arm cannot do those."""
+    """How many steps a run has: as planned, or what fits if the slowest arm cannot do those.
+
+    What was measured is taken to be as much as ``SLOWER`` times faster than a run will be.
+    """
     slowest = max(step for step, _ in times.values())
     rest = max(rest for _, rest in times.values())
-    steps = min(planned, int((plans.MOST_SECONDS - rest) / slowest))
+    steps = min(planned, int((plans.MOST_SECONDS / SLOWER - rest) / slowest))
     return {"steps": steps, "seconds_per_step": times, "other_seconds": rest}
 
 
 def work(options: argparse.Namespace, sizes: Sizes, plan: Plan, settings: dict[str, Any]) -> None:
     """Do the runs that are missing, stage by stage."""
     records, left = Records(options.results), options.most
-    reserve = settings["other_seconds"]
+    steps, reserve = settings["steps"], settings["other_seconds"]
+    for path in sorted((options.output / "runs").glob("*.json")):
+        records.take(path)  # done, and stopped before its lines were appended
     while missing := unfinished(records, plan):
-        jobs = {}
+        jobs = []
         for line in missing[:left]:
             path = options.output / "runs" / ("_".join(line.key).replace(" ", "-") + ".json")
-            arguments = (line, settings["steps"], sizes, options.output / "models", path, reserve)
-            jobs[path] = Job(path, settings["steps"], run, arguments)
-        for path in jobs:
-            if path.exists():  # done, and stopped before its lines were appended
-                add_file(records, path)
-        work_through(missing[0].stage, list(jobs.values()), options.workers, add_to(records))
+            arguments = (line, steps, sizes, options.output / "models", path, reserve)
+            jobs.append(Job(path, steps, run, arguments))
+        work_through(missing[0].stage, jobs, options.workers, records.take)
         if left is not None:
             left -= len(jobs)
             if left == 0:
                 return
-
-
-def add_to(records: Records) -> Callable[[Path], None]:
-    """What appends the lines of a run that is done."""
-    return lambda path: add_file(records, path)
 
 
 def unfinished(records: Records, plan: Plan) -> list[plans.Run]:

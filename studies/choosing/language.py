@@ -33,7 +33,6 @@ class Chain(Arithmetic):
 
     steps: ClassVar = ["a", "b", "c"]
     opener: ClassVar = staticmethod(filler)
-    new_tokens = 48
     split: ClassVar[str] = TRAIN
     noise: ClassVar[float] = 0.0
 

@@ -35,19 +35,21 @@ class Sizes:
     batch: int
     tune_problems: int
     judge_problems: int
-    teacher_width: int = 128
-    student_width: int = 96
+    teacher_shape: tuple[int, int] = (128, 3)  # width and layers
+    student_shape: tuple[int, int] = (96, 2)
     warm_up: int = 5
     curve_points: int = 6
     probe_every: int = 20
+    timed_steps: int = 6
+    new_tokens: int = 48
 
     def teacher(self) -> LlamaForCausalLM:
-        """Three layers."""
-        return models.build(FILLED_VOCAB, self.teacher_width, layers=3)
+        """0.85 million parameters."""
+        return models.build(FILLED_VOCAB, *self.teacher_shape)
 
     def student(self) -> LlamaForCausalLM:
-        """Two layers."""
-        return models.build(FILLED_VOCAB, self.student_width, layers=2)
+        """0.42 million parameters."""
+        return models.build(FILLED_VOCAB, *self.student_shape)
 
 
 class ChainPair(SmallPair):
@@ -69,8 +71,7 @@ class ChainPair(SmallPair):
 
     def on(self, split: str, count: int, seed: int, top_p: float) -> tuple[Rollouts, Tensor]:
         """The student's rollouts on problems of a split, and which of them succeeded."""
-        episodes = sample_episodes((SPLITS[split],), count, random.Random(seed))
-        return self._play(episodes, top_p)
+        return self._play(self._episodes(split, count, seed), top_p)
 
     def tuning(self) -> tuple[Rollouts, Tensor]:
         """Rollouts on the tuning problems, one set for all."""
@@ -82,8 +83,13 @@ class ChainPair(SmallPair):
         return models.demonstrations((JudgeChain,), self.sizes.judge_problems, rng, dialect=False)
 
     def _held_out_episodes(self) -> list[Chain]:
-        count = self.sizes.judge_problems
-        return sample_episodes((SPLITS[JUDGE],), count, random.Random(HELD_OUT_SEED))
+        return self._episodes(JUDGE, self.sizes.judge_problems, HELD_OUT_SEED)
+
+    def _episodes(self, split: str, count: int, seed: int) -> list[Chain]:
+        episodes = sample_episodes((SPLITS[split],), count, random.Random(seed))
+        for episode in episodes:
+            episode.new_tokens = self.sizes.new_tokens
+        return episodes
 
 
 def student_path(folder: Path, seed: int, start: float) -> Path:

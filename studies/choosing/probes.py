@@ -61,7 +61,7 @@ def probe(pair: ChainPair, batch: Rollouts) -> list[dict[str, Any]]:
             parts_of = torch.autograd.grad(values.mean(), parameters, retain_graph=True)
             gradients[name].append(torch.cat([g.flatten() for g in parts_of]))
         places.append({"student_mass": mass.detach(), **outside(scores)})
-    shares = torch.tensor(counts) / sum(counts)
+    shares = (torch.tensor(counts) / sum(counts)).to(gradients["mass"][0].dtype)
     of_mass = torch.stack(gradients.pop("mass")).T @ shares
     means = {name: float(torch.cat([p[name] for p in places]).mean()) for name in places[0]}
     return [
@@ -73,21 +73,20 @@ def probe(pair: ChainPair, batch: Rollouts) -> list[dict[str, Any]]:
 def _moments(
     gradients: Tensor, shares: Tensor, of_mass: Tensor, counts: list[int]
 ) -> dict[str, float]:
-    """Of micro-batches' gradients (n, P) with their shares of the tokens.
+    """Of n micro-batches' gradients (n, P) with their numbers of tokens and shares w of all N.
 
-    With w_i the shares and s = sum w_i^2, sum w_i |g_i - g|^2 / (1 - s) is the variance of one, and
-    the squared norm of g is too large by s times that.
+    A token's variance is v = N / (n - 1) sum_i w_i |g_i - g|^2; of the squared norm of g, v / N is
+    noise.
     """
     mean = gradients.T @ shares
+    total, norm = sum(counts), float(mean.norm())
     spread = float(shares @ (gradients - mean).square().sum(1))
-    squares = float(shares.square().sum())
-    variance = spread / (1 - squares)
-    norm = float(mean.norm())
+    variance = spread * total / (len(counts) - 1)
     return {
         "drift": -float(mean @ of_mass) / max(norm, 1e-12),
         "norm": norm,
-        "signal": norm**2 - squares * variance,
-        "token_variance": variance * sum(counts) / len(counts),
+        "signal": norm**2 - variance / total,
+        "token_variance": variance,
     }
 
 

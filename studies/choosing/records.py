@@ -44,7 +44,7 @@ class Records:
         for name in COLUMNS:
             rows = self.read(name)
             whole = [row for row in rows if key_of(row) in done]
-            if len(whole) < len(rows) or not self.path(name).exists():
+            if len(whole) < len(rows) or not self._ends_well(name):
                 self._write(name, whole)
 
     def path(self, name: str) -> Path:
@@ -58,11 +58,21 @@ class Records:
         text = self.path(name).read_text()
         return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
+    def _ends_well(self, name: str) -> bool:
+        return self.path(name).exists() and self.path(name).read_text().endswith("\n")
+
     def add(self, key: Sequence[str], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Append all lines of a run."""
         for name in COLUMNS:
             with self.path(name).open("a", newline="") as file:
                 self._lines(file, name).writerows(_rows(key, tables[name]))
+
+    def take(self, path: Path) -> None:
+        """Append what a run has left in a file, unless it stands here, and delete the file."""
+        result = json.loads(path.read_text())
+        if tuple(result["key"]) not in {key_of(row) for row in self.read("runs")}:
+            self.add(result["key"], result["tables"])
+        path.unlink()
 
     def _write(self, name: str, rows: Iterable[Row]) -> None:
         partial = self.path(name).with_suffix(".partial")
@@ -74,12 +84,6 @@ class Records:
 
     def _lines(self, file: Any, name: str) -> csv.DictWriter[str]:
         return csv.DictWriter(file, [*KEY, *COLUMNS[name]], lineterminator="\n")
-
-
-def add_file(records: Records, path: Path) -> None:
-    """Append what a run has left in a file."""
-    result = json.loads(path.read_text())
-    records.add(result["key"], result["tables"])
 
 
 def _rows(key: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -285,7 +285,8 @@ def draw_success(path: Path, runs: Sequence[Row], plan: Plan) -> None:
     axes[1].set_yticks([-i for i in range(len(levels))], names)
     axes[1].set_xlabel(f"success minus {SAMPLED}'s, same seed")
     axes[1].axvline(0, color="black", linewidth=1)
-    axes[1].legend(fontsize=9)
+    if best is not None:
+        axes[1].legend(fontsize=9)
     _save(figure, path, axes)
 
 

@@ -18,7 +18,6 @@ from choosing.probes import probe, watch
 from comparison.rollouts import Rollouts
 from comparison.training import evaluate, observe, score, update
 
-TIMED_STEPS = 6
 AVERAGED = 5  # rows of steps that make one that is kept; the first ones are kept each
 FIRST_STEPS = 10
 
@@ -166,7 +165,7 @@ def timed(sizes: Sizes, models: Path, arm: str, seed: int) -> tuple[float, float
     loading = time.process_time() - begun
     training.step(0, True)
     times = []
-    for number in range(1, 1 + TIMED_STEPS):
+    for number in range(1, 1 + sizes.timed_steps):
         start = time.process_time()
         training.step(number, False)
         times.append(time.process_time() - start)
@@ -174,7 +173,7 @@ def timed(sizes: Sizes, models: Path, arm: str, seed: int) -> tuple[float, float
     probe(pair, pair.rollouts(0, 1.0)[0])
     probing = time.process_time() - start
     start = time.process_time()
-    training.look(TIMED_STEPS)
+    training.look(len(training.steps))
     looking = time.process_time() - start
     start = time.process_time()
     judge(pair)
