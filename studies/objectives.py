@@ -7,6 +7,7 @@ stages and the rules that drop arms; ``choosing/predictions.md`` was written bef
     python studies/objectives.py prepare   # the models, and what a step takes here
     python studies/objectives.py run       # at most 100 runs of at most 75 core seconds
     python studies/objectives.py plan      # what is done and what is next
+    python studies/objectives.py smollm2   # then: the demo's pair, the paper's form and the winner
     python studies/objectives.py report    # tables and figures, from the CSV files alone
     python studies/objectives.py run --smoke --output build/objectives    # all stages in a minute
 
@@ -30,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # the co
 
 try:
     from choosing import plan as plans
+    from choosing import real
     from choosing.pair import (
         Sizes,
         checksums,
@@ -80,8 +82,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "command",
-        choices=("prepare", "run", "plan", "report"),
-        help="train the models; those and all runs; print the plan; print tables from CSV files",
+        choices=("prepare", "run", "plan", "smollm2", "report"),
+        help="train models; those and all runs; show the plan; the demo's pair; tables from CSV",
     )
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, help=f"models and files of runs (default: {OUTPUT})"
@@ -201,6 +203,19 @@ def work(options: argparse.Namespace, sizes: Sizes, plan: Plan, settings: dict[s
                 return
 
 
+def distil_smollm2(options: argparse.Namespace, plan: Plan) -> None:
+    """The demo's pair, once the small models have found a winner.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    rows = Records(options.results).read("runs")
+    best = plans.winner(plans.seen(rows)) if len(plan.stages(rows)) > 2 else None
+    if best is None:
+        raise ValueError(f"{options.results} has no winner yet: run the centre first")
+    real.run(options.output, options.results, best, options.workers)
+
+
 def unfinished(records: Records, plan: Plan) -> list[plans.Run]:
     """The missing runs of the first stage that is not finished."""
     rows = records.read("runs")
@@ -238,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{settings['steps']} steps a run, planned were {sizes.planned_steps}")
         if options.command == "run":
             work(options, sizes, plan, settings)
+        if options.command == "smollm2":
+            distil_smollm2(options, plan)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -246,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.command == "plan":
         print(shown(Records(options.results).read("runs"), plan))
-    if options.command in ("run", "report"):
+    if options.command in ("run", "smollm2", "report"):
         if not Records(options.results).read("runs"):
             print(f"{options.results} has no runs: nothing to report", file=sys.stderr)
             return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def report(folder: Path, plan: Plan) -> str:
         _curves(curve),
         _mechanism(probes),
         _places(probes),
+        _smollm2(folder / "smollm2.csv"),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "table.md").write_text(text)
@@ -254,6 +256,20 @@ def _places(probes: Sequence[Row]) -> str:
             lines.append([arm, step, *(f"{fmean(by_row(here, name)):.4f}" for name in PLACES)])
     head = ["arm", "step", *(name.removeprefix("outside_") for name in PLACES)]
     return _table("Where the student's mass outside of the support is", head, lines)
+
+
+def _smollm2(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    head = list(rows[0]) if rows else []
+    numbers = {"reverse_kl", "forward_kl", "student_mass", "teacher_mass"}
+    lines = [
+        [f"{float(value):.3f}" if name in numbers else value for name, value in row.items()]
+        for row in rows
+    ]
+    return _table("The demo's SmolLM2 pair", [name.replace("_", " ") for name in head], lines)
 
 
 def draw_success(path: Path, runs: Sequence[Row], plan: Plan) -> None:

@@ -20,7 +20,17 @@ STUDIES = Path(__file__).resolve().parents[2] / "studies"
 sys.path.insert(0, str(STUDIES))
 
 import objectives as command  # noqa: E402
-from choosing import arms, language, pair, plan, probes, records, report, runs  # noqa: E402
+from choosing import (  # noqa: E402
+    arms,
+    language,
+    pair,
+    plan,
+    probes,
+    real,
+    records,
+    report,
+    runs,
+)
 from comparison import training  # noqa: E402
 from comparison.arms import Scores  # noqa: E402
 from comparison.models import demonstrations  # noqa: E402
@@ -88,6 +98,19 @@ def test_judged_problems_decide_nothing() -> None:
     others = [row | {"judge_success": str(1 - float(row["judge_success"]))} for row in rows]
     assert plan.FULL.stages(others) == stages
     assert not [name for name in plan.seen(rows)[0] if "judge" in name]
+
+
+def test_the_demos_pair_runs_the_papers_form_and_the_winner_on_two_seeds(tmp_path: Path) -> None:
+    jobs = real.jobs(tmp_path, "sample")
+    ran = [(job.arguments[2].name, job.arguments[1], job.steps) for job in jobs]
+    each = [("before", 0), ("LSM + top-p", 80), ("sample", 80)]
+    assert ran == [(arm, (seed,), steps) for seed in (0, 1) for arm, steps in each]
+    assert len({job.path for job in jobs}) == 6
+    jobs[1].path.parent.mkdir(parents=True)
+    result = dict.fromkeys(real.COLUMNS, 0.5) | {"arm": "LSM + top-p", "length": 3.0}
+    jobs[1].path.write_text(json.dumps(result))
+    real.collect(jobs, tmp_path)
+    assert "| LSM + top-p | 0.5 | 0.5 | 0.500 |" in report._smollm2(tmp_path / "smollm2.csv")
 
 
 def test_a_stage_waits_for_all_runs_of_the_one_before() -> None:
@@ -404,5 +427,7 @@ def test_the_command_prints_the_plan_and_says_what_is_missing(
 ) -> None:
     assert command.main(["plan", "--results", str(tmp_path)]) == 0
     assert "At most 100 runs in all, 0 done." in capsys.readouterr().out
+    assert command.main(["smollm2", "--results", str(tmp_path)]) == 2
+    assert "has no winner yet" in capsys.readouterr().err
     assert command.main(["report", "--results", str(tmp_path)]) == 2
     assert "has no runs" in capsys.readouterr().err
