@@ -1,6 +1,6 @@
 """Which objective of on-policy distillation to use: a centre, and one factor at a time around it.
 
-A teacher of 0.85 million parameters and students of 0.42 million speak a language of 2048 words, in
+A teacher of 0.72 million parameters and students of 0.32 million speak a language of 1024 words, in
 which K = 32 is small. ``choosing/arms.py`` has the arms, ``choosing/plan.py`` the factors, the
 stages and the rules that drop arms; ``choosing/predictions.md`` was written before any run.
 
@@ -52,9 +52,9 @@ RESULTS = Path(__file__).parent / "results" / "objectives"
 OUTPUT = Path("comparison_output") / "objectives"
 FULL = Sizes(
     teacher_steps=1500,
-    student_steps=550,
+    student_steps=800,
     planned_steps=200,
-    batch=32,
+    batch=24,
     tune_problems=128,
     judge_problems=256,
 )

@@ -1,7 +1,7 @@
-"""Arithmetic in a language of two thousand words, its problems parted by who may see them.
+"""Arithmetic in a language of a thousand words, its problems parted by who may see them.
 
 The words that carry the task are those of the comparison. Some lines are opened by a filler, drawn
-in Zipf's proportions from 1920: where one may stand there is a long tail, and elsewhere the next
+in Zipf's proportions from 896: where one may stand there is a long tail, and elsewhere the next
 word is all but certain. Who speaks with noise puts any filler before any word: that is how a
 student has less of its mass on the teacher's support, and knows the task all the same.
 """
@@ -16,7 +16,7 @@ from typing import ClassVar
 from comparison.tasks import Arithmetic
 from comparison.vocabulary import FILLERS
 
-FILLER_RATE = 0.25
+FILLER_RATE = 0.2
 TRAIN, TUNE, JUDGE = "train", "tune", "judge"
 _ZIPF = list(itertools.accumulate(1 / (i + 1) for i in range(len(FILLERS))))
 

@@ -1,4 +1,4 @@
-"""Teacher and students of the language of two thousand words, and what they begin with."""
+"""Teacher and students of the language of a thousand words, and what they begin with."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM
 from opd_kernels import compare_tokenizers
 
 # Of the texts that models are trained on; a teacher without any fails wherever a student has some.
-TEACHER_NOISE = 0.01
-STUDENT_NOISE = {0.7: 0.28, 0.9: 0.08, 0.98: 0.0}  # by the mass on the support that it leaves
+TEACHER_NOISE = 0.005
+STUDENT_NOISE = {0.7: 0.38, 0.9: 0.08, 0.98: 0.0}  # by the mass on the support that it leaves
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Sizes:
     teacher_shape: tuple[int, int] = (128, 3)  # width and layers
     student_shape: tuple[int, int] = (96, 2)
     warm_up: int = 5
-    curve_points: int = 6
+    curve_points: int = 4
     probe_every: int = 20
     timed_steps: int = 6
     new_tokens: int = 48
 
     def teacher(self) -> LlamaForCausalLM:
-        """0.85 million parameters."""
+        """0.72 million parameters."""
         return models.build(FILLED_VOCAB, *self.teacher_shape)
 
     def student(self) -> LlamaForCausalLM:
-        """0.42 million parameters."""
+        """0.32 million parameters."""
         return models.build(FILLED_VOCAB, *self.student_shape)
 
 

@@ -34,8 +34,8 @@ STOP_IDS = [IDS[STUDENT_END], IDS[TEACHER_END]]
 # Rows of the models' embeddings, padded as embeddings usually are: more than there are words, and
 # more in the teacher than in the student.
 STUDENT_VOCAB, TEACHER_VOCAB = 96, 128
-# Words beyond all of these rows: what a language of thousands of words fills its sentences with.
-FILLERS = [f"filler{i}" for i in range(1920)]
+# Words beyond all of these rows: what a language of a thousand words fills its sentences with.
+FILLERS = [f"filler{i}" for i in range(896)]
 FILLED_VOCAB = TEACHER_VOCAB + len(FILLERS)
 _ALL_IDS = {**IDS, **{word: TEACHER_VOCAB + i for i, word in enumerate(FILLERS)}}
 _ALL_WORDS = {i: word for word, i in _ALL_IDS.items()}
