@@ -187,6 +187,7 @@ def decided(times: dict[str, tuple[float, float]], planned: int) -> dict[str, An
 def work(options: argparse.Namespace, sizes: Sizes, plan: Plan, settings: dict[str, Any]) -> None:
     """Do the runs that are missing, stage by stage."""
     records, left = Records(options.results), options.most
+    records.begin()
     steps, reserve = settings["steps"], settings["other_seconds"]
     for path in sorted((options.output / "runs").glob("*.json")):
         records.take(path)  # done, and stopped before its lines were appended

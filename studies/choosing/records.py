@@ -37,14 +37,16 @@ class Records:
     """A folder of CSV files."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin, or go on; lines of runs that were interrupted while they were written go."""
+        """Of a folder that may not be there yet."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        done = {key_of(row) for row in self.read("runs")}
+
+    def begin(self) -> None:
+        """Make the files, or go on: lines of a run that was stopped while it was written go."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in COLUMNS:
-            rows = self.read(name)
-            whole = [row for row in rows if key_of(row) in done]
-            if len(whole) < len(rows) or not self._ends_well(name):
+            whole, path = self.read(name), self.path(name)
+            ends = path.exists() and path.read_text().endswith("\n")
+            if not ends or len(whole) < len(self._all(name)):
                 self._write(name, whole)
 
     def path(self, name: str) -> Path:
@@ -52,14 +54,16 @@ class Records:
         return self.folder / f"{name}.csv"
 
     def read(self, name: str) -> list[Row]:
-        """The lines of one file; a last line that was cut off is none."""
+        """The lines of one file that are of runs that are done."""
+        done = {key_of(row) for row in self._all("runs")}
+        return [row for row in self._all(name) if key_of(row) in done]
+
+    def _all(self, name: str) -> list[Row]:
+        """All lines; a last one that was cut off is none."""
         if not self.path(name).exists():
             return []
         text = self.path(name).read_text()
         return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-
-    def _ends_well(self, name: str) -> bool:
-        return self.path(name).exists() and self.path(name).read_text().endswith("\n")
 
     def add(self, key: Sequence[str], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Append all lines of a run."""

@@ -30,6 +30,7 @@ from choosing.probes import PROBED
 from choosing.records import Records
 from comparison.results import T_95
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 Row = Mapping[str, str]
 SAMPLED, LSM = ALWAYS
@@ -301,7 +302,7 @@ def draw_success(path: Path, runs: Sequence[Row], plan: Plan) -> None:
     axes[1].set_yticks([-i for i in range(len(levels))], names)
     axes[1].set_xlabel(f"success minus {SAMPLED}'s, same seed")
     axes[1].axvline(0, color="black", linewidth=1)
-    if best is not None:
+    if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend(fontsize=9)
     _save(figure, path, axes)
 
@@ -349,7 +350,7 @@ def _band(ax: Axes, rows: Sequence[Row], column: str, *, color: str, label: str)
 
 
 def _color(arm: str) -> str:
-    return f"C{list(BY_NAME).index(arm) % 10}"
+    return to_hex(plt.get_cmap("tab20")(2 * list(BY_NAME).index(arm) % 19))
 
 
 def _save(figure: plt.Figure, path: Path, axes: Iterable[Axes]) -> None:

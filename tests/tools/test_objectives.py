@@ -318,6 +318,7 @@ def test_a_run_stops_where_the_next_step_would_pass_the_limit_and_says_so(
     assert (tables["runs"][0]["planned"], tables["runs"][0]["steps"]) == (4, 1)
     assert tables["curve"][-1]["step"] == 1
     kept = records.Records(tmp_path / "kept")
+    kept.begin()
     kept.add(line.key, tables)
     assert "1 runs of 1 steps, planned were 4; 1 were cut" in report.report(kept.folder, plan.FULL)
 
@@ -352,13 +353,16 @@ def test_lines_of_a_run_that_was_interrupted_while_it_was_written_go(tmp_path: P
     other = replace(line, seed=1)
     tables: dict[str, list] = {name: [{columns[0]: 1}] for name, columns in records.COLUMNS.items()}
     kept = records.Records(tmp_path)
+    kept.begin()
     kept.add(line.key, tables)
     whole = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
     broken = {**tables, "runs": []}
     kept.add(other.key, broken)
     with kept.path("runs").open("a") as file:
         file.write(",".join(other.key))  # killed within the line
-    records.Records(tmp_path)
+    steps = records.Records(tmp_path).read("steps")
+    assert {plan.key_of(row) for row in steps} == {line.key}
+    kept.begin()
     assert {path.name: path.read_text() for path in tmp_path.glob("*.csv")} == whole
 
 
@@ -429,6 +433,7 @@ def test_the_command_prints_the_plan_and_says_what_is_missing(
 ) -> None:
     assert command.main(["plan", "--results", str(tmp_path)]) == 0
     assert "At most 100 runs in all, 0 done." in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
     assert command.main(["smollm2", "--results", str(tmp_path)]) == 2
     assert "has no winner yet" in capsys.readouterr().err
     assert command.main(["report", "--results", str(tmp_path)]) == 2
