@@ -58,7 +58,7 @@ FULL = Sizes(
     tune_problems=128,
     judge_problems=256,
 )
-SLOWER = 1.15
+SLOWER = 1.25
 SMOKE = Sizes(
     teacher_steps=2,
     student_steps=2,
