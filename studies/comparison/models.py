@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from comparison.rollouts import Rollouts
-from comparison.tasks import sample_episodes
+from comparison.tasks import Task, sample_episodes
 from comparison.vocabulary import (
     IDS,
     PAD,
@@ -57,7 +57,7 @@ def new_student() -> LlamaForCausalLM:
     return build(STUDENT_VOCAB, 192)
 
 
-def demonstrations(task: str, count: int, rng: random.Random, dialect: bool) -> Rollouts:
+def demonstrations(task: Task, count: int, rng: random.Random, dialect: bool) -> Rollouts:
     """Episodes that an expert plays, in the student's plain markup or in the teacher's dialect."""
     rows = []
     for episode in sample_episodes(task, count, rng):
@@ -89,7 +89,7 @@ def train_on_demonstrations(
     steps: int,
     seed: int,
     dialect: bool,
-    turns: Sequence[str] = ("arithmetic", "world"),
+    turns: Sequence[Task] = ("arithmetic", "world"),
     lr: float = 1e-3,
     batch: int = 8,
     tick: Callable[[], None] = lambda: None,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import operator
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from comparison.vocabulary import (
     ASSISTANT,
@@ -43,6 +44,12 @@ class Episode(Protocol):
         """Take the model's turn, return what the world answers; nothing once it is done."""
 
 
+def _opener(rng: random.Random) -> list[str]:
+    """One word of ten in Zipf's proportions, or none."""
+    weights = [1 / (i + 1) for i in range(len(OPENERS))]
+    return rng.choices([[], *[[word] for word in OPENERS]], [1.0, *weights])[0]
+
+
 @dataclass
 class Arithmetic:
     """``7 a + 8 b - 3 c . 9 =`` modulo ten, left to right; letters name the steps."""
@@ -55,16 +62,18 @@ class Arithmetic:
     success: bool = False
 
     OPERATORS: ClassVar = {"+": operator.add, "-": operator.sub, ".": operator.mul}
+    steps: ClassVar = STEPS
+    opener: ClassVar = staticmethod(_opener)
     turn_limit = 1
     new_tokens = 48
 
     @classmethod
     def sample(cls, rng: random.Random) -> Arithmetic:
         """Draw a chain of operations on digits."""
-        numbers = [rng.randrange(10) for _ in range(len(STEPS) + 1)]
-        operators = [rng.choice(list(cls.OPERATORS)) for _ in STEPS]
+        numbers = [rng.randrange(10) for _ in range(len(cls.steps) + 1)]
+        operators = [rng.choice(list(cls.OPERATORS)) for _ in cls.steps]
         words, result = [str(numbers[0])], numbers[0]
-        for step, sign, number in zip(STEPS, operators, numbers[1:], strict=True):
+        for step, sign, number in zip(cls.steps, operators, numbers[1:], strict=True):
             words += [step, sign, str(number)]
             result = cls.OPERATORS[sign](result, number) % 10
         return cls([USER, *words, "=", ASSISTANT], result, numbers, operators)
@@ -72,9 +81,9 @@ class Arithmetic:
     def expert(self, rng: random.Random) -> list[str]:
         """One line for each step, each opened in one of many ways, then the answer."""
         words, total = [], self.numbers[0]
-        for step, sign, number in zip(STEPS, self.operators, self.numbers[1:], strict=True):
+        for step, sign, number in zip(self.steps, self.operators, self.numbers[1:], strict=True):
             after = self.OPERATORS[sign](total, number) % 10
-            words += [*_opener(rng), step, str(total), sign, str(number), "=", str(after), ";"]
+            words += [*self.opener(rng), step, str(total), sign, str(number), "=", str(after), ";"]
             total = after
         return [*words, "answer", str(total)]
 
@@ -224,13 +233,10 @@ TASKS: dict[str, list[type[Arithmetic] | type[World]]] = {
 }
 
 
-def sample_episodes(task: str, count: int, rng: random.Random) -> list[Arithmetic | World]:
-    """Draw problems; a mixed task alternates between its parts."""
-    kinds = TASKS[task]
+Task = str | Sequence[type[Episode]]
+
+
+def sample_episodes(task: Task, count: int, rng: random.Random) -> list[Any]:
+    """Draw problems of a task, by name or by its parts; a mixed one alternates between them."""
+    kinds = TASKS[task] if isinstance(task, str) else task
     return [kinds[i % len(kinds)].sample(rng) for i in range(count)]
-
-
-def _opener(rng: random.Random) -> list[str]:
-    """One word of ten in Zipf's proportions, or none."""
-    weights = [1 / (i + 1) for i in range(len(OPENERS))]
-    return rng.choices([[], *[[word] for word in OPENERS]], [1.0, *weights])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -68,7 +69,8 @@ def score(pair: Pair, sequences: Rollouts, banned: Sequence[int]) -> Scores:
             hidden = hidden_states(pair.teacher, sequences.tokens)
             teacher = pair.teacher.lm_head(hidden[rows])
         student = pair.student.lm_head(hidden_states(pair.student, sequences.tokens)[rows])
-    return Scores(student, teacher, sequences.tokens[sequences.response], pair.k, banned)
+    tokens = sequences.tokens[sequences.response]
+    return Scores(student, teacher, tokens, pair.k, banned, sequences.response)
 
 
 def kept_tokens(pair: Pair, arm: Arm, sequences: Rollouts) -> Tensor:
@@ -104,7 +106,15 @@ def observe(scores: Scores) -> dict[str, Tensor]:
     }
 
 
-def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollouts) -> dict:
+def update(
+    pair: Pair,
+    arm: Arm,
+    optimizer: torch.optim.Optimizer,
+    batch: Rollouts,
+    *,
+    clip: float | None = CLIP_NORM,
+    watch: Callable[[Scores], dict[str, Tensor]] = observe,
+) -> dict[str, Any]:
     """One step on a batch in micro-batches; loss, gradient norm and variance, what is watched.
 
     The step's gradient is the token mean. Its variance is that of the micro-batches' gradients g_i,
@@ -133,8 +143,9 @@ def update(pair: Pair, arm: Arm, optimizer: torch.optim.Optimizer, batch: Rollou
                 parameter.grad.add_(gradient, alpha=share)
         loss += share * mean.item()
         # Whatever an arm leaves out, all are watched on the same support.
-        watched.append(observe(replace(scores, banned=()) if banned else scores))
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
+        watched.append(watch(replace(scores, banned=()) if banned else scores))
+    limit = math.inf if clip is None else clip
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     optimizer.step()
     n = len(parts)
     tokens = {name: torch.cat([w[name] for w in watched]) for name in watched[0]}

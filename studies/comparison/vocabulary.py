@@ -34,16 +34,21 @@ STOP_IDS = [IDS[STUDENT_END], IDS[TEACHER_END]]
 # Rows of the models' embeddings, padded as embeddings usually are: more than there are words, and
 # more in the teacher than in the student.
 STUDENT_VOCAB, TEACHER_VOCAB = 96, 128
+# Words beyond all of these rows: what a language of a thousand words fills its sentences with.
+FILLERS = [f"filler{i}" for i in range(896)]
+FILLED_VOCAB = TEACHER_VOCAB + len(FILLERS)
+_ALL_IDS = {**IDS, **{word: TEACHER_VOCAB + i for i, word in enumerate(FILLERS)}}
+_ALL_WORDS = {i: word for word, i in _ALL_IDS.items()}
 
 
 def encode(words: Iterable[str]) -> list[int]:
     """Ids of words."""
-    return [IDS[word] for word in words]
+    return [_ALL_IDS[word] for word in words]
 
 
 def decode(ids: Iterable[int]) -> list[str]:
     """Words of ids; padding rows of the embedding, which a model may sample, are ``?``."""
-    return [WORDS[i] if i < len(WORDS) else "?" for i in ids]
+    return [_ALL_WORDS.get(i, "?") for i in ids]
 
 
 def _tokenizer(ids: dict[str, int], special: list[str], end: str) -> PreTrainedTokenizerFast:
