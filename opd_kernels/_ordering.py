@@ -18,7 +18,13 @@ _ABSENT = (0x7F800000 << 32) | 0xFFFFFFFF
 
 def repeats(ids: Tensor) -> Tensor:
     """True at every later occurrence of an id in its row."""
-    ordered, order = torch.sort(ids, dim=-1, stable=True)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Ids that int32 does not hold are absent, whichever they are.
+        places = torch.arange(ids.shape[-1])
+        entries = _sorted((ids.clamp(-MAX_ID, MAX_ID).long() << 32) | places)
+        ordered, order = entries >> 32, entries & 0xFFFFFFFF
+    else:
+        ordered, order = torch.sort(ids, dim=-1, stable=True)
     repeat = torch.zeros_like(ordered, dtype=torch.bool)
     repeat[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     return torch.empty_like(repeat).scatter(-1, order, repeat)

@@ -1,7 +1,7 @@
 """ms-swift's GKD step with a local teacher: its top-K of whole logits, its loss, a backward.
 
-The adapter selects first and then matches rows by their labels, so it makes two passes where the
-bare call makes one.
+ms-swift selects in one call and computes the loss in another; so do adapter and bare calls. One
+fused call for both, which its convention leaves no room for, took 0.86 of the adapter's time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from swift.rlhf_trainers import gkd_loss as peer
 from swift.rlhf_trainers.gkd_loss import TeacherOutput
 
-from opd_kernels import jsd, topk_divergence
+from opd_kernels import jsd, select_topk, topk_divergence
 from opd_kernels.integrations import swift
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def calls(shape: Shape) -> dict[str, Callable[[], object]]:
         return torch.autograd.grad(total / count, student)
 
     def bare() -> object:
-        loss = topk_divergence(student, whole, shape.k, divergence=jsd(BETA), mask=labels != -100)
+        mask = labels != -100
+        support = select_topk(whole, shape.k, mask=mask)
+        loss = topk_divergence(student, support, divergence=jsd(BETA), mask=mask)
         return torch.autograd.grad(loss, student)
 
     return {
