@@ -240,6 +240,9 @@ def _row(
         grad[token] = -factor * math.expm1(min(value, 0.0)) / t
         budget[:width] = abs(factor) / t * share * np.expm1(np.minimum(p.error, 700))
         budget[:width] += 8 * narrow * abs(grad[:width]) + tiny * (1 + abs(factor) / t)
+        if inputs.head is not None:  # what a given log-sum-exp leaves is all that is not listed
+            rest = np.setdiff1d(np.arange(width), np.append(support, token))
+            budget[rest] += abs(factor) / t * _left_over(inputs, p, errors[:width] / t)
     return wanted, (grad, np.nan_to_num(budget, nan=np.inf))
 
 
@@ -249,13 +252,17 @@ def _of_head(inputs: Inputs, p: Softmax, errors: np.ndarray) -> Softmax:
     It may have that of any logit, twice in backward. If it is what the listed logits leave of a
     log-sum-exp, their sum is off by theirs and by the least that is left, 2^-24.
     """
-    share = np.exp(p.log_p)
-    off = 2 * errors[share > 0].max(initial=0.0)
-    given = inputs.family.get("student_logsumexp")
-    if given is not None:
-        rounding = float(torch.finfo(given.dtype).eps) / 2 * abs(p.logsumexp)
-        off += float((share * np.expm1(np.minimum(errors, 700))).sum()) + 2.0**-24 + rounding
+    off = 2 * errors[np.exp(p.log_p) > 0].max(initial=0.0) + _left_over(inputs, p, errors)
     return p._replace(error=p.error + off)
+
+
+def _left_over(inputs: Inputs, p: Softmax, errors: np.ndarray) -> float:
+    """How far the tail's share may be off as what the listed logits leave of a given sum."""
+    given = inputs.family.get("student_logsumexp")
+    if given is None:
+        return 0.0
+    rounding = float(torch.finfo(given.dtype).eps) / 2 * abs(p.logsumexp)
+    return float((np.exp(p.log_p) * np.expm1(np.minimum(errors, 700))).sum()) + 2.0**-24 + rounding
 
 
 def _sums(side: str, p: Softmax | None, support: np.ndarray) -> dict[str, tuple[float, float]]:
