@@ -32,7 +32,7 @@ PEER, ADAPTER, BARE = NAMES = ("the trainer's own", "adapter", "bare call")
 
 
 class Shape(NamedTuple):
-    """Of the logits, and of the support."""
+    """Shape and dtype of the logits, and the support's size."""
 
     rows: int = 256
     vocab: int = 151936
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call with cold caches; what it returns is freed outside."""
+    """Seconds of one call with cold caches; its result is freed outside."""
     cold(CPU)
     begin = time.perf_counter()
     result = call()

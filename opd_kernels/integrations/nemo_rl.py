@@ -225,7 +225,7 @@ class _Parallel(NamedTuple):
 
 
 def _parallel(logits: Any) -> _Parallel:
-    """Of DTensors their mesh says it; Megatron keeps it, where that is the worker's backend."""
+    """Groups from a DTensor's mesh, or from Megatron's state where workers run on Megatron."""
     local = from_dtensor(logits, "logits")
     if isinstance(local, Sharded):
         mesh = logits.device_mesh

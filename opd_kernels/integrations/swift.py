@@ -214,7 +214,7 @@ def _to_topk(self: Any, k: int, topk_fn: Callable[..., Any] | None = None) -> An
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Of a function with its module; of another callable its type's."""
+    """Full name of a function, or of the type of another callable."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from opd_kernels import compare_tokenizers
 
-# Of the texts that models are trained on; a teacher without any fails wherever a student has some.
+# The share of training texts with noise. A teacher without any fails wherever a student has some.
 TEACHER_NOISE = 0.005
 STUDENT_NOISE = {0.7: 0.38, 0.9: 0.08, 0.98: 0.0}  # by the mass on the support that it leaves
 
@@ -116,7 +116,7 @@ def prepare_student(
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Of the models in a folder: runs on others are not comparable."""
+    """Checksums of a folder's models, because runs on other models are not comparable."""
     found = {}
     for path in sorted(folder.glob("*.pt")):
         digest = hashlib.sha256()

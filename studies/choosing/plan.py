@@ -165,7 +165,7 @@ SMOKE = Plan(
 
 
 def scores(rows: Sequence[Row], stage: str) -> dict[str, float]:
-    """Of each arm: the mean over seeds, at the better of its settings."""
+    """The mean over seeds of each arm, at the better of its settings."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row["stage"] == stage:

@@ -37,7 +37,7 @@ class Records:
     """A folder of CSV files."""
 
     def __init__(self, folder: Path) -> None:
-        """Of a folder that may not be there yet."""
+        """The folder need not exist yet."""
         self.folder = folder
 
     def begin(self) -> None:

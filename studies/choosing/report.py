@@ -62,7 +62,7 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval | None:
-    """Of the differences of two arms, seed by seed; seeds that one of them lacks are left out."""
+    """Interval of two arms' differences by seed; only seeds that both arms have."""
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 

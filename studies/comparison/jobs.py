@@ -66,7 +66,7 @@ def work_through(
             raise
 
 
-# Of a worker: where it tells of each step.
+# In a worker: the queue to which it reports each step.
 _ticks: Any = None
 
 
