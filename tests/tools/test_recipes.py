@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NEEDS = re.compile(r"^Needs: (.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 LINE_LENGTH = 100
-# What a process of gloo says that dies once in some hundred times, after its last line: a thread of
+# What a process of gloo now and then says when it dies after its last line: a thread of
 # torch's is still there when the interpreter has gone. Such a snippet runs once more.
 TEARDOWN = "terminate called without an active exception"
 WITHOUT_ASKING = {"torch", "numpy", "opd_kernels", *sys.stdlib_module_names}
