@@ -148,7 +148,7 @@ def test_logits_sharded_over_the_vocabulary_are_taken(mesh: DeviceMesh, name: st
 
 
 def test_no_rows_are_taken(mesh: DeviceMesh) -> None:
-    """Of a plain student, too, whose kernel wants the teacher's entries side by side."""
+    """A plain student's kernel wants the teacher's entries side by side, of no rows too."""
     student = S[:0].clone().requires_grad_()
     teacher = distribute_tensor(T[:0], mesh, [Shard(1)])
     for support in (teacher, select_topk(teacher, 8, with_logsumexp=True)):

@@ -267,7 +267,7 @@ def test_signal_and_noise_of_micro_batches_are_without_bias() -> None:
     found = []
     for _ in range(3000):
         each = torch.randn(4, size, generator=generator) * noise / size**0.5
-        # Of a token: variance noise^2 in all; of a micro-batch: over its number of tokens.
+        # A token has variance noise^2 in all, a micro-batch that over its number of tokens.
         parts = signal + each / torch.tensor(counts)[:, None] ** 0.5
         found.append(probes._moments(parts, shares, torch.zeros(size), counts))
     mean = {name: sum(row[name] for row in found) / 3000 for name in ("signal", "token_variance")}

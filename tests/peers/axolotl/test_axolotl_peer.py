@@ -109,7 +109,7 @@ class Batch:
         return graded(loss, HIDDEN.double(), HEAD.double())
 
     def error(self, many: int = K) -> float:
-        """Of the loss, the sum of B S rows, and of a gradient entry, the sum of ``many`` products.
+        """Bound of the loss, a sum of B S rows, and of a gradient, sums of ``many`` products.
 
         They are entries of the logits' gradient, which are off by 4 bounds, and factors of at most
         1; the sum itself is off by less than one bound more for each.
