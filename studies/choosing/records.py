@@ -90,6 +90,15 @@ class Records:
         return csv.DictWriter(file, [*KEY, *COLUMNS[name]], lineterminator="\n")
 
 
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of its own, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
+
+
 def _rows(key: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     named = dict(zip(KEY, key, strict=True))
     return [{**named, **{name: _short(value) for name, value in row.items()}} for row in rows]

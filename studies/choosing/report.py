@@ -3,92 +3,39 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import NamedTuple
+from statistics import fmean
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from choosing.arms import BY_NAME
-from choosing.plan import (
-    ALWAYS,
-    CENTRAL,
-    CENTRE,
-    FACTOR,
-    SCREENING,
-    SETTING,
-    Plan,
-    seen,
-    winner,
+from choosing import figures
+from choosing.intervals import (
+    TOKENS,
+    Row,
+    arms_of,
+    at,
+    by_row,
+    by_seed,
+    interval,
+    paired,
+    probed,
+    signal_to_noise,
 )
+from choosing.plan import ALWAYS, CENTRAL, FACTOR, SCREENING, Plan, seen
 from choosing.probes import PROBED
 from choosing.records import Records
-from comparison.results import T_95
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 
-Row = Mapping[str, str]
 SAMPLED, LSM = ALWAYS
-TOKENS = 1000  # that signal to noise is given at
 JUDGED = "judge_success"
+FAILURES = ("signals.csv", "reliability.csv")
+COMPARED = Path(__file__).parents[1] / "results" / "comparison" / "runs.csv"
 PLACES = ("outside_fillers", "outside_words", "outside_markup", "outside_unused")
-
-
-class Interval(NamedTuple):
-    """A mean and the half width of its 95 % interval by Student's t; None for one value."""
-
-    mean: float
-    half: float | None
-    count: int
-
-    def __str__(self) -> str:
-        """As it stands in a table."""
-        return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
-
-
-def interval(values: Sequence[float]) -> Interval | None:
-    """Of independent values; None of none."""
-    if not values:
-        return None
-    count, half = len(values), None
-    if count in T_95:
-        half = T_95[count] * stdev(values) / count**0.5
-    return Interval(fmean(values), half, count)
-
-
-def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval | None:
-    """Interval of two arms' differences by seed; only seeds that both arms have."""
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
-
-
-def by_seed(rows: Iterable[Row], column: str) -> dict[str, float]:
-    """One value for each seed."""
-    return {row["seed"]: float(row[column]) for row in rows if row[column]}
-
-
-def at(rows: Iterable[Row], arm: str, factor: str = "", level: float = 0.0) -> list[Row]:
-    """The judged runs of an arm at the centre or at another level of a factor."""
-    stage = FACTOR if factor else CENTRAL
-    wanted = {name: float(getattr(CENTRE, name)) for name in SETTING}
-    if factor:
-        wanted[factor] = float(level)
-    return [
-        row
-        for row in rows
-        if (row["stage"], row["arm"]) == (stage, arm)
-        and all(float(row[name]) == value for name, value in wanted.items())
-    ]
 
 
 def report(folder: Path, plan: Plan) -> str:
     """Print what the CSV files say; the text and the figures are saved beside them."""
     records = Records(folder)
     runs, curve, steps, probes = (records.read(n) for n in ("runs", "curve", "steps", "probes"))
+    signals, reliability = (read(folder / name) for name in FAILURES)
     parts = [
         _lengths(runs),
         _screening(runs, plan),
@@ -97,13 +44,18 @@ def report(folder: Path, plan: Plan) -> str:
         _curves(curve),
         _mechanism(probes),
         _places(probes),
+        _signals(signals),
+        _reliability(reliability),
         _smollm2(folder / "smollm2.csv"),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "table.md").write_text(text)
     if any(row["stage"] == CENTRAL for row in runs):
-        draw_success(folder / "success.png", runs, plan)
-        draw_mechanism(folder / "mechanism.png", steps, curve, probes)
+        figures.draw_choice(folder / "success.png", runs, curve)
+        figures.draw_factors(folder / "factors.png", runs, plan)
+        figures.draw_mechanism(folder / "mechanism.png", steps, curve, probes)
+    if signals:
+        figures.draw_failures(folder / "failures.png", signals, reliability, read(COMPARED))
     return text
 
 
@@ -146,10 +98,6 @@ def _screening(runs: Sequence[Row], plan: Plan) -> str:
     return _table("Screening: success on tuning problems, one seed", head, lines)
 
 
-def _arms(runs: Sequence[Row], stage: str = CENTRAL) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in runs if row["stage"] == stage))
-
-
 def _line(rows: Sequence[Row], sampled: Sequence[Row], lsm: Sequence[Row]) -> list[object]:
     """Success, differences to both references, mass, share of clipped steps."""
     ours = by_seed(rows, JUDGED)
@@ -170,7 +118,7 @@ _HEAD = ("success", f"minus {SAMPLED}", f"minus {LSM}", "student mass", "reverse
 
 
 def _centre(runs: Sequence[Row]) -> str:
-    groups = {arm: at(runs, arm) for arm in _arms(runs)}
+    groups = {arm: at(runs, arm) for arm in arms_of(runs)}
     sampled, lsm = (groups.get(arm, []) for arm in ALWAYS)
     lines = [[arm, *_line(rows, sampled, lsm)] for arm, rows in groups.items()]
     seeds = len({row["seed"] for rows in groups.values() for row in rows})
@@ -180,7 +128,7 @@ def _centre(runs: Sequence[Row]) -> str:
 def _factors(runs: Sequence[Row], plan: Plan) -> str:
     lines = []
     for factor, level in plan.factors:
-        groups = {arm: at(runs, arm, factor, level) for arm in _arms(runs, FACTOR)}
+        groups = {arm: at(runs, arm, factor, level) for arm in arms_of(runs, FACTOR)}
         # Where the support alone changes, the baseline is the centre's.
         sampled = groups.get(SAMPLED) or at(runs, SAMPLED)
         lsm = groups.get(LSM, [])
@@ -196,7 +144,7 @@ def _curves(curve: Sequence[Row]) -> str:
     lines = []
     of_stage = [row for row in curve if row["stage"] == CENTRAL]
     steps = sorted({int(row["step"]) for row in of_stage})
-    for arm in _arms(of_stage):
+    for arm in arms_of(of_stage):
         points = {
             step: by_seed((r for r in at(of_stage, arm) if int(r["step"]) == step), "tune_success")
             for step in steps
@@ -208,25 +156,10 @@ def _curves(curve: Sequence[Row]) -> str:
     return _table("Success on tuning problems by step, at the centre", head, lines)
 
 
-def signal_to_noise(rows: Iterable[Row]) -> float:
-    """At ``TOKENS`` tokens, a ratio of sums over probes: single probes are noisy."""
-    rows = list(rows)
-    noise = sum(float(row["token_variance"]) for row in rows) / TOKENS
-    return sum(float(row["signal"]) for row in rows) / noise if noise > 0 else float("nan")
-
-
-def _probed(probes: Sequence[Row], arm: str) -> dict[tuple[str, str], list[Row]]:
-    """Of an arm at the centre: probes by objective and seed."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in at(probes, arm):
-        groups[row["objective"], row["seed"]].append(row)
-    return groups
-
-
 def _mechanism(probes: Sequence[Row]) -> str:
     lines = []
-    for arm in _arms(probes):
-        groups = _probed(probes, arm)
+    for arm in arms_of(probes):
+        groups = probed(probes, arm)
         seeds = sorted({seed for _, seed in groups})
         drifts, ratios = [], []
         for name in PROBED:
@@ -242,14 +175,9 @@ def _mechanism(probes: Sequence[Row]) -> str:
     return _table(title, head, lines)
 
 
-def by_row(rows: Iterable[Row], column: str) -> list[float]:
-    """A column as numbers."""
-    return [float(row[column]) for row in rows]
-
-
 def _places(probes: Sequence[Row]) -> str:
     lines: list[list[object]] = []
-    for arm in _arms(probes):
+    for arm in arms_of(probes):
         rows = [row for row in at(probes, arm) if row["objective"] == "lsm"]
         last = max(int(row["step"]) for row in rows)
         for step in dict.fromkeys((1, last)):
@@ -259,11 +187,51 @@ def _places(probes: Sequence[Row]) -> str:
     return _table("Where the student's mass outside of the support is", head, lines)
 
 
-def _smollm2(path: Path) -> str:
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file; none if there is no file."""
     if not path.exists():
-        return ""
+        return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def _level(rows: Sequence[Row], column: str) -> str:
+    found = interval(by_row(rows, column))
+    return "" if found is None else found.level
+
+
+def _signals(rows: Sequence[Row]) -> str:
+    lines = []
+    for name in dict.fromkeys(row["objective"] for row in rows):
+        of_name = [row for row in rows if row["objective"] == name]
+        shares = []
+        for share in (0.01, 0.1):
+            here = [row for row in of_name if float(row["share_of_tokens"]) == share]
+            shares.append(_level(here, "share_of_signal"))
+        # The same at every share: one line a seed.
+        last = [row for row in of_name if float(row["share_of_tokens"]) == 1]
+        lowered = [_level(last, column) for column in ("lowered", "signal_lowered")]
+        lines.append([name, *shares, *lowered])
+    head = ["objective", "top 1 % of tokens", "top 10 %", "tokens lowered", "signal on those"]
+    title = (
+        "Before any step: how the norm of each token's gradient is shared out, and how many tokens "
+        "have their own logit lowered"
+    )
+    return _table(title, head, lines)
+
+
+def _reliability(rows: Sequence[Row]) -> str:
+    lines = []
+    for written in dict.fromkeys(row["written"] for row in rows):
+        here = [row for row in rows if row["written"] == written]
+        columns = ("teacher_success", "student_success", "gap")
+        lines.append([written, *(_level(here, column) for column in columns)])
+    head = ["words by the student", "success, rest by the teacher", "by the student", "gap there"]
+    return _table("Before any step: what the teacher makes of the student's words", head, lines)
+
+
+def _smollm2(path: Path) -> str:
+    rows = read(path)
     head = list(rows[0]) if rows else []
     numbers = {"reverse_kl", "forward_kl", "student_mass", "teacher_mass"}
     lines = [
@@ -271,91 +239,3 @@ def _smollm2(path: Path) -> str:
         for row in rows
     ]
     return _table("The demo's SmolLM2 pair", [name.replace("_", " ") for name in head], lines)
-
-
-def draw_success(path: Path, runs: Sequence[Row], plan: Plan) -> None:
-    """Bars of success at the centre; the differences to the sampled token at every level."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    arms = _arms(runs)
-    for place, arm in enumerate(reversed(arms)):
-        values = list(by_seed(at(runs, arm), JUDGED).values())
-        found = interval(values)
-        if found is not None:
-            axes[0].barh(place, found.mean, xerr=found.half, color=_color(arm), capsize=4)
-            axes[0].plot(values, [place] * len(values), "o", color="black", markersize=3)
-    axes[0].set_yticks(range(len(arms)), list(reversed(arms)))
-    axes[0].set(xlabel="share of judged problems solved, centre", xlim=(0, None))
-    levels = [("", 0.0), *plan.factors]
-    best = winner(seen(runs))
-    for shift, arm in enumerate(arm for arm in (LSM, best) if arm is not None):
-        label: str | None = arm
-        for place, (name, level) in enumerate(levels):
-            sampled = at(runs, SAMPLED, name, level) or at(runs, SAMPLED)
-            ours = by_seed(at(runs, arm, name, level), JUDGED)
-            found = paired(ours, by_seed(sampled, JUDGED))
-            if found is not None:
-                y = -place - 0.2 * shift
-                style = {"fmt": "D", "color": _color(arm), "capsize": 3, "label": label}
-                axes[1].errorbar(found.mean, y, xerr=found.half, **style)
-                label = None
-    names = [f"{name} {level:g}" if name else "centre" for name, level in levels]
-    axes[1].set_yticks([-i for i in range(len(levels))], names)
-    axes[1].set_xlabel(f"success minus {SAMPLED}'s, same seed")
-    axes[1].axvline(0, color="black", linewidth=1)
-    if axes[1].get_legend_handles_labels()[0]:
-        axes[1].legend(fontsize=9)
-    _save(figure, path, axes)
-
-
-def draw_mechanism(
-    path: Path, steps: Sequence[Row], curve: Sequence[Row], probes: Sequence[Row]
-) -> None:
-    """By step at the centre: success, mass; drift under two objectives; signal to noise."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for arm in _arms(curve):
-        style = {"color": _color(arm), "label": arm}
-        _band(axes[0, 0], at(curve, arm), "tune_success", **style)
-        _band(axes[0, 1], at(curve, arm), "tune_mass", **style)
-    axes[0, 0].set(xlabel="step", ylabel="share of tuning problems solved")
-    axes[0, 1].set(xlabel="step", ylabel="student's mass on the teacher's 32 best")
-    axes[0, 0].legend(fontsize=8)
-    for column, style in (("drift_lsm", "C3"), ("drift_bucket", "C2")):
-        label = f"gradient of {column.removeprefix('drift_')}"
-        _band(axes[1, 0], at(steps, LSM), column, color=style, label=label)
-    axes[1, 0].axhline(0, color="black", linewidth=1)
-    axes[1, 0].set(xlabel="step", ylabel=f"growth of the mass in logits, states of {LSM}")
-    axes[1, 0].legend(fontsize=9)
-    for place, name in enumerate(PROBED):
-        groups = _probed(probes, SAMPLED)
-        found = interval([signal_to_noise(rows) for (o, _), rows in groups.items() if o == name])
-        if found is not None:
-            axes[1, 1].bar(place, found.mean, yerr=found.half, color=f"C{place}", capsize=4)
-    axes[1, 1].set_xticks(range(len(PROBED)), list(PROBED))
-    axes[1, 1].set_ylabel(f"signal to noise at {TOKENS} tokens, states of {SAMPLED}")
-    _save(figure, path, axes.flat)
-
-
-def _band(ax: Axes, rows: Sequence[Row], column: str, *, color: str, label: str) -> None:
-    """The mean over seeds by step, and its interval."""
-    by_step: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        by_step[round(float(row["step"]))].append(float(row[column]))
-    xs = sorted(by_step)
-    found = [interval(by_step[x]) for x in xs]
-    means = [f.mean for f in found if f]
-    halves = [(f.half or 0.0) for f in found if f]
-    ax.plot(xs, means, color=color, label=label, linewidth=1.4)
-    low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-    ax.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
-
-
-def _color(arm: str) -> str:
-    return to_hex(plt.get_cmap("tab20")(2 * list(BY_NAME).index(arm) % 19))
-
-
-def _save(figure: plt.Figure, path: Path, axes: Iterable[Axes]) -> None:
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

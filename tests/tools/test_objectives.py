@@ -22,6 +22,8 @@ sys.path.insert(0, str(STUDIES))
 import objectives as command  # noqa: E402
 from choosing import (  # noqa: E402
     arms,
+    failures,
+    intervals,
     language,
     pair,
     plan,
@@ -275,6 +277,49 @@ def test_signal_and_noise_of_micro_batches_are_without_bias() -> None:
     assert mean["signal"] == pytest.approx(float(signal.square().sum()), rel=0.03)
 
 
+def test_the_shares_of_the_signal_are_those_of_sorted_gradients(tiny: Path) -> None:
+    chosen = pair.ChainPair(tiny, command.SMOKE, 0, plan.CENTRE.start, 32)
+    batch = demonstrations((language.Chain,), 40, random.Random(0), dialect=False)
+    rows = [row for row in failures.signal(chosen, batch) if row["objective"] == "sampled"]
+    scores = training.score(chosen, batch, ())
+    p, q = (x.detach().softmax(-1) for x in (scores.student, scores.teacher))
+    said = scores.tokens[:, None]
+    # -(log q - log p) of the said token times (one-hot - p).
+    advantage = (q.gather(-1, said).log() - p.gather(-1, said).log())[:, 0]
+    norms = advantage.abs() * (torch.zeros_like(p).scatter(-1, said, 1.0) - p).norm(dim=-1)
+    norms = norms.sort(descending=True).values
+    for row in rows:
+        first = norms[: max(1, round(row["share_of_tokens"] * len(norms)))]
+        assert row["share_of_signal"] == pytest.approx(float(first.sum() / norms.sum()), rel=1e-4)
+        assert row["lowered"] == pytest.approx(float((advantage < 0).float().mean()))
+
+
+def test_the_teacher_goes_on_from_the_students_words(tiny: Path) -> None:
+    rng = random.Random(0)
+    problem = language.Chain.sample(rng)
+    words = problem.expert(rng)
+    told = failures.Continued(problem, words[:-1])
+    assert told.prompt == [*problem.prompt, *words[:-1]]
+    told.say([words[-1], STUDENT_END])
+    assert told.success
+    assert told.done
+    chosen = pair.ChainPair(tiny, command.SMOKE, 0, plan.CENTRE.start, 32)
+    drawn = []
+
+    def draw() -> list[language.Chain]:
+        rng = random.Random(1)
+        drawn.append([language.Chain.sample(rng) for _ in range(8)])
+        return drawn[-1]
+
+    batch = demonstrations((language.Chain,), 8, random.Random(1), dialect=False)
+    success = torch.arange(8) % 2 == 0
+    rows = failures.continued(chosen, batch, success, draw)
+    assert [row["written"] for row in rows] == list(range(0, 4 * len(rows), 4))
+    assert (rows[0]["rollouts"], rows[0]["student_success"]) == (8, 0.5)
+    # One set of problems a prefix: who has answered takes no more words.
+    assert len(drawn) == len(rows) == len({id(problems[0]) for problems in drawn})
+
+
 def test_without_clipping_a_step_takes_the_whole_gradient(tiny: Path) -> None:
     chosen = pair.ChainPair(tiny, command.SMOKE, 0, plan.CENTRE.start, 32)
     batch = demonstrations((language.Chain,), 8, random.Random(0), dialect=False)
@@ -338,14 +383,14 @@ def test_paired_differences_and_their_interval() -> None:
         {"0": 0.5, "1": 0.6, "2": 0.9, "7": 1.0},
         {"0": 0.4, "1": 0.4, "2": 0.6, "8": 0.0},
     )
-    found = report.paired(ours, theirs)
+    found = intervals.paired(ours, theirs)
     # Differences 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t with two degrees of freedom 4.303.
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert found.count == 3
     assert str(found) == "+0.200 ± 0.248"
-    assert report.interval([0.3]) == (0.3, None, 1)
-    assert report.paired({"0": 1.0}, {"1": 1.0}) is None
+    assert intervals.interval([0.3]) == (0.3, None, 1)
+    assert intervals.paired({"0": 1.0}, {"1": 1.0}) is None
 
 
 def test_lines_of_a_run_that_was_interrupted_while_it_was_written_go(tmp_path: Path) -> None:
@@ -395,17 +440,22 @@ def test_a_smoke_run_goes_on_where_it_was_stopped_and_reports_from_its_files_alo
     capsys.readouterr()
     assert command.main(options) == 0
     assert runs_file.read_text() == text
+    assert command.main(["failures", *options[1:]]) == 0
+    capsys.readouterr()
+    assert command.main(["report", *options[1:]]) == 0
     (tmp_path / "out").rename(tmp_path / "away")
     printed = capsys.readouterr().out
-    for name in ("table.md", "success.png", "mechanism.png"):
+    figures = ("success.png", "factors.png", "mechanism.png", "failures.png")
+    for name in ("table.md", *figures):
         (tmp_path / "r" / name).unlink()
     assert command.main(["report", *options[1:]]) == 0
     assert capsys.readouterr().out in printed
     table = (tmp_path / "r" / "table.md").read_text()
     for title in ("Screening", "The centre, 2 seeds", "One factor", "On the same states", "Where"):
         assert f"**{title}" in table
-    assert (tmp_path / "r" / "success.png").stat().st_size > 0
-    assert (tmp_path / "r" / "mechanism.png").stat().st_size > 0
+    assert table.count("**Before any step: ") == 2
+    for name in figures:
+        assert (tmp_path / "r" / name).stat().st_size > 0
     # Other models than those that the results were begun with are refused.
     assert command.main(["run", *options[1:], "--output", str(tmp_path / "away")]) == 0
     (tmp_path / "away" / "models" / "teacher.pt").unlink()
