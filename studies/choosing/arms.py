@@ -75,6 +75,7 @@ def penalized(scores: Scores) -> Tensor:
 
 
 BUCKET = Arm("bucket + top-p", partial(member, outside="bucket"), TOP_P)
+PENALIZED = Arm("LSM + mass penalty + top-p", penalized, TOP_P)
 ARMS = [
     SAMPLED_TOKEN,
     Arm("sampled-token + top-p", sampled_token, TOP_P),
@@ -85,7 +86,7 @@ ARMS = [
     Arm("generalize + top-p", partial(member, outside="generalize"), TOP_P),
     Arm("student support + top-p", partial(on_students_support, outside="renormalize"), TOP_P),
     Arm("student bucket + top-p", partial(on_students_support, outside="bucket"), TOP_P),
-    Arm("LSM + mass penalty + top-p", penalized, TOP_P),
+    PENALIZED,
     Arm(
         "mixed 0.5 + top-p",
         partial(member, outside="renormalize", divergence=mixed(0.5)),
@@ -95,3 +96,4 @@ ARMS = [
 BY_NAME = {arm.name: arm for arm in ARMS}
 # Their loss does not depend on the teacher's K best.
 WITHOUT_SUPPORT = {arm.name for arm in ARMS if arm.name.startswith("sampled-token")}
+SEVERAL_CALLS = {PENALIZED.name}  # of the package's functions
