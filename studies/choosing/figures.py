@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from choosing.arms import BY_NAME
 from choosing.intervals import (
+    PLACES,
+    SAMPLINGS,
     TOKENS,
     Row,
     arms_of,
@@ -21,92 +23,129 @@ from choosing.intervals import (
     by_seed,
     interval,
     paired,
-    probed,
+    pooled,
     signal_to_noise,
 )
-from choosing.plan import ALWAYS, Plan, seen, winner
+from choosing.plan import ALWAYS, CENTRAL, Plan, seen, winner
 from choosing.probes import PROBED
 from comparison.arms import BEFORE
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 SAMPLED, LSM = ALWAYS
-JUDGED = "judge_success"
+SHOWN = ("judge_success", "judge_success_greedy")
+NAMES = {"lr": "learning rate", "clip": "clipping at", "k": "K", "start": "mass at the start"}
 OBJECTIVES = {"lsm": "LSM", "bucket": "bucket", "sampled": "sampled token"}
+PROBED_ONCE = "lsm"  # what a probe's lines have in common is read off these
 COLORS = {"lsm": "C3", "bucket": "C2", "sampled": "C0"}
 
 
 def draw_choice(path: Path, runs: Sequence[Row], curve: Sequence[Row]) -> None:
-    """At the centre: success with intervals, and the student's mass by step."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    """At the centre: success, answers sampled in two ways, and the student's mass by step."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     arms = arms_of(runs)
-    for place, arm in enumerate(reversed(arms)):
-        values = list(by_seed(at(runs, arm), JUDGED).values())
-        found = interval(values)
-        if found is not None:
-            axes[0].barh(place, found.mean, xerr=found.half, color=_color(arm), capsize=4)
-            axes[0].plot(values, [place] * len(values), "o", color="black", markersize=3)
-    before = [float(r["tune_success"]) for r in curve if r["step"] == "0" and r["arm"] in arms]
-    if before:
-        axes[0].axvline(fmean(before), color="black", linestyle=":", label="before")
-        axes[0].legend(fontsize=9)
-    axes[0].set_yticks(range(len(arms)), list(reversed(arms)))
-    axes[0].set(xlabel="share of judged problems solved", xlim=(0, None))
+    for ax, column in zip(axes, SHOWN, strict=False):
+        for place, arm in enumerate(reversed(arms)):
+            values = list(by_seed(at(runs, arm), column).values())
+            found = interval(values)
+            if found is not None:
+                ax.barh(place, found.mean, color=_color(arm))
+                ax.plot(values, [place] * len(values), "o", color="black", markersize=3)
+            sampled = by_seed(at(runs, SAMPLED), column)
+            gained = paired(by_seed(at(runs, arm), column), sampled)
+            if gained is not None and arm != SAMPLED:
+                text = f"{gained.mean:+.2f} ± {gained.half or 0:.2f}"
+                ax.text(1.25, place, text, ha="right", va="center", fontsize=9)
+        ax.set_yticks(range(len(arms)), list(reversed(arms)) if ax is axes[0] else [""] * len(arms))
+        ax.set(xlabel=f"share of judged problems solved, {SAMPLINGS[column]}", xlim=(0, 1.27))
+        ax.text(1.25, len(arms) - 1, f"minus {SAMPLED}:", ha="right", va="center", fontsize=9)
+        ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     for arm in arms:
-        _band(axes[1], at(curve, arm), "tune_mass", color=_color(arm), label=arm)
-    axes[1].set(xlabel="step", ylabel="student's mass on the teacher's 32 best")
-    axes[1].legend(fontsize=8)
+        _band(
+            axes[2], _changes(at(curve, arm), "tune_mass"), "change", color=_color(arm), label=arm
+        )
+    before = fmean(float(row["tune_mass"]) for row in curve if _begins(row, arms))
+    axes[2].set(
+        xlabel="step", ylabel=f"change of the student's mass on the support from {before:.3f}"
+    )
+    axes[2].legend(fontsize=8)
     _save(figure, path, axes)
 
 
 def draw_factors(path: Path, runs: Sequence[Row], plan: Plan) -> None:
     """At every level of every factor: differences to the sampled token of the same seed."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     levels = [("", 0.0), *plan.factors]
     best = winner(seen(runs))
-    for shift, arm in enumerate(arm for arm in (LSM, best) if arm is not None):
-        label: str | None = arm
-        for place, (name, level) in enumerate(levels):
-            sampled = at(runs, SAMPLED, name, level) or at(runs, SAMPLED)
-            ours = by_seed(at(runs, arm, name, level), JUDGED)
-            found = paired(ours, by_seed(sampled, JUDGED))
-            if found is not None:
-                y = -place - 0.2 * shift
-                style = {"fmt": "D", "color": _color(arm), "capsize": 3, "label": label}
-                axis.errorbar(found.mean, y, xerr=found.half, **style)
-                label = None
-    names = [f"{name} {level:g}" if name else "centre" for name, level in levels]
-    axis.set_yticks([-i for i in range(len(levels))], names)
-    axis.set_xlabel(f"share of judged problems solved, minus that of {SAMPLED}")
-    axis.axvline(0, color="black", linewidth=1)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=9)
-    _save(figure, path, [axis])
+    for ax, column in zip(axes, SHOWN, strict=True):
+        for shift, arm in enumerate(arm for arm in (LSM, best) if arm is not None):
+            label: str | None = arm
+            for place, (name, level) in enumerate(levels):
+                sampled = at(runs, SAMPLED, name, level) or at(runs, SAMPLED)
+                ours = by_seed(at(runs, arm, name, level), column)
+                found = paired(ours, by_seed(sampled, column))
+                if found is not None:
+                    y = -place - 0.2 * shift
+                    style = {"fmt": "D", "color": _color(arm), "capsize": 3, "label": label}
+                    ax.errorbar(found.mean, y, xerr=found.half, **style)
+                    label = None
+        ax.set_xlabel(f"success minus {SAMPLED}'s, {SAMPLINGS[column]}")
+        ax.axvline(0, color="black", linewidth=1)
+    names = [f"{NAMES[name]} {level:g}" if name else "centre" for name, level in levels]
+    axes[0].set_yticks([-i for i in range(len(levels))], names)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=9)
+    _save(figure, path, axes)
 
 
 def draw_mechanism(
     path: Path, steps: Sequence[Row], curve: Sequence[Row], probes: Sequence[Row]
 ) -> None:
-    """At the centre: success by step; drift under two objectives; signal to noise."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    """At the centre: success by step; force on the mass; where it goes; signal to noise."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    success, force, places, noise = axes.flat
     for arm in arms_of(curve):
-        _band(axes[0], at(curve, arm), "tune_success", color=_color(arm), label=arm)
-    axes[0].set(xlabel="step", ylabel="share of tuning problems solved")
-    axes[0].legend(fontsize=8)
+        rows = _changes(at(curve, arm), "tune_success")
+        _band(success, rows, "change", color=_color(arm), label=arm)
+    success.set(xlabel="step", ylabel="change of the share of tuning problems solved")
+    success.legend(fontsize=8)
     for name in ("lsm", "bucket"):
         label = f"gradient of {OBJECTIVES[name]}"
-        _band(axes[1], at(steps, LSM), f"drift_{name}", color=COLORS[name], label=label)
-    axes[1].axhline(0, color="black", linewidth=1)
-    axes[1].set(xlabel="step", ylabel=f"dP/dt in logits, on the states of {LSM}")
-    axes[1].legend(fontsize=9)
+        _band(force, at(steps, LSM), f"drift_{name}", color=COLORS[name], label=label)
+    force.axhline(0, color="black", linewidth=1)
+    force.set(xlabel="step", ylabel=f"dP/dt in logits, on the states of {LSM}")
+    force.legend(fontsize=9)
+    _places(places, probes)
     for place, name in enumerate(PROBED):
-        groups = probed(probes, SAMPLED)
-        found = interval([signal_to_noise(rows) for (o, _), rows in groups.items() if o == name])
+        values = list(pooled(probes, name, signal_to_noise).values())
+        found = interval(values)
         if found is not None:
-            axes[2].bar(place, found.mean, yerr=found.half, color=COLORS[name], capsize=4)
-    axes[2].set_xticks(range(len(PROBED)), [OBJECTIVES[name] for name in PROBED])
-    axes[2].set_ylabel(f"signal to noise at {TOKENS} tokens, states of {SAMPLED}")
-    _save(figure, path, axes)
+            noise.bar(place, found.mean, yerr=found.half, color=COLORS[name], capsize=4)
+            noise.plot([place] * len(values), values, "o", color="black", markersize=3)
+    noise.set_xticks(range(len(PROBED)), [OBJECTIVES[name] for name in PROBED])
+    noise.set_ylabel(f"gradient's signal to noise at {TOKENS} tokens")
+    _save(figure, path, axes.flat)
+
+
+def _places(ax: Axes, probes: Sequence[Row]) -> None:
+    """Mass outside of the support by what it is on: in the first probe, and in each arm's last."""
+    bars: dict[str, list[Row]] = {}
+    for arm in arms_of(probes):
+        rows = [row for row in at(probes, arm) if row["objective"] == PROBED_ONCE]
+        last = max(int(row["step"]) for row in rows)
+        if arm == LSM:
+            bars = {"before": [row for row in rows if row["step"] == "1"], **bars}
+        bars[arm] = [row for row in rows if int(row["step"]) == last]
+    for place, rows in enumerate(reversed(bars.values())):
+        left = 0.0
+        for shade, name in enumerate(PLACES):
+            mean = fmean(float(row[name]) for row in rows)
+            label = name.removeprefix("outside_") if place == 0 else None
+            ax.barh(place, mean, left=left, color=f"C{shade}", label=label)
+            left += mean
+    ax.set_yticks(range(len(bars)), list(reversed(bars)))
+    ax.set_xlabel("student's mass outside of the support, by what it is on, at the end")
+    ax.legend(fontsize=9)
 
 
 def draw_failures(
@@ -168,6 +207,16 @@ def _band(
     ax.plot(xs, means, color=color, label=label, linewidth=1.4)
     low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
     ax.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
+
+
+def _begins(row: Row, arms: Sequence[str]) -> bool:
+    return int(row["step"]) == 0 and row["stage"] == CENTRAL and row["arm"] in arms
+
+
+def _changes(rows: Sequence[Row], column: str) -> list[Row]:
+    """Lines with the change of a column since step 0 of the same seed."""
+    start = {row["seed"]: float(row[column]) for row in rows if int(row["step"]) == 0}
+    return [{**row, "change": str(float(row[column]) - start[row["seed"]])} for row in rows]
 
 
 def _color(arm: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -11,7 +11,14 @@ from choosing.plan import CENTRAL, CENTRE, FACTOR, SETTING
 from comparison.results import T_95
 
 Row = Mapping[str, str]
+PLACES = ("outside_fillers", "outside_words", "outside_markup", "outside_unused")
 TOKENS = 1000  # that signal to noise is given at
+# How answers to the judged problems are sampled.
+SAMPLINGS = {
+    "judge_success": "temperature 1",
+    "judge_success_top_p": "nucleus of 0.9",
+    "judge_success_greedy": "greedy",
+}
 
 
 class Interval(NamedTuple):
@@ -75,11 +82,26 @@ def arms_of(runs: Sequence[Row], stage: str = CENTRAL) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in runs if row["stage"] == stage))
 
 
-def signal_to_noise(rows: Iterable[Row]) -> float:
-    """At ``TOKENS`` tokens, a ratio of sums over probes: single probes are noisy."""
-    rows = list(rows)
-    noise = sum(float(row["token_variance"]) for row in rows) / TOKENS
-    return sum(float(row["signal"]) for row in rows) / noise if noise > 0 else float("nan")
+def token_variance(rows: Sequence[Row]) -> float:
+    """The mean over probes."""
+    return fmean(by_row(rows, "token_variance"))
+
+
+def signal_to_noise(rows: Sequence[Row]) -> float:
+    """At ``TOKENS`` tokens, a ratio of means over probes: single probes are noisy."""
+    noise = token_variance(rows) / TOKENS
+    return fmean(by_row(rows, "signal")) / noise if noise > 0 else float("nan")
+
+
+def pooled(
+    probes: Iterable[Row], objective: str, value: Callable[[Sequence[Row]], float]
+) -> dict[str, float]:
+    """A value by seed, of the probes on the states of all arms at the centre."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in probes:
+        if row["stage"] == CENTRAL and row["objective"] == objective:
+            groups[row["seed"]].append(row)
+    return {seed: value(rows) for seed, rows in sorted(groups.items())}
 
 
 def probed(probes: Sequence[Row], arm: str) -> dict[tuple[str, str], list[Row]]:

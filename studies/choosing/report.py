@@ -9,6 +9,8 @@ from statistics import fmean
 
 from choosing import figures
 from choosing.intervals import (
+    PLACES,
+    SAMPLINGS,
     TOKENS,
     Row,
     arms_of,
@@ -17,8 +19,10 @@ from choosing.intervals import (
     by_seed,
     interval,
     paired,
+    pooled,
     probed,
     signal_to_noise,
+    token_variance,
 )
 from choosing.plan import ALWAYS, CENTRAL, FACTOR, SCREENING, Plan, seen
 from choosing.probes import PROBED
@@ -28,7 +32,6 @@ SAMPLED, LSM = ALWAYS
 JUDGED = "judge_success"
 FAILURES = ("signals.csv", "reliability.csv")
 COMPARED = Path(__file__).parents[1] / "results" / "comparison" / "runs.csv"
-PLACES = ("outside_fillers", "outside_words", "outside_markup", "outside_unused")
 
 
 def report(folder: Path, plan: Plan) -> str:
@@ -41,8 +44,10 @@ def report(folder: Path, plan: Plan) -> str:
         _screening(runs, plan),
         _centre(runs),
         _factors(runs, plan),
+        _samplings(runs, plan),
         _curves(curve),
-        _mechanism(probes),
+        _drift(probes),
+        _noise(probes),
         _places(probes),
         _signals(signals),
         _reliability(reliability),
@@ -125,6 +130,33 @@ def _centre(runs: Sequence[Row]) -> str:
     return _table(f"The centre, {seeds} seeds", ["arm", *_HEAD], lines)
 
 
+def _samplings(runs: Sequence[Row], plan: Plan) -> str:
+    """Differences to both references, answers sampled in three ways."""
+    lines = []
+    for factor, level in [("", 0.0), *plan.factors]:
+        arms = arms_of(runs, FACTOR if factor else CENTRAL)
+        groups = {arm: at(runs, arm, factor, level) for arm in arms}
+        sampled = groups.get(SAMPLED) or at(runs, SAMPLED)
+        lsm = groups.get(LSM, [])
+        for arm, rows in groups.items():
+            if not rows or rows is sampled:
+                continue
+            found: list[object] = []
+            for other in (sampled, lsm):
+                for column in SAMPLINGS:
+                    pair = paired(by_seed(rows, column), by_seed(other, column))
+                    found.append(None if rows is other else pair)
+            lines.append([f"{factor} {level:g}" if factor else "centre", arm, *found])
+    ways = list(SAMPLINGS.values())
+    head = [
+        "",
+        "arm",
+        *(f"minus {SAMPLED}, {w}" for w in ways),
+        *(f"minus {LSM}, {w}" for w in ways),
+    ]
+    return _table("By how answers are sampled: differences of success", head, lines)
+
+
 def _factors(runs: Sequence[Row], plan: Plan) -> str:
     lines = []
     for factor, level in plan.factors:
@@ -156,23 +188,35 @@ def _curves(curve: Sequence[Row]) -> str:
     return _table("Success on tuning problems by step, at the centre", head, lines)
 
 
-def _mechanism(probes: Sequence[Row]) -> str:
+def _drift(probes: Sequence[Row]) -> str:
     lines = []
     for arm in arms_of(probes):
         groups = probed(probes, arm)
         seeds = sorted({seed for _, seed in groups})
-        drifts, ratios = [], []
-        for name in PROBED:
-            of_seeds = [groups[name, seed] for seed in seeds]
-            drifts.append(interval([fmean(by_row(rows, "drift")) for rows in of_seeds]))
-            ratios.append(interval([signal_to_noise(rows) for rows in of_seeds]))
-        lines.append([arm, *drifts, *ratios])
-    head = ["states of", *(f"drift, {n}" for n in PROBED), *(f"signal/noise, {n}" for n in PROBED)]
+        of_seeds = {
+            name: {seed: fmean(by_row(groups[name, seed], "drift")) for seed in seeds}
+            for name in PROBED
+        }
+        drifts = [interval(list(values.values())) for values in of_seeds.values()]
+        lines.append([arm, *drifts, paired(of_seeds["bucket"], of_seeds["lsm"])])
+    head = ["states of", *PROBED, "bucket minus lsm"]
     title = (
         "On the same states: growth of the mass for a step of length 1 against each objective's "
-        f"gradient, and its signal to noise at {TOKENS} tokens"
+        "gradient"
     )
     return _table(title, head, lines)
+
+
+def _noise(probes: Sequence[Row]) -> str:
+    lines = []
+    baseline = pooled(probes, "sampled", token_variance)
+    for name in PROBED if baseline else ():
+        found = interval(list(pooled(probes, name, signal_to_noise).values()))
+        own = pooled(probes, name, token_variance)
+        ratio = interval([baseline[seed] / own[seed] for seed in own])
+        lines.append([name, *(x.level for x in (found, ratio) if x is not None)])
+    title = f"Noise of the gradient at {TOKENS} tokens, on the states of all arms at the centre"
+    return _table(title, ["objective", "signal to noise", "sampled token's variance over"], lines)
 
 
 def _places(probes: Sequence[Row]) -> str:
