@@ -42,7 +42,7 @@ try:
     )
     from choosing.plan import Plan
     from choosing.records import Records, write
-    from choosing.report import FAILURES, report
+    from choosing.report import report
     from choosing.runs import run, timed
     from comparison.jobs import Job, work_through
 except ImportError as error:
@@ -209,7 +209,7 @@ def work(options: argparse.Namespace, sizes: Sizes, plan: Plan, settings: dict[s
 def measure_failures(options: argparse.Namespace, sizes: Sizes, plan: Plan) -> None:
     """What the sampled token's signal is like, on the students that runs begin with."""
     tables = failures.measure(sizes, options.output / "models", plan.seeds)
-    for name, rows in zip(FAILURES, tables, strict=True):
+    for name, rows in tables.items():
         write(options.results / name, rows)
 
 

@@ -16,6 +16,7 @@ from choosing.language import Chain
 from choosing.pair import ChainPair, Sizes
 from choosing.plan import CENTRE
 from choosing.probes import PROBED
+from choosing.runs import judge
 from comparison.pairs import training_seed
 from comparison.rollouts import Rollouts, play
 from comparison.tasks import sample_episodes
@@ -49,10 +50,11 @@ class Continued:
         return answer
 
 
-def measure(sizes: Sizes, folder: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]:
-    """Lines of ``signals.csv`` and ``reliability.csv``."""
+def measure(sizes: Sizes, folder: Path, seeds: Sequence[int]) -> dict[str, Rows]:
+    """Lines of the CSV files, by their names; ``before.csv`` has the students' judgement."""
     signals: Rows = []
     reliability: Rows = []
+    before: Rows = []
     for seed in seeds:
         torch.manual_seed(seed)
         pair = ChainPair(folder, sizes, seed, CENTRE.start, int(CENTRE.k))
@@ -62,7 +64,9 @@ def measure(sizes: Sizes, folder: Path, seeds: Sequence[int]) -> tuple[Rows, Row
         signals += [{"seed": seed, **row} for row in signal(pair, rollouts)]
         success = torch.tensor([episode.success for episode in episodes])
         reliability += [{"seed": seed, **row} for row in continued(pair, rollouts, success, draw)]
-    return signals, reliability
+        judged = judge(pair)
+        before.append({"seed": seed, **{k: v for k, v in judged.items() if k != "positions"}})
+    return {"signals.csv": signals, "reliability.csv": reliability, "before.csv": before}
 
 
 def _drawing(sizes: Sizes, seed: int) -> Callable[[], list[Chain]]:

@@ -30,7 +30,8 @@ from choosing.records import Records
 
 SAMPLED, LSM = ALWAYS
 JUDGED = "judge_success"
-FAILURES = ("signals.csv", "reliability.csv")
+WATCHED = ("judge_student_mass", "judge_reverse_kl")
+FAILURES = ("signals.csv", "reliability.csv", "before.csv")
 COMPARED = Path(__file__).parents[1] / "results" / "comparison" / "runs.csv"
 
 
@@ -38,11 +39,12 @@ def report(folder: Path, plan: Plan) -> str:
     """Print what the CSV files say; the text and the figures are saved beside them."""
     records = Records(folder)
     runs, curve, steps, probes = (records.read(n) for n in ("runs", "curve", "steps", "probes"))
-    signals, reliability = (read(folder / name) for name in FAILURES)
+    signals, reliability, before = (read(folder / name) for name in FAILURES)
     parts = [
         _lengths(runs),
         _screening(runs, plan),
-        _centre(runs),
+        _centre(runs, before),
+        _levels(runs, before),
         _factors(runs, plan),
         _samplings(runs, plan),
         _curves(curve),
@@ -106,7 +108,7 @@ def _screening(runs: Sequence[Row], plan: Plan) -> str:
 def _line(rows: Sequence[Row], sampled: Sequence[Row], lsm: Sequence[Row]) -> list[object]:
     """Success, differences to both references, mass, share of clipped steps."""
     ours = by_seed(rows, JUDGED)
-    columns = (JUDGED, "judge_student_mass", "judge_reverse_kl", "clipped")
+    columns = (JUDGED, *WATCHED, "clipped")
     mean = {name: fmean(by_seed(rows, name).values()) for name in columns}
     differences = [paired(ours, by_seed(other, JUDGED)) for other in (sampled, lsm)]
     return [
@@ -122,12 +124,26 @@ def _line(rows: Sequence[Row], sampled: Sequence[Row], lsm: Sequence[Row]) -> li
 _HEAD = ("success", f"minus {SAMPLED}", f"minus {LSM}", "student mass", "reverse KL", "clipped")
 
 
-def _centre(runs: Sequence[Row]) -> str:
+def _centre(runs: Sequence[Row], before: Sequence[Row]) -> str:
     groups = {arm: at(runs, arm) for arm in arms_of(runs)}
     sampled, lsm = (groups.get(arm, []) for arm in ALWAYS)
     lines = [[arm, *_line(rows, sampled, lsm)] for arm, rows in groups.items()]
+    if before:
+        values = [f"{fmean(by_row(before, name)):.3f}" for name in (JUDGED, *WATCHED)]
+        lines.insert(0, ["before any step", values[0], "", "", *values[1:], ""])
     seeds = len({row["seed"] for rows in groups.values() for row in rows})
     return _table(f"The centre, {seeds} seeds", ["arm", *_HEAD], lines)
+
+
+def _levels(runs: Sequence[Row], before: Sequence[Row]) -> str:
+    groups = {"before any step": before, **{arm: at(runs, arm) for arm in arms_of(runs)}}
+    lines = [
+        [arm, *(f"{fmean(by_row(rows, column)):.3f}" for column in SAMPLINGS)]
+        for arm, rows in groups.items()
+        if rows
+    ]
+    head = ["arm", *SAMPLINGS.values()]
+    return _table("The centre, by how answers are sampled: success", head, lines)
 
 
 def _samplings(runs: Sequence[Row], plan: Plan) -> str:
