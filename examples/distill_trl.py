@@ -23,10 +23,9 @@ are names on the hub or folders; prompts are a data set's column "prompt", as te
     # tiny random models on a CPU, under a minute: the whole path, nothing learnt
     python examples/distill_trl.py --smoke
 
-Watch ``student_mass``: the loss does not hold the student on the teacher's support
-(docs/recipes/student-mass.md). Where the tokenizers of student and teacher differ, a warning says
-what to pass as ``--masked-tokens``, and as ``masked_ids``, ``banned_ids`` and ``vocab_size`` of the
-config.
+Watch ``student_mass`` (docs/recipes/student-mass.md). Where the tokenizers of student and teacher
+differ, a warning says what to pass as ``--masked-tokens``, and as ``masked_ids``, ``banned_ids``
+and ``vocab_size`` of the config.
 
 Needs Python 3.11 and, from a clone of the repository: pip install ".[trl]"
 """

@@ -21,7 +21,7 @@ except ImportError as error:
 import torch
 from torch.nn import functional as F
 
-from opd_kernels import LinearLogits, linear_topk_rkl, predicting, response_mask
+from opd_kernels import LinearLogits, predicting, response_mask, topk_divergence
 
 
 def main(steps: int = 20, batch_size: int = 8, new_tokens: int = 48, k: int = 32) -> None:
@@ -49,16 +49,16 @@ def main(steps: int = 20, batch_size: int = 8, new_tokens: int = 48, k: int = 32
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
 
-        # The teacher scores the answers. Neither model computes all logits.
+        # The teacher scores the answers. No logits (B, T, V) exist.
         with torch.no_grad():
             hidden = teacher.model(**inputs, use_cache=False).last_hidden_state
         scores = LinearLogits(hidden, teacher.lm_head.weight)
 
         # The student takes a step.
         hidden = student.model(**inputs, use_cache=False).last_hidden_state
-        head = student.lm_head.weight
-        loss, stats = linear_topk_rkl(
-            hidden, head, scores, k, mask=mask, return_stats=("student_mass",)
+        own = LinearLogits(hidden, student.lm_head.weight)
+        loss, stats = topk_divergence(
+            own, scores, k, outside="bucket", mask=mask, return_stats=("student_mass",)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -25,7 +25,7 @@ from opd_kernels.causal_model import (
     unwrapped,
     vocab_size_of,
 )
-from opd_kernels.divergences import RENORMALIZE
+from opd_kernels.divergences import RECOMMENDED, RENORMALIZE
 from opd_kernels.head import LinearLogits
 from opd_kernels.model_head import head_of
 from opd_kernels.options import DivergenceOptions, check_names
@@ -159,6 +159,14 @@ def distill_loss(
 
         mean over the tokens t that count of D(student(. | tokens before t), teacher(. | the same))
 
+    D is the reverse KL on the teacher's K best and the rest of the vocabulary as one more entry::
+
+        sum over S of p (log p - log q) + (1 - P) (log(1 - P) - log(1 - Q))
+
+    with full softmaxes p and q that hold P and Q on S. ``outside="renormalize"`` makes it the
+    paper's loss, which is that of ``topk_rkl``: it costs K logits a token in place of all, and
+    leaves P free.
+
     Neither side's logits (B, T, V) exist. ``mask`` says which *tokens* count, like
     ``labels != -100``: token t is predicted at position t - 1, and the shift happens in here. All
     that has one element a token is aligned with ``input_ids``: options such as ``weight`` and
@@ -186,7 +194,8 @@ def distill_loss(
         return_stats: as in ``topk_rkl``.
         return_token_logprobs: also return each token's log-prob (B, T), as ``topk_divergence``
             does; 0 at tokens that do not count.
-        options: all others of ``topk_divergence``. ``token_ids`` are ``input_ids`` unless given.
+        options: all others of ``topk_divergence``. ``outside`` is "bucket" and ``token_ids`` are
+            ``input_ids`` unless given.
 
     Returns the loss, (loss, logprobs), (loss, ``Stats``) or (loss, logprobs, ``Stats``).
 
@@ -205,9 +214,11 @@ def distill_loss(
         loss = distill_loss(student, input_ids, teacher, mask=labels != -100)
         loss.backward()
 
-    Source: arXiv 2603.25562 for the defaults; docs/divergences.md names the others'.
+    Source: arXiv 2603.25562 with a tail; docs/objectives.md has the reason, docs/divergences.md the
+    sources of the others.
     """
     check_names(options, "distill_loss", DivergenceOptions)
+    options.setdefault("outside", RECOMMENDED)
     mask = options.pop("mask", None)
     sequences, counted = _checked(input_ids, attention_mask, mask, model_inputs)
     # A head that cannot be read is told before the teacher runs.
@@ -416,7 +427,7 @@ def _selected(
     temperature = options.get("teacher_temperature")
     if temperature is None:
         temperature = options.get("temperature", 1.0)
-    full = asked.measured or options.get("outside", RENORMALIZE) != RENORMALIZE
+    full = asked.measured or options["outside"] != RENORMALIZE
 
     def select() -> TopK:
         logits = _logits(teacher, sequences, "teacher")

@@ -20,6 +20,8 @@ __all__ = [
 RENORMALIZE = "renormalize"
 # What becomes of the probability outside of the support.
 OUTSIDE = (RENORMALIZE, "truncate", "bucket", "generalize", "sample")
+# Where this package chooses for its users; studies/objectives.py is why.
+RECOMMENDED = "bucket"
 
 
 class Divergence(NamedTuple):

@@ -234,7 +234,7 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
         raise ValueError(
             f"outside={outside!r} needs the teacher's full log-sum-exp, and this TopK has neither "
             "logsumexp nor tail_logsumexp; TopK.from_logprobs and "
-            "select_topk(..., with_logsumexp=True) give it"
+            "select_topk(..., with_logsumexp=True) give it, and outside='renormalize' needs none"
         )
     given = call.teacher_temperature
     if isinstance(given, Tensor) or given != teacher.temperature:
@@ -242,7 +242,8 @@ def _check_full_support(teacher: TopK, call: Call) -> None:
         raise ValueError(
             f"teacher_temperature is {shown} and the TopK's log-sum-exp is of temperature "
             f"{teacher.temperature}; outside={outside!r} needs both the same: pass "
-            f"teacher_temperature={teacher.temperature}, or a TopK of that temperature"
+            f"teacher_temperature={teacher.temperature}, or a TopK of that temperature, or "
+            "outside='renormalize', which needs no log-sum-exp"
         )
 
 

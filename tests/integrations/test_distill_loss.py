@@ -39,7 +39,7 @@ from causal_models import (
     with_images,
 )
 
-from opd_kernels import distill, distill_loss, predicting, select_topk, topk_divergence
+from opd_kernels import distill, distill_loss, predicting, select_topk, topk_divergence, topk_rkl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +56,8 @@ def by_hand(
             given = teacher(tokens).logits
         counted, logits = predicting(counted), student(tokens).logits
         assert max(logits.abs().max(), given.abs().max()) < LARGEST_LOGIT
-        total = total + topk_divergence(logits, given, K, mask=counted, reduction="sum", **options)
+        chosen = {"outside": "bucket", "reduction": "sum", **options}
+        total = total + topk_divergence(logits, given, K, mask=counted, **chosen)
         count += int(counted.sum())
     return total / count
 
@@ -87,7 +88,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> N
         {"weight": torch.rand(B, T, dtype=torch.float64), "divergence": "jsd"},
         {"reduction": "none", "banned_ids": [3, 7], "vocab_size": V - 4},
         {"include_token": True},
-        {"outside": "bucket"},
+        {"outside": "renormalize"},
         {"outside": "sample", "temperature": 0.7},
         {"outside": "generalize", "support": "student"},
     ],
@@ -95,7 +96,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> N
 def test_what_has_an_element_a_token_is_aligned_with_the_tokens(options: dict) -> None:
     student, teacher = model_of(), model_of(seed=5)
     loss = distill_loss(student, TOKENS, teacher, mask=MASK, k=K, **options)
-    rows = dict(options)
+    rows = {"outside": "bucket", **options}
     if "weight" in rows:
         rows["weight"] = rows["weight"][:, 1:]
     with torch.no_grad():
@@ -161,12 +162,25 @@ def test_statistics_are_of_the_tokens_that_count() -> None:
     assert torch.equal(stats.student_mass.isnan(), (MASK == 0) | (torch.arange(T) == 0))
 
 
-def test_a_support_is_by_position_as_logits_are() -> None:
+@pytest.mark.parametrize("outside", ["bucket", "renormalize"])
+def test_a_support_is_by_position_as_logits_are(outside: str) -> None:
     student, teacher = model_of(), model_of(seed=5)
+    full = outside == "bucket"
     with torch.no_grad():
-        support = select_topk(teacher(TOKENS).logits, K)
-    ours = distill_loss(student, TOKENS, support, mask=MASK)
-    assert_same(ours, distill_loss(student, TOKENS, teacher, mask=MASK, k=K))
+        support = select_topk(teacher(TOKENS).logits, K, with_logsumexp=full)
+    ours = distill_loss(student, TOKENS, support, mask=MASK, outside=outside)
+    assert_same(ours, distill_loss(student, TOKENS, teacher, mask=MASK, k=K, outside=outside))
+
+
+def test_the_papers_loss_is_one_word_away() -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    ours = distill_loss(student, TOKENS, teacher, mask=MASK, k=K, outside="renormalize")
+    with torch.no_grad():
+        given = teacher(TOKENS).logits
+    expected = topk_rkl(student(TOKENS).logits, given, K, mask=predicting(MASK))
+    assert_same(ours, expected)
+    with pytest.raises(ValueError, match="outside='renormalize' needs none"):
+        distill_loss(student, TOKENS, select_topk(given, K), mask=MASK)
 
 
 # The server's log-probs: logits in float32, less the log of a sum of V exponentials.
@@ -178,19 +192,24 @@ def test_a_server_is_asked_for_the_tokens_that_count() -> None:
     from opd_kernels.integrations.server import TeacherServer, TeacherServerError
 
     student, teacher = model_of(), model_of(seed=5)
+    # The tail of what is served is 1 less a sum of rounded probabilities.
+    exact: dict[str, Any] = {"mask": MASK, "outside": "renormalize"}
     with serving(model_logprobs(teacher)) as served, TeacherServer(served.url, k=K) as server:
-        ours = distill_loss(student, TOKENS, server, mask=MASK, attention_mask=ATTENTION)
+        ours = distill_loss(student, TOKENS, server, attention_mask=ATTENTION, **exact)
         assert len(served.requests) == 2  # nothing of the third sequence counts
-        expected = distill_loss(student, TOKENS, teacher, mask=MASK, attention_mask=ATTENTION, k=K)
+        expected = distill_loss(student, TOKENS, teacher, attention_mask=ATTENTION, k=K, **exact)
         assert_same(ours, expected, SINGLE, SERVED)
+        ours = distill_loss(student, TOKENS, server, mask=MASK, attention_mask=ATTENTION)
+        expected = distill_loss(student, TOKENS, teacher, mask=MASK, attention_mask=ATTENTION, k=K)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=0)
         served.change = lambda answer: blank(answer, 7)
         with pytest.raises(TeacherServerError, match="no 6 entries for 2 of"):
             distill_loss(student, TOKENS, server, mask=MASK, attention_mask=None)
         server.on_failure = "mask"
-        ours = distill_loss(student, TOKENS, server, mask=MASK)
+        ours = distill_loss(student, TOKENS, server, **exact)
         kept = MASK.clone()
         kept[:, 7] = 0
-        expected = distill_loss(student, TOKENS, teacher, mask=kept, k=K)
+        expected = distill_loss(student, TOKENS, teacher, k=K, **exact | {"mask": kept})
         assert_same(ours, expected, SINGLE, SERVED)
         with pytest.raises(ValueError, match="pixel_values, which a server is not shown"):
             distill_loss(student, TOKENS, server, mask=MASK, model_inputs={"pixel_values": 0})
@@ -230,7 +249,7 @@ def test_what_follows_a_token_that_the_teacher_lacks_does_not_count() -> None:
     kept = MASK.clone()
     kept[0, 5:] = 0
     known = tokens.clamp(max=39)
-    support = select_topk(teacher(known).logits, K)
+    support = select_topk(teacher(known).logits, K, with_logsumexp=True)
     assert_same(loss, distill_loss(student, tokens, support, mask=kept))
 
 
@@ -304,7 +323,7 @@ def test_a_sampled_token_that_the_teacher_lacks_adds_nothing(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"outside": "renormalize"},
         {"outside": "bucket", "banned_ids": [3, 70]},
         {"outside": "bucket", "vocab_size": V + 4},
         {"outside": "truncate", "vocab_size": V - 4, "banned_ids": torch.tensor([3])},
@@ -360,7 +379,8 @@ def test_models_that_see_images_have_the_loss_of_their_own_logits(family: str, s
     inputs = {"input_ids": tokens, "attention_mask": attention, **besides}
     with torch.no_grad():
         given = teacher(**inputs).logits[:, :-1]
-    expected = topk_divergence(student(**inputs).logits[:, :-1], given, K, mask=counted)
+    logits = student(**inputs).logits[:, :-1]
+    expected = topk_divergence(logits, given, K, mask=counted, outside="bucket")
     assert_same(loss, expected)
     ours = gradients(loss, student)
     assert_same(ours, gradients(expected, student))

@@ -157,10 +157,11 @@ def test_options_reach_the_loss(tmp_path: Path, hidden: bool) -> None:
 
 MEMBERS: dict[str, dict[str, str]] = {
     "truncate": {"outside": "truncate", "divergence": "forward_kl"},
-    "bucket": {"outside": "bucket"},
+    "renormalize": {"outside": "renormalize"},
+    "forward bucket": {"outside": "bucket", "divergence": "forward_kl"},
     "generalize": {"outside": "generalize"},
     "sample": {"outside": "sample"},
-    "student": {"support": "student"},
+    "student": {"support": "student", "outside": "renormalize"},
     "student bucket": {"support": "student", "outside": "bucket", "divergence": "jsd"},
 }
 
@@ -199,7 +200,7 @@ def test_vocabularies_may_have_different_sizes(
     tmp_path: Path, student_size: int, teacher_size: int, hidden: bool
 ) -> None:
     student, teacher = llama(0, vocab_size=student_size), llama(1, vocab_size=teacher_size)
-    _, expected = hand_written_step(student, teacher, vocab_size=64)
+    _, expected = hand_written_step(student, teacher, vocab_size=student_size)
     args = config(tmp_path, shuffle_dataset=False, use_hidden_states=hidden)
     trainer(student, teacher, args).train()
     assert_same_parameters(student, expected)
@@ -512,7 +513,11 @@ def generating(
     )
 
 
-def test_the_students_divergence_from_the_teacher_falls(tmp_path: Path) -> None:
+# What is outside of 16 of 64 ids is half of the bucket's loss, and falls more slowly.
+@pytest.mark.parametrize(("loss", "share"), [("renormalize", 0.6), ("bucket", 0.85)])
+def test_the_students_divergence_from_the_teacher_falls(
+    tmp_path: Path, loss: str, share: float
+) -> None:
     teacher = llama(1)
     student = copy.deepcopy(teacher)
     torch.manual_seed(3)
@@ -520,12 +525,13 @@ def test_the_students_divergence_from_the_teacher_falls(tmp_path: Path) -> None:
         for parameter in student.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     before = full_reverse_kl(student, teacher)
-    args = config(tmp_path, max_steps=40, optim="adamw_torch", learning_rate=1e-2, k=16)
+    options = {"max_steps": 40, "optim": "adamw_torch", "learning_rate": 1e-2, "k": 16}
+    args = config(tmp_path, loss=loss, **options)
     trained = generating(student, teacher, args)
     assert trained.generation_config.top_p == 0.9
     trained.train()
     losses = logged(trained, "loss")
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(losses[-5:]) < share * sum(losses[:5])
     assert full_reverse_kl(student, teacher) < 0.8 * before
 
 

@@ -25,7 +25,11 @@ pytestmark = [
     ("options", "message"),
     [
         ({"beta": 0.5}, "beta is 0.5"),
-        ({"k": 1}, "k is 1"),
+        ({"k": 0}, "k is 0"),
+        (
+            {"k": 1, "loss": "renormalize"},
+            "k is 1, allowed is 2 or more; one entry has no gradient",
+        ),
         ({"k": 2.5}, "k is 2.5, expected an int"),
         ({"stats_steps": "8"}, "stats_steps is '8', expected an int"),
         ({"masked_tokens": "<"}, "masked_tokens is '<', expected a list"),
@@ -49,9 +53,10 @@ def test_options_that_are_not_allowed(tmp_path: Path, options: dict, message: st
         config(tmp_path, **options)
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers_with_a_bucket() -> None:
     args = TopKDistillationConfig("unused", use_cpu=True)
     assert (args.k, args.temperature, args.top_p) == (32, 1.0, 0.9)
+    assert (args.divergence, args.support, args.loss) == ("reverse_kl", "teacher", "bucket")
 
 
 def test_one_teacher_and_no_more(tmp_path: Path) -> None:
@@ -68,6 +73,18 @@ def test_one_teacher_and_no_more(tmp_path: Path) -> None:
         trainer(llama(0), None, both, teacher_server=server)
     with pytest.raises(ValueError, match=r"asks for 6 entries, args\.k is 7"):
         trainer(llama(0), None, config(tmp_path, k=7), teacher_server=server)
+
+
+def test_a_server_has_full_softmaxes_at_temperature_1_alone(tmp_path: Path) -> None:
+    url = {"teacher_server_url": "http://127.0.0.1:9"}
+    for options in ({"temperature": 0.7}, {"teacher_temperature": 0.7}):
+        args = config(tmp_path, **url, **options)
+        with pytest.raises(
+            ValueError, match=r"'bucket' needs .* the teacher's is 0\.7; set teacher"
+        ):
+            trainer(llama(0), None, args)
+        trainer(llama(0), None, config(tmp_path, loss="renormalize", **url, **options))
+    trainer(llama(0), None, config(tmp_path, temperature=0.7, teacher_temperature=1.0, **url))
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,11 @@ def test_temperatures_apply_to_a_servers_log_probs(
     teacher, model = served
     student = llama(0)
     options = {"temperature": 0.7, "teacher_temperature": 1.3}
-    _, expected = hand_written_step(student, model, **options)
+    _, expected = hand_written_step(student, model, outside="renormalize", **options)
     args = config(
         tmp_path,
         shuffle_dataset=False,
+        loss="renormalize",
         teacher_server_url=teacher.url,
         teacher_server_api=api,
         **options,

@@ -15,7 +15,7 @@ except ImportError as error:
 
 from opd_kernels._checks import check_choice, check_outside
 from opd_kernels._payload import integer
-from opd_kernels.divergences import RENORMALIZE
+from opd_kernels.divergences import RECOMMENDED, RENORMALIZE
 from opd_kernels.options import SUPPORTS, named
 
 __all__ = ["TopKDistillationConfig"]
@@ -25,14 +25,15 @@ __all__ = ["TopKDistillationConfig"]
 class TopKDistillationConfig(DistillationConfig):
     """TRL's ``DistillationConfig`` with the options of the top-K loss.
 
-    Defaults are the paper's (arXiv 2603.25562): ``k`` 32, ``temperature`` 1 (TRL's default, too)
-    and ``top_p`` 0.9, where TRL's is 1. ``temperature`` is that of the rollouts and the loss, as in
-    TRL. ``beta`` has to stay 1: ``divergence`` takes its place. The paper's learning rate is 2e-6;
-    TRL's default, 1e-6, is left.
+    Defaults are the paper's (arXiv 2603.25562), ``k`` 32, ``temperature`` 1 (TRL's default, too)
+    and ``top_p`` 0.9, where TRL's is 1, but for ``loss``: "bucket" keeps the student's mass on the
+    support, and "renormalize" is the paper's. ``temperature`` is that of the rollouts and the loss,
+    as in TRL. ``beta`` has to stay 1: ``divergence`` takes its place. The paper's learning rate is
+    2e-6; TRL's default, 1e-6, is left.
 
     Args:
         loss: what becomes of the probability outside of the support, as ``outside`` of
-            ``topk_divergence``: "renormalize" (the paper's), "truncate", "bucket", "generalize" or
+            ``topk_divergence``: "bucket", "renormalize" (the paper's), "truncate", "generalize" or
             "sample", which takes the response's tokens for it and warns unless they are sampled
             from the whole vocabulary.
         divergence: "reverse_kl", "forward_kl" or "jsd".
@@ -71,7 +72,7 @@ class TopKDistillationConfig(DistillationConfig):
 
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
     loss: str = field(
-        default="renormalize",
+        default=RECOMMENDED,
         metadata={"help": "renormalize, truncate, bucket, generalize or sample."},
     )
     divergence: str = field(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from trl.trainer.utils import create_model_from_path
 
+from opd_kernels.divergences import RENORMALIZE
 from opd_kernels.integrations.server import TeacherServer
 from opd_kernels.integrations.trl.config import TopKDistillationConfig
 from opd_kernels.tokens.tokenizers import compare_tokenizers
@@ -42,6 +43,13 @@ def check_one_teacher(teacher_model: Any, teacher_server: Any, args: Any) -> Non
         raise ValueError(
             f"{what} needs the teacher's values at the student's tokens, which its server does not "
             "give; use a teacher_model"
+        )
+    own = args.temperature if args.teacher_temperature is None else args.teacher_temperature
+    if by_server and args.loss != RENORMALIZE and own != 1:
+        raise ValueError(
+            f"loss={args.loss!r} needs the teacher's full softmax, which a server gives at "
+            f"temperature 1, and the teacher's is {own}; set teacher_temperature=1.0, or "
+            'loss="renormalize"'
         )
     if teacher_server is not None and teacher_server.k != args.k:
         raise ValueError(

@@ -65,14 +65,17 @@ class TopKDistillationTrainer(DistillationTrainer):
     """TRL's ``DistillationTrainer`` with the losses of ``topk_divergence``.
 
     Data, generation (with transformers or vLLM), accumulation, checkpoints, evaluation and logging
-    are TRL's. The loss of a step is by default that of ``topk_rkl``, and ``args.loss``,
-    ``args.divergence`` and ``args.support`` choose another of ``topk_divergence``, summed over all
-    response tokens that count and divided by their number over all micro-batches and processes::
+    are TRL's. The loss of a step is by default the reverse KL on the teacher's K best ids S with
+    the rest of the vocabulary as one more entry, summed over all response tokens that count and
+    divided by their number over all micro-batches and processes::
 
-        L = 1 / n * sum over tokens of sum over S of p (log p - log q)
+        L = 1 / n * sum over tokens of
+            sum over S of p (log p - log q) + (1 - P) (log(1 - P) - log(1 - Q))
 
-    with S the teacher's K best ids of the position, p and q renormalised on S. It is computed from
-    hidden states, so that the student's logits never exist.
+    with full softmaxes p and q, which hold P and Q on S. ``args.loss="renormalize"`` makes it the
+    paper's, that of ``topk_rkl``; ``args.loss``, ``args.divergence`` and ``args.support`` choose
+    any other of ``topk_divergence``. It is computed from hidden states, so that the student's
+    logits (B, T, V) never exist.
 
     The teacher is a model in this process, whose vocabulary may have another size than the
     student's, or a server (``TeacherServer``), which is asked once per generated batch. Both must
@@ -131,7 +134,8 @@ class TopKDistillationTrainer(DistillationTrainer):
         )
         trainer.train()
 
-    Source: arXiv 2603.25562, teacher top-K local support matching; special-token masking.
+    Source: arXiv 2603.25562, teacher top-K local support matching, special-token masking; the tail
+    as one more entry: docs/objectives.md.
     """
 
     _tag_names = ["trl", "distillation", "opd_kernels"]  # noqa: RUF012
