@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from choosing.arms import BY_NAME
+from choosing.arms import BUCKET, BY_NAME
 from choosing.intervals import (
     PLACES,
     SAMPLINGS,
@@ -26,7 +28,7 @@ from choosing.intervals import (
     pooled,
     signal_to_noise,
 )
-from choosing.plan import ALWAYS, CENTRAL, Plan, seen, winner
+from choosing.plan import ALWAYS, Plan, seen, winner
 from choosing.probes import PROBED
 from comparison.arms import BEFORE
 from matplotlib.axes import Axes
@@ -34,7 +36,7 @@ from matplotlib.colors import to_hex
 
 SAMPLED, LSM = ALWAYS
 SHOWN = ("judge_success", "judge_success_greedy")
-NAMES = {"lr": "learning rate", "clip": "clipping at", "k": "K", "start": "mass at the start"}
+NAMES = {"lr": "learning rate", "k": "K", "start": "mass at the start"}
 OBJECTIVES = {"lsm": "LSM", "bucket": "bucket", "sampled": "sampled token"}
 PROBED_ONCE = "lsm"  # what a probe's lines have in common is read off these
 COLORS = {"lsm": "C3", "bucket": "C2", "sampled": "C0"}
@@ -58,17 +60,13 @@ def draw_choice(path: Path, runs: Sequence[Row], curve: Sequence[Row]) -> None:
                 ax.text(1.25, place, text, ha="right", va="center", fontsize=9)
         ax.set_yticks(range(len(arms)), list(reversed(arms)) if ax is axes[0] else [""] * len(arms))
         ax.set(xlabel=f"share of judged problems solved, {SAMPLINGS[column]}", xlim=(0, 1.27))
-        ax.text(1.25, len(arms) - 1, f"minus {SAMPLED}:", ha="right", va="center", fontsize=9)
+        ax.set_title(f"minus {SAMPLED}", loc="right", fontsize=9)
         ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     for arm in arms:
-        _band(
-            axes[2], _changes(at(curve, arm), "tune_mass"), "change", color=_color(arm), label=arm
-        )
-    before = fmean(float(row["tune_mass"]) for row in curve if _begins(row, arms))
-    axes[2].set(
-        xlabel="step", ylabel=f"change of the student's mass on the support from {before:.3f}"
-    )
-    axes[2].legend(fontsize=8)
+        _band(axes[2], _changes(at(curve, arm), "tune_mass"), "change", **_style(arm))
+    axes[2].axhline(0, color="black", linewidth=1)
+    axes[2].set(xlabel="step", ylabel="change of the student's mass on the support")
+    axes[2].legend(fontsize=8, loc="lower right")
     _save(figure, path, axes)
 
 
@@ -91,7 +89,10 @@ def draw_factors(path: Path, runs: Sequence[Row], plan: Plan) -> None:
                     label = None
         ax.set_xlabel(f"success minus {SAMPLED}'s, {SAMPLINGS[column]}")
         ax.axvline(0, color="black", linewidth=1)
-    names = [f"{NAMES[name]} {level:g}" if name else "centre" for name, level in levels]
+    names = [
+        "no clipping" if level == math.inf else f"{NAMES[name]} {level:g}" if name else "centre"
+        for name, level in levels
+    ]
     axes[0].set_yticks([-i for i in range(len(levels))], names)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=9)
@@ -105,8 +106,7 @@ def draw_mechanism(
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     success, force, places, noise = axes.flat
     for arm in arms_of(curve):
-        rows = _changes(at(curve, arm), "tune_success")
-        _band(success, rows, "change", color=_color(arm), label=arm)
+        _band(success, _changes(at(curve, arm), "tune_success"), "change", **_style(arm))
     success.set(xlabel="step", ylabel="change of the share of tuning problems solved")
     success.legend(fontsize=8)
     for name in ("lsm", "bucket"):
@@ -185,7 +185,7 @@ def _special(ax: Axes, compared: Sequence[Row]) -> None:
             found = interval([float(row[prefix + name]) for row in before])
             if found is not None:
                 label = ("all tokens", "without special tokens")[shift] if not place else None
-                style = {"color": ("C1", "C4")[shift], "capsize": 4, "label": label}
+                style = {"color": ("C7", "C9")[shift], "capsize": 4, "label": label}
                 ax.bar(place + 0.4 * shift, found.mean, 0.38, yerr=found.half, **style)
     ax.set_xticks([place + 0.2 for place in range(2)], [n.replace("_kl", " KL") for n in names])
     ax.set_ylabel("nats per token, students of the other comparison")
@@ -194,7 +194,14 @@ def _special(ax: Axes, compared: Sequence[Row]) -> None:
 
 
 def _band(
-    ax: Axes, rows: Sequence[Row], column: str, *, color: str, label: str, by: str = "step"
+    ax: Axes,
+    rows: Sequence[Row],
+    column: str,
+    *,
+    color: str,
+    label: str,
+    by: str = "step",
+    shaded: bool = True,
 ) -> None:
     """The mean over seeds by another column, and its interval."""
     groups: dict[float, list[float]] = defaultdict(list)
@@ -206,17 +213,19 @@ def _band(
     halves = [(f.half or 0.0) for f in found if f]
     ax.plot(xs, means, color=color, label=label, linewidth=1.4)
     low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-    ax.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
-
-
-def _begins(row: Row, arms: Sequence[str]) -> bool:
-    return int(row["step"]) == 0 and row["stage"] == CENTRAL and row["arm"] in arms
+    if shaded:
+        ax.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _changes(rows: Sequence[Row], column: str) -> list[Row]:
     """Lines with the change of a column since step 0 of the same seed."""
     start = {row["seed"]: float(row[column]) for row in rows if int(row["step"]) == 0}
     return [{**row, "change": str(float(row[column]) - start[row["seed"]])} for row in rows]
+
+
+def _style(arm: str) -> dict[str, Any]:
+    """Of an arm's line; more than two intervals in a panel hide each other."""
+    return {"color": _color(arm), "label": arm, "shaded": arm in (LSM, BUCKET.name)}
 
 
 def _color(arm: str) -> str:

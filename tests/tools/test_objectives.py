@@ -64,6 +64,7 @@ def test_a_factor_changes_nothing_else_and_the_baseline_has_no_k() -> None:
         changed = [n for n, v in asdict(line.setting).items() if v != getattr(plan.CENTRE, n)]
         assert len(changed) == 1
         assert (line.arm in arms.WITHOUT_SUPPORT) <= (changed != ["k"])
+        assert (line.arm == arms.BUCKET.name) <= (changed != ["clip"])
     assert len({line.key for line in lines}) == len(lines)
     assert {line.setting.difference() for line in lines} == set(plan.FULL.factors)
 
@@ -77,18 +78,20 @@ def screened(scores: dict[str, float]) -> list[dict[str, str]]:
     return rows
 
 
-def test_the_screening_keeps_both_references_and_the_best_three_that_gained() -> None:
+def test_the_screening_keeps_the_references_the_bucket_and_the_best_three_that_gained() -> None:
     best = {"sample": 0.9, "generalize + top-p": 0.8, "mixed 0.5 + top-p": 0.7, plan.ALWAYS[0]: 0.0}
     kept = plan.FULL.survivors(screened(best))
     assert kept == [
         "sampled-token",
         "LSM + top-p",
+        "bucket + top-p",
         "sample",
         "generalize + top-p",
         "mixed 0.5 + top-p",
     ]
     worse = {arm.name: 0.1 for arm in arms.ARMS} | {"sample": 0.25}
-    assert plan.FULL.survivors(screened(worse)) == ["sampled-token", "LSM + top-p", "sample"]
+    kept = ["sampled-token", "LSM + top-p", "bucket + top-p", "sample"]
+    assert plan.FULL.survivors(screened(worse)) == kept
 
 
 def test_judged_problems_decide_nothing() -> None:
@@ -100,6 +103,14 @@ def test_judged_problems_decide_nothing() -> None:
     others = [row | {"judge_success": str(1 - float(row["judge_success"]))} for row in rows]
     assert plan.FULL.stages(others) == stages
     assert not [name for name in plan.seen(rows)[0] if "judge" in name]
+
+
+@pytest.mark.parametrize(("lead", "best"), [(0.005, "sample"), (0.02, arms.PENALIZED.name)])
+def test_a_single_call_wins_where_it_is_within_the_tie(lead: float, best: str) -> None:
+    scores = {"sampled-token": 0.9, "sample": 0.6, arms.BUCKET.name: 0.597}
+    scores[arms.PENALIZED.name] = 0.6 + lead
+    lines = plan.FULL.central(list(scores))
+    assert plan.winner([finished(line, scores[line.arm]) for line in lines]) == best
 
 
 def test_the_demos_pair_runs_the_papers_form_and_the_winner_on_two_seeds(tmp_path: Path) -> None:
