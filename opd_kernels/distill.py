@@ -165,7 +165,7 @@ def distill_loss(
 
     with full softmaxes p and q that hold P and Q on S. ``outside="renormalize"`` makes it the
     paper's loss, which is that of ``topk_rkl``: it costs K logits a token in place of all, and
-    leaves P free.
+    does not constrain P.
 
     Neither side's logits (B, T, V) exist. ``mask`` says which *tokens* count, like
     ``labels != -100``: token t is predicted at position t - 1, and the shift happens in here. All
@@ -182,8 +182,8 @@ def distill_loss(
 
             - such a model, which may have another vocabulary size. It gets no gradient. What
               follows a token for which it has no embedding does not count, with a warning.
-            - a ``TopK`` (B, T), as ``select_topk`` makes it of logits: row t is of the position t,
-              which predicts token t + 1.
+            - a ``TopK`` (B, T), as ``select_topk(..., with_logsumexp=True)`` makes it of logits:
+              row t is of the position t, which predicts token t + 1.
             - a ``TeacherServer``, which is asked for the tokens that count. What it has no entries
               for raises, or does not count where its ``on_failure`` is "mask".
         mask: bool or integer (B, T), required: the tokens that count.
@@ -383,7 +383,8 @@ def _teacher(
         return _shifted(topk), counted & scored
     what = f"teacher is a {type(teacher).__name__}, expected a model, a TopK or a TeacherServer"
     if isinstance(teacher, (Tensor, LinearLogits)):
-        what += "; make a TopK of logits (B, T, V): select_topk(logits, 32)"
+        what += "; make a TopK of logits (B, T, V): "
+        what += "select_topk(logits, 32, with_logsumexp=True)"
     raise TypeError(what)
 
 
@@ -427,7 +428,13 @@ def _selected(
     temperature = options.get("teacher_temperature")
     if temperature is None:
         temperature = options.get("temperature", 1.0)
-    full = asked.measured or options["outside"] != RENORMALIZE
+    full = options["outside"] != RENORMALIZE
+    if full and isinstance(temperature, Tensor):
+        raise ValueError(
+            f"the teacher's temperature is a tensor, and outside={options['outside']!r} needs the "
+            "log-sum-exp of a wrapped or sharded teacher at one; pass teacher_temperature as a "
+            "float, a model that is whole, or outside='renormalize'"
+        )
 
     def select() -> TopK:
         logits = _logits(teacher, sequences, "teacher")
@@ -439,7 +446,7 @@ def _selected(
             vocab_size=options.get("vocab_size"),
             temperature=1.0 if isinstance(temperature, Tensor) else temperature,
             token_ids=sampled.to(logits.device),
-            with_logsumexp=full,
+            with_logsumexp=full or asked.measured,
             backend=options.get("backend"),
         )
 

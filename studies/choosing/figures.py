@@ -24,6 +24,7 @@ from choosing.intervals import (
     at,
     by_seed,
     interval,
+    last_of_each_seed,
     paired,
     pooled,
     signal_to_noise,
@@ -37,12 +38,14 @@ from matplotlib.colors import to_hex
 SAMPLED, LSM = ALWAYS
 SHOWN = ("judge_success", "judge_success_greedy")
 NAMES = {"lr": "learning rate", "k": "K", "start": "mass at the start"}
-OBJECTIVES = {"lsm": "LSM", "bucket": "bucket", "sampled": "sampled token"}
+OBJECTIVES = {"lsm": "LSM", "bucket": "bucket", "sampled": "sampled-token"}
+PROBED_ARMS = {"lsm": LSM, "bucket": BUCKET.name, "sampled": SAMPLED}
 PROBED_ONCE = "lsm"  # what a probe's lines have in common is read off these
-COLORS = {"lsm": "C3", "bucket": "C2", "sampled": "C0"}
 
 
-def draw_choice(path: Path, runs: Sequence[Row], curve: Sequence[Row]) -> None:
+def draw_choice(
+    path: Path, runs: Sequence[Row], curve: Sequence[Row], before: Sequence[Row]
+) -> None:
     """At the centre: success, answers sampled in two ways, and the student's mass by step."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     arms = arms_of(runs)
@@ -50,29 +53,35 @@ def draw_choice(path: Path, runs: Sequence[Row], curve: Sequence[Row]) -> None:
         for place, arm in enumerate(reversed(arms)):
             values = list(by_seed(at(runs, arm), column).values())
             found = interval(values)
-            if found is not None:
-                ax.barh(place, found.mean, color=_color(arm))
-                ax.plot(values, [place] * len(values), "o", color="black", markersize=3)
-            sampled = by_seed(at(runs, SAMPLED), column)
-            gained = paired(by_seed(at(runs, arm), column), sampled)
+            if found is None:
+                continue
+            ax.barh(place, found.mean, color=_color(arm))
+            ax.plot(values, [place - 0.2] * len(values), "o", color="black", markersize=3)
+            gained = paired(by_seed(at(runs, arm), column), by_seed(at(runs, SAMPLED), column))
             if gained is not None and arm != SAMPLED:
-                text = f"{gained.mean:+.2f} ± {gained.half or 0:.2f}"
-                ax.text(1.25, place, text, ha="right", va="center", fontsize=9)
+                ax.errorbar(found.mean, place + 0.1, xerr=gained.half, color="black", capsize=3)
+                ax.text(1.27, place, str(gained), ha="right", va="center", fontsize=9)
+        if before:
+            mean = fmean(float(row[column]) for row in before)
+            ax.axvline(mean, color="black", linestyle=":", linewidth=1)
         ax.set_yticks(range(len(arms)), list(reversed(arms)) if ax is axes[0] else [""] * len(arms))
-        ax.set(xlabel=f"share of judged problems solved, {SAMPLINGS[column]}", xlim=(0, 1.27))
+        ax.set(xlabel=f"share of judged problems solved, {SAMPLINGS[column]}", xlim=(0, 1.28))
         ax.set_title(f"minus {SAMPLED}", loc="right", fontsize=9)
         ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     for arm in arms:
         _band(axes[2], _changes(at(curve, arm), "tune_mass"), "change", **_style(arm))
     axes[2].axhline(0, color="black", linewidth=1)
     axes[2].set(xlabel="step", ylabel="change of the student's mass on the support")
-    axes[2].legend(fontsize=8, loc="lower right")
+    axes[2].set_ylim(-0.16, None)
+    axes[2].legend(fontsize=8, loc="lower right", ncols=2)
     _save(figure, path, axes)
 
 
 def draw_factors(path: Path, runs: Sequence[Row], plan: Plan) -> None:
     """At every level of every factor: differences to the sampled token of the same seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 5), layout="constrained", sharex=True, sharey=True
+    )
     levels = [("", 0.0), *plan.factors]
     best = winner(seen(runs))
     for ax, column in zip(axes, SHOWN, strict=True):
@@ -111,7 +120,7 @@ def draw_mechanism(
     success.legend(fontsize=8)
     for name in ("lsm", "bucket"):
         label = f"gradient of {OBJECTIVES[name]}"
-        _band(force, at(steps, LSM), f"drift_{name}", color=COLORS[name], label=label)
+        _band(force, at(steps, LSM), f"drift_{name}", color=_color(PROBED_ARMS[name]), label=label)
     force.axhline(0, color="black", linewidth=1)
     force.set(xlabel="step", ylabel=f"dP/dt in logits, on the states of {LSM}")
     force.legend(fontsize=9)
@@ -120,9 +129,12 @@ def draw_mechanism(
         values = list(pooled(probes, name, signal_to_noise).values())
         found = interval(values)
         if found is not None:
-            noise.bar(place, found.mean, yerr=found.half, color=COLORS[name], capsize=4)
+            noise.bar(
+                place, found.mean, yerr=found.half, color=_color(PROBED_ARMS[name]), capsize=4
+            )
             noise.plot([place] * len(values), values, "o", color="black", markersize=3)
     noise.set_xticks(range(len(PROBED)), [OBJECTIVES[name] for name in PROBED])
+    noise.axhline(0, color="black", linewidth=1)
     noise.set_ylabel(f"gradient's signal to noise at {TOKENS} tokens")
     _save(figure, path, axes.flat)
 
@@ -132,16 +144,15 @@ def _places(ax: Axes, probes: Sequence[Row]) -> None:
     bars: dict[str, list[Row]] = {}
     for arm in arms_of(probes):
         rows = [row for row in at(probes, arm) if row["objective"] == PROBED_ONCE]
-        last = max(int(row["step"]) for row in rows)
         if arm == LSM:
             bars = {"before": [row for row in rows if row["step"] == "1"], **bars}
-        bars[arm] = [row for row in rows if int(row["step"]) == last]
+        bars[arm] = last_of_each_seed(rows)
     for place, rows in enumerate(reversed(bars.values())):
         left = 0.0
         for shade, name in enumerate(PLACES):
             mean = fmean(float(row[name]) for row in rows)
             label = name.removeprefix("outside_") if place == 0 else None
-            ax.barh(place, mean, left=left, color=f"C{shade}", label=label)
+            ax.barh(place, mean, left=left, color=str(0.3 + 0.2 * shade), label=label)
             left += mean
     ax.set_yticks(range(len(bars)), list(reversed(bars)))
     ax.set_xlabel("student's mass outside of the support, by what it is on, at the end")
@@ -155,21 +166,24 @@ def draw_failures(
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name, label in OBJECTIVES.items():
         rows = [row for row in signals if row["objective"] == name]
-        style = {"color": COLORS[name], "label": label}
+        style = {"color": _color(PROBED_ARMS[name]), "label": label}
         _band(axes[0], rows, "share_of_signal", by="share_of_tokens", **style)
     axes[0].set(
         xlabel="share of tokens, those with the largest gradient first",
         ylabel="their share of the gradients' norms",
         xscale="log",
+        ylim=(0, 1.02),
+        title="imbalance",
     )
     axes[0].legend(fontsize=9)
-    for column, color in (("teacher_success", "C1"), ("student_success", "C4")):
+    for column, color in (("teacher_success", "C1"), ("student_success", "0.4")):
         label = f"finished by the {column.removesuffix('_success')}"
         _band(axes[1], reliability, column, by="written", color=color, label=label)
     axes[1].set(
         xlabel="words that the student has written",
         ylabel="share of problems solved",
-        ylim=(0, None),
+        ylim=(0, 1.02),
+        title="the teacher's reliability",
     )
     axes[1].legend(fontsize=9)
     _special(axes[2], compared)
@@ -188,7 +202,7 @@ def _special(ax: Axes, compared: Sequence[Row]) -> None:
                 style = {"color": ("C7", "C9")[shift], "capsize": 4, "label": label}
                 ax.bar(place + 0.4 * shift, found.mean, 0.38, yerr=found.half, **style)
     ax.set_xticks([place + 0.2 for place in range(2)], [n.replace("_kl", " KL") for n in names])
-    ax.set_ylabel("nats per token, students of the other comparison")
+    ax.set(ylabel="nats per token, the earlier comparison", title="special tokens")
     if before:
         ax.legend(fontsize=9)
 

@@ -77,6 +77,11 @@ def by_row(rows: Iterable[Row], column: str) -> list[float]:
     return [float(row[column]) for row in rows]
 
 
+def last_of_each_seed(rows: Iterable[Row]) -> list[Row]:
+    """The line of each seed's last step."""
+    return list({row["seed"]: row for row in sorted(rows, key=lambda r: int(r["step"]))}.values())
+
+
 def arms_of(runs: Sequence[Row], stage: str = CENTRAL) -> list[str]:
     """The arms that a stage has lines of, in their order."""
     return list(dict.fromkeys(row["arm"] for row in runs if row["stage"] == stage))

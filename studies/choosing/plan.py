@@ -15,7 +15,8 @@ Rules, written before any run:
 Two changes came later. After the screening, before any judged number was read: the bucket had
 missed the first three by 0.016, two problems of 128. It goes on all the same, because it is what
 this package recommended until then. To stay within the number of runs, the winner lost those
-without clipping. After the centre: LSM with the penalty led the bucket by 0.001. Of arms within
+without clipping. After the centre, whose results had been seen: LSM with the penalty led the bucket
+by 0.001. Of arms within
 ``TIE`` of the best, one that is a single call of the package wins: it is what a default can be.
 
 Decisions read the columns of ``TUNING`` and no others: the judged problems decide nothing.

@@ -16,7 +16,7 @@ from comparison.training import Budget, result_path
 
 SEEDS = (0, 1)
 WARM_STEPS = 24
-BUDGET = Budget(steps=80, lr=2.5e-5, checkpoint_every=5)
+BUDGET = Budget(steps=60, lr=2.5e-5, checkpoint_every=5)
 COLUMNS = ("arm", "seed", "steps", "reverse_kl", "forward_kl", "student_mass", "teacher_mass")
 
 

@@ -18,6 +18,7 @@ from choosing.intervals import (
     by_row,
     by_seed,
     interval,
+    last_of_each_seed,
     paired,
     pooled,
     probed,
@@ -58,7 +59,7 @@ def report(folder: Path, plan: Plan) -> str:
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "table.md").write_text(text)
     if any(row["stage"] == CENTRAL for row in runs):
-        figures.draw_choice(folder / "success.png", runs, curve)
+        figures.draw_choice(folder / "success.png", runs, curve, before)
         figures.draw_factors(folder / "factors.png", runs, plan)
         figures.draw_mechanism(folder / "mechanism.png", steps, curve, probes)
     if signals:
@@ -239,11 +240,10 @@ def _places(probes: Sequence[Row]) -> str:
     lines: list[list[object]] = []
     for arm in arms_of(probes):
         rows = [row for row in at(probes, arm) if row["objective"] == "lsm"]
-        last = max(int(row["step"]) for row in rows)
-        for step in dict.fromkeys((1, last)):
-            here = [row for row in rows if int(row["step"]) == step]
-            lines.append([arm, step, *(f"{fmean(by_row(here, name)):.4f}" for name in PLACES)])
-    head = ["arm", "step", *(name.removeprefix("outside_") for name in PLACES)]
+        first = [row for row in rows if row["step"] == "1"]
+        for when, here in (("first", first), ("last", last_of_each_seed(rows))):
+            lines.append([arm, when, *(f"{fmean(by_row(here, name)):.4f}" for name in PLACES)])
+    head = ["arm", "probe", *(name.removeprefix("outside_") for name in PLACES)]
     return _table("Where the student's mass outside of the support is", head, lines)
 
 

@@ -342,6 +342,22 @@ def test_ids_that_the_student_lacks_take_no_place_in_a_sharded_teachers_support(
     assert_same(loss, expected)
 
 
+def test_a_sharded_teachers_log_sum_exp_is_of_one_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher = model_of(), model_of(seed=5)
+    options: dict[str, Any] = {
+        "mask": MASK,
+        "k": K,
+        "temperature": torch.full((B, T), 0.7).double(),
+    }
+    expected = distill_loss(student, TOKENS, teacher, **options, outside="renormalize")
+    monkeypatch.setattr(distill, "is_wrapped", lambda model: model is teacher)
+    with pytest.raises(ValueError, match=r"is a tensor, and outside='bucket'.*='renormalize'"):
+        distill_loss(student, TOKENS, teacher, **options)
+    assert_same(distill_loss(student, TOKENS, teacher, **options, outside="renormalize"), expected)
+
+
 def test_modules_of_bitsandbytes_never_run_in_evaluation_mode() -> None:
     class Packs(torch.nn.Linear):
         """Loses its gradient for good, as Linear4bit does on CPUs."""

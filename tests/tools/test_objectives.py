@@ -116,7 +116,7 @@ def test_a_single_call_wins_where_it_is_within_the_tie(lead: float, best: str) -
 def test_the_demos_pair_runs_the_papers_form_and_the_winner_on_two_seeds(tmp_path: Path) -> None:
     jobs = real.jobs(tmp_path, "sample")
     ran = [(job.arguments[2].name, job.arguments[1], job.steps) for job in jobs]
-    each = [("before", 0), ("LSM + top-p", 80), ("sample", 80)]
+    each = [("before", 0), ("LSM + top-p", 60), ("sample", 60)]
     assert ran == [(arm, (seed,), steps) for seed in (0, 1) for arm, steps in each]
     assert len({job.path for job in jobs}) == 6
     jobs[1].path.parent.mkdir(parents=True)

@@ -52,9 +52,10 @@ class TopKDistillationConfig(DistillationConfig):
             one piece each; for heads that are sharded and for models that do more to their logits
             than scale and cap them.
         stats_steps: every how many steps masses, overlap and the student's entropy are measured
-            (evaluation: always); 0: never. With ``use_hidden_states`` they cost the student's
-            logits, a few hundred tokens at a time and without a gradient. Without, they cost a read
-            of the logits, so 1 is cheap.
+            (evaluation: always); 0: never. They come from the reads that a loss with full softmaxes
+            makes anyway. With "renormalize" they cost a read of the logits, and with
+            ``use_hidden_states`` the student's logits, a few hundred tokens at a time and without a
+            gradient.
         teacher_server_url: a server for the teacher in place of a model, see ``TeacherServer``;
             one that wants a key is passed to the trainer as ``teacher_server``.
         teacher_server_model: the name under which the server serves the teacher.
@@ -73,7 +74,7 @@ class TopKDistillationConfig(DistillationConfig):
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of the student's rollouts."})
     loss: str = field(
         default=RECOMMENDED,
-        metadata={"help": "renormalize, truncate, bucket, generalize or sample."},
+        metadata={"help": "bucket, renormalize, truncate, generalize or sample."},
     )
     divergence: str = field(
         default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."}
@@ -97,7 +98,7 @@ class TopKDistillationConfig(DistillationConfig):
         default=None, metadata={"help": "Only ids below it enter the support."}
     )
     use_hidden_states: bool = field(
-        default=True, metadata={"help": "Compute the loss without the student's logits."}
+        default=True, metadata={"help": "Compute the loss without logits (B, T, V)."}
     )
     stats_steps: int = field(
         default=10, metadata={"help": "Measure masses and entropy every so many steps; 0: never."}
