@@ -289,7 +289,8 @@ def topk_divergence(
       collapse: the loss falls as the student leaves S. The first call warns.
     - "bucket": full softmaxes; all that is outside is one more entry.
     - "generalize": full softmaxes; adds (reverse - forward) (q - p) at each entry, which is then at
-      least 0, and exactly 0 where p = q. Reverse and forward KL only.
+      least 0, and exactly 0 where p = q. Reverse and forward KL only. With the reverse KL a student
+      that leaves S pays at most Q: one that was far from its teacher did.
     - "sample": full softmaxes; reverse KL only. ``token_ids`` y ~ p stands for what is outside: the
       loss is the sum over S of p (a - b), and a - b at y if y is not in S. The gradient is not the
       derivative of this value. Its slopes are those of policy gradients, p (a - b) on S and a - b

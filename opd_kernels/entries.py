@@ -296,6 +296,6 @@ def _warn_about_collapse(stacklevel: int) -> None:
     warnings.warn(
         'reverse KL with outside="truncate" falls as the student leaves the support (its least '
         "value is at a mass of Q / e there), and training with it is known to collapse; use "
-        'outside="bucket", "generalize" or "sample"',
+        'outside="bucket" or "sample"',
         stacklevel=stacklevel,
     )
