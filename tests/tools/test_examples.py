@@ -71,17 +71,17 @@ def test_the_on_policy_loop_trains_on_the_rows_that_predict_responses(
     monkeypatch.setattr(on_policy_loop.smollm2, "load_teacher", lambda: (tokenizer, teacher))
     calls = []
 
-    def recorded(hidden: Any, weight: Any, scores: Any, k: int, **options: Any) -> Any:
-        calls.append((hidden.detach(), weight, scores, options["mask"]))
-        return opd_kernels.linear_topk_rkl(hidden, weight, scores, k, **options)
+    def recorded(own: Any, scores: Any, k: int, **options: Any) -> Any:
+        calls.append((own.hidden.detach(), scores, options["mask"]))
+        return opd_kernels.topk_divergence(own, scores, k, **options)
 
-    monkeypatch.setattr(on_policy_loop, "linear_topk_rkl", recorded)
+    monkeypatch.setattr(on_policy_loop, "topk_divergence", recorded)
     on_policy_loop.main(steps=2, batch_size=3, new_tokens=5, k=8)
     printed = capsys.readouterr().out
     assert len(re.findall(r"^step \d: loss \d\.\d+, student mass 0\.\d+$", printed, re.M)) == 2
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name])
-    (first, _, scores, mask), (second, *_) = calls
+    (first, scores, mask), (second, *_) = calls
     assert mask.shape == first.shape[:2] == scores.hidden.shape[:2]
     # Rollouts of three prompts have five tokens at most, the last of which predicts nothing.
     assert mask.any(-1).all()
