@@ -33,7 +33,7 @@ Rows = list[dict[str, Any]]
 
 
 class Continued:
-    """An episode of which some words are written already."""
+    """An episode of which some words are written already; as many may follow as from its start."""
 
     turn_limit = 1
 

@@ -29,12 +29,12 @@ class Interval(NamedTuple):
     count: int
 
     def __str__(self) -> str:
-        """Of a difference, as it stands in a table."""
+        """A difference for a table: with its sign."""
         return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
     @property
     def level(self) -> str:
-        """Of what is no difference."""
+        """A level for a table: without a sign."""
         return str(self).lstrip("+")
 
 
